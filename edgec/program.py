@@ -1,0 +1,415 @@
+"""`Program`: the model between two passes.
+
+A Program is a `torch.export` graph in its editable form, an FX GraphModule of ATen operators, with its weights,
+example inputs and annotations. Passes never change a Program; they take a copy of its graph with `edit()`, change
+the copy, and hand it to `replace()`, which checks it: the graph is linted, run, re-exported (the re-export is the
+verifier) and its inputs and outputs are compared with those of the Program it came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from edgec.errors import EdgecError
+
+MAX_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of a graph input or output; dimension 0 of `shape` is 1 when the batch is dynamic."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def elements(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A model as an editable ATen graph.
+
+    module: FX GraphModule; nodes are placeholders, `get_attr` of weights, ATen or `edgec::` calls and one output.
+    example_inputs: one tensor per input; dimension 0 is at least 2 when `dynamic_batch` is set.
+    annotations: what passes record about tensors (keyed by node name) or weights (keyed by attribute path).
+    """
+
+    name: str
+    module: fx.GraphModule
+    example_inputs: tuple[torch.Tensor, ...]
+    dynamic_batch: bool = False
+    annotations: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_exported(exported: torch.export.ExportedProgram, name: str) -> Program:
+        """Take over an ExportedProgram whose shapes are static or dynamic in dimension 0 only.
+
+        Raises EdgecError when a dimension other than the batch is dynamic.
+        """
+        module = _flat(exported.module(check_guards=False))
+        dynamic = False
+        examples = []
+        generator = torch.Generator().manual_seed(0)
+        for node in placeholders(module):
+            value = node.meta["val"]
+            if not isinstance(value, torch.Tensor):
+                raise EdgecError(
+                    f"input is a {type(value).__name__}, not a tensor",
+                    where=f"input '{node.name}' of {name}",
+                    hint="export the model with tensor inputs only",
+                )
+            shape = []
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, int):
+                    shape.append(size)
+                elif axis == 0:
+                    dynamic = True
+                    shape.append(2)
+                else:
+                    raise EdgecError(
+                        f"dimension {axis} is dynamic ({size})",
+                        where=f"input '{node.name}' of {name}",
+                        hint="only the batch (dimension 0) may be dynamic; export with a fixed size",
+                    )
+            if value.dtype.is_floating_point:
+                examples.append(torch.rand(shape, generator=generator, dtype=value.dtype))
+            else:
+                examples.append(torch.zeros(shape, dtype=value.dtype))
+        for node in module.graph.nodes:
+            if node.op not in ("placeholder", "output", "get_attr"):
+                node.meta.setdefault("edgec_layer", _layer_from_origin(node))
+        program = Program(name=name, module=module, example_inputs=tuple(examples), dynamic_batch=dynamic)
+        return program.replace(module=module, check_signature=False)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the graph without gradients; the result is always a tuple, one tensor per output."""
+        with torch.no_grad():
+            out = self.module(*inputs)
+        return tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(self._spec(n, n.name) for n in placeholders(self.module))
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        nodes = output_nodes(self.module)
+        names = ["y"] if len(nodes) == 1 else [f"y{i}" for i in range(len(nodes))]
+        return tuple(self._spec(n, name) for n, name in zip(nodes, names, strict=True))
+
+    def _spec(self, node: fx.Node, name: str) -> TensorSpec:
+        value = node.meta["val"]
+        shape = tuple(int(d) for d in value.shape)
+        if self.dynamic_batch and shape and shape[0] == self.example_inputs[0].shape[0]:
+            shape = (1, *shape[1:])
+        return TensorSpec(name, shape, str(value.dtype).removeprefix("torch."))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors that the graph reads, by attribute path, each once and in graph order."""
+        found: dict[str, torch.Tensor] = {}
+        for node in self.graph.nodes:
+            if node.op == "get_attr":
+                found.setdefault(str(node.target), get_weight(self.module, node))
+        return found
+
+    def text(self) -> str:
+        """A stable text form: one line per node with shape and dtype, weights by path and content hash."""
+        lines = [f"program {self.name}"]
+        for node in self.graph.nodes:
+            lines.append("  " + _print_node(self.module, node))
+        for key in sorted(self.annotations):
+            lines.append(f"  # {key}: {self.annotations[key]}")
+        return "\n".join(lines) + "\n"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the text form; equal for equal graphs, weights and annotations."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+    # -- editing ---------------------------------------------------------------------------------------------------
+
+    def edit(self) -> fx.GraphModule:
+        """A deep copy of the graph and its weights, free to change."""
+        return copy.deepcopy(self.module)
+
+    def replace(
+        self,
+        module: fx.GraphModule | None = None,
+        annotations: Mapping[str, Any] | None = None,
+        *,
+        check_signature: bool = True,
+    ) -> Program:
+        """A new Program with the edited graph, after verification.
+
+        Dead nodes and unused weights are dropped, the graph is linted, recompiled, run on the example inputs and
+        re-exported. Raises EdgecError when any of it fails or when inputs or outputs changed shape or dtype.
+        """
+        kept = MappingProxyType(dict(self.annotations if annotations is None else annotations))
+        if module is None:
+            return dataclasses.replace(self, annotations=kept)
+        module.graph.eliminate_dead_code()
+        module.delete_all_unused_submodules()
+        _drop_unused_weights(module)
+        try:
+            module.graph.lint()
+            module.recompile()
+            propagate(module, self.example_inputs)
+        except Exception as error:
+            raise EdgecError(f"edited graph does not run: {_first_line(error)}", where=self.name) from error
+        program = dataclasses.replace(self, module=module, annotations=kept)
+        if check_signature:
+            _same_signature(self, program)
+        program.export()
+        return program
+
+    def export(self, batch: int | None = None) -> torch.export.ExportedProgram:
+        """Re-export the graph. `batch` fixes the batch size; by default the batch stays as it is.
+
+        Raises EdgecError when torch.export refuses the graph.
+        """
+        inputs = self.example_inputs if batch is None else self.batch_inputs(batch)
+        shapes = None
+        if batch is None and self.dynamic_batch:
+            dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+            shapes = (tuple({0: dim} for _ in inputs),)
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                return torch.export.export(_Positional(self.module), inputs, dynamic_shapes=shapes)
+        except Exception as error:
+            raise EdgecError(f"graph does not re-export: {_first_line(error)}", where=self.name) from error
+
+    def batch_inputs(self, batch: int) -> tuple[torch.Tensor, ...]:
+        """The example inputs with `batch` samples (repeated or cut) where the batch is dynamic."""
+        if not self.dynamic_batch:
+            return self.example_inputs
+        return tuple(x[:1].expand(batch, *x.shape[1:]).contiguous() for x in self.example_inputs)
+
+    def save(self, path: str | Path) -> None:
+        """Write the Program as a `.pt2` file that `torch.export.load` reads."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(self.export(), path)
+
+
+class _Positional(torch.nn.Module):
+    """Gives the graph a `*inputs` signature, so that re-export does not depend on placeholder names."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.graph_module = module
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        return self.graph_module(*inputs)
+
+
+# -- helpers for passes ------------------------------------------------------------------------------------------------
+
+
+def placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def output_nodes(module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that the graph returns, flattened."""
+    (out,) = [n for n in module.graph.nodes if n.op == "output"]
+    flat, _ = torch.utils._pytree.tree_flatten(out.args[0])
+    for value in flat:
+        if not isinstance(value, fx.Node):
+            raise EdgecError(
+                f"graph returns the constant {value!r}", where="output", hint="return tensors that depend on the input"
+            )
+    return flat
+
+
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of a node's tensor for the Program's example inputs."""
+    return tuple(int(d) for d in node.meta["val"].shape)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def layer_of(node: fx.Node) -> str:
+    """The user's name of the layer a node came from: module path, else the node's own name."""
+    return node.meta.get("edgec_layer") or node.name
+
+
+def is_call(node: Any, *targets: Any) -> bool:
+    """True when `node` is a call of one of the operators `targets` (OpOverload objects)."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
+
+
+def get_weight(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """The tensor behind a `get_attr` node."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def constant_of(module: fx.GraphModule, node: Any) -> torch.Tensor | None:
+    """The weight tensor behind an argument, or None when the argument is computed or missing."""
+    return get_weight(module, node) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def add_weight(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
+    """Store `tensor` under the dotted path `name` and return the path; a path in use gets a numeric suffix.
+
+    Floating-point tensors become parameters (so that training passes find them), others buffers.
+    """
+    taken = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
+    path, count = name, 0
+    while path in taken:
+        count += 1
+        path = f"{name}_{count}"
+    owner: torch.nn.Module = module
+    *parents, leaf = path.split(".")
+    for part in parents:
+        child = getattr(owner, part, None)
+        if not isinstance(child, torch.nn.Module):
+            child = torch.nn.Module()
+            owner.add_module(part, child)
+        owner = child
+    tensor = tensor.detach().clone()
+    if tensor.dtype.is_floating_point:
+        owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, tensor)
+    return path
+
+
+def weight_node(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
+    """Store a weight and return a `get_attr` node for it at the current insertion point of the graph."""
+    path = add_weight(module, name, tensor)
+    node = module.graph.get_attr(path)
+    node.meta["val"] = tensor.detach()
+    return node
+
+
+def propagate(module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Set meta["val"] of every node to a fake tensor of the shape it has for `inputs`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        FakeTensorProp(module, mode).propagate(*inputs)
+
+
+def _flat(exported: torch.nn.Module) -> fx.GraphModule:
+    """The graph with positional inputs and a flat tuple of outputs, free of export's run-time checks and gradients.
+
+    torch's hook compares inputs with the placeholders' metadata, which `propagate` overwrites.
+    """
+    assert isinstance(exported, fx.GraphModule)
+    for parameter in exported.parameters():
+        parameter.requires_grad_(False)
+    graph = exported.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    (out,) = [n for n in graph.nodes if n.op == "output"]
+    out.args = (tuple(torch.utils._pytree.tree_leaves(out.args[0])),)
+    return fx.GraphModule(exported, graph)
+
+
+def _drop_unused_weights(module: fx.GraphModule) -> None:
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    names = [n for n, _ in module.named_parameters(remove_duplicate=False)]
+    names += [n for n, _ in module.named_buffers(remove_duplicate=False)]
+    for name in names:
+        if name not in used:
+            *parents, leaf = name.split(".")
+            owner: Any = module
+            for part in parents:
+                owner = getattr(owner, part)
+            delattr(owner, leaf)
+
+
+def _layer_from_origin(node: fx.Node) -> str:
+    """Module path from export's metadata; for functional calls on a weight, the weight's path without its leaf."""
+    stack = node.meta.get("nn_module_stack")
+    path = ""
+    if stack:
+        path = str(next(reversed(stack.values()))[0])
+    for argument in node.args:
+        if isinstance(argument, fx.Node) and argument.op == "get_attr":
+            owner = str(argument.target).rpartition(".")[0]
+            if owner.startswith(path):
+                return owner or path or node.name
+    return path or node.name
+
+
+def _same_signature(before: Program, after: Program) -> None:
+    for kind in ("inputs", "outputs"):
+        old = [(s.shape, s.dtype) for s in getattr(before, kind)]
+        new = [(s.shape, s.dtype) for s in getattr(after, kind)]
+        if old != new:
+            raise EdgecError(f"pass changed the {kind}: {old} became {new}", where=before.name)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _print_node(module: fx.GraphModule, node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"%{node.name} = input : {_type(node)}"
+    if node.op == "get_attr":
+        tensor = get_weight(module, node).contiguous()
+        digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:8]
+        return f"%{node.name} = weight {node.target} #{digest} : {_type(node)}"
+    args = ", ".join([_print_arg(a) for a in node.args] + [f"{k}={_print_arg(v)}" for k, v in node.kwargs.items()])
+    if node.op == "output":
+        return f"return {args}"
+    target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", str(node.target))
+    return f"%{node.name} = {target}({args}) : {_type(node)} @{layer_of(node)}"
+
+
+def _print_arg(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_print_arg(v) for v in value) + "]"
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return str(value)
+
+
+def _type(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(str(int(d)) for d in value.shape)}]"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(_type_of(v) for v in value) + ")"
+    return type(value).__name__
+
+
+def _type_of(value: Any) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
