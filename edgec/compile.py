@@ -1,0 +1,381 @@
+"""`compile_model`: the whole road, from a PyTorch model to a checked bundle, as one function.
+
+Each stage is a function of its own that can be called alone; this module only puts them in order, evaluates after
+every one of them and moves the bundle into place at the end, when all checks have passed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgec.errors import EdgecError, GateFailed
+from edgec.passbase import Context, Needs, Pass, Skip
+from edgec.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from edgec.bundle import Bundle
+    from edgec.checks import Check
+    from edgec.data import Dataset
+    from edgec.ledger import Ledger
+    from edgec.lowering.lower import Lowered
+    from edgec.metrics import Comparison, Evaluation, Metric
+    from edgec.program import Program
+    from edgec.targets.device import Device
+
+# float32 sums in another order, over networks of up to some hundred layers.
+FLOAT_TOLERANCE = 1e-4
+# Samples for the checks when the user gives no data.
+RANDOM_SAMPLES = 16
+# Samples run through an emulator by default; natively all are run.
+EMULATED_SAMPLES = 64
+BISECTION_STEPS = 4
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a compile is checked. `max_drop` is in points of the metric against the original model; None: no gate."""
+
+    max_drop: float | None = None
+    on_fail: str = "error"
+    seed: int = 0
+    device_samples: int | None = None
+
+
+@dataclass
+class CompileResult:
+    """`bundle` is None when the compile stopped early on request."""
+
+    ledger: Ledger
+    bundle: Bundle | None = None
+    program: Program | None = None
+
+
+@dataclass
+class _Run:
+    """State of one compile: the reference evaluation, the records so far and whom to tell about progress."""
+
+    dataset: Dataset
+    metric: Metric
+    check: Check
+    options: Options
+    ledger: Ledger
+    context: Context
+    reference: Evaluation
+    progress: Progress
+    last: Evaluation
+
+    def evaluate(self, name: str, program: Program) -> Evaluation:
+        from edgec.metrics import evaluate
+
+        self.progress(f"check {name}", 0.0)
+        return evaluate(program, self.dataset, self.metric, progress=lambda done: self.progress(f"check {name}", done))
+
+    def record(self, name: str, evaluation: Evaluation, program: Program, seconds: float) -> Comparison:
+        """Append one stage to the ledger; returns its comparison with the original model."""
+        from edgec.cost import program_cost
+        from edgec.ledger import StageRecord
+        from edgec.metrics import compare
+
+        comparison = compare(self.reference, evaluation)
+        cost = program_cost(program)
+        self.ledger.stages.append(StageRecord.of(name, self.metric, comparison, cost.to_json(), seconds))
+        self.last = evaluation
+        return comparison
+
+    def apply(self, step: Pass, program: Program) -> Program:
+        """Run one pass, check it, and do what `on_fail` says when it lost too much."""
+        started = time.perf_counter()
+        self.progress(f"pass {step.name}", 0.0)
+        skipped = list(self.context.skipped)
+        candidate = step.run(program, self.context)
+        evaluation = self.evaluate(step.name, candidate)
+        verdict = self.check.verdict(self._compare(evaluation))
+        if not verdict.passed and self.check.on_fail != "error":
+            self.context.skipped[:] = skipped
+            label, candidate, evaluation = self._recover(step, program, verdict.message)
+            self.record(label, evaluation, candidate, time.perf_counter() - started)
+            return candidate
+        self.record(step.name, evaluation, candidate, time.perf_counter() - started)
+        if not verdict.passed:
+            raise GateFailed(
+                f"{verdict.message}; {self._blame(candidate)}", where=f"pass {step.name}", hint=_gate_hint(step)
+            )
+        return candidate
+
+    def _recover(self, step: Pass, program: Program, message: str) -> tuple[str, Program, Evaluation]:
+        """`revert`: go on without the pass. `relax`: the strongest weakened form that still passes, by bisection."""
+        best: tuple[Pass, Program, Evaluation, list[Skip]] | None = None
+        if self.check.on_fail == "relax" and step.weaken(0.5) is not None:
+            low, high = 0.0, 1.0
+            kept = list(self.context.skipped)
+            for _ in range(BISECTION_STEPS):
+                middle = (low + high) / 2
+                weaker = step.weaken(middle)
+                assert weaker is not None
+                self.context.skipped[:] = kept
+                candidate = weaker.run(program, self.context)
+                evaluation = self.evaluate(weaker.name, candidate)
+                if self.check.verdict(self._compare(evaluation)).passed:
+                    low, best = middle, (weaker, candidate, evaluation, list(self.context.skipped))
+                else:
+                    high = middle
+            self.context.skipped[:] = kept
+        if best is not None:
+            weaker, candidate, evaluation, self.context.skipped[:] = best
+            spelling = Pipeline((weaker,)).spelling()
+            self.context.skip(step.name, "pass weakened", f"{message}; applied as {spelling}")
+            return f"{step.name} (relaxed)", candidate, evaluation
+        self.context.skip(step.name, "pass reverted", message)
+        return f"{step.name} (reverted)", program, self.last
+
+    def _compare(self, evaluation: Evaluation) -> Comparison:
+        from edgec.metrics import compare
+
+        return compare(self.reference, evaluation)
+
+    def _blame(self, candidate: Program) -> str:
+        """The layers that hurt most and a ready-to-paste option, for the message of a failed gate."""
+        from edgec.sensitivity import worst_layers
+
+        worst = worst_layers(self.original, candidate, self.dataset)[:3]
+        if not worst:
+            return "no single layer stands out"
+        ranking = ", ".join(f"{row.layer} ({row.sqnr_db:.1f} dB)" for row in worst)
+        return f"worst layers: {ranking}; try keep_float=[{','.join(row.layer for row in worst)}]"
+
+    original: Any = None
+
+
+def compile_model(
+    model: Any,
+    *,
+    target: str = "host",
+    output: str | Path | None = None,
+    passes: Pipeline | str | Sequence[Pass] = "",
+    data: Any = None,
+    eval: Any = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    input_scale: float | None = None,
+    metric: str | None = None,
+    max_drop: float | None = None,
+    on_fail: str = "error",
+    name: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    force: bool = False,
+    seed: int = 0,
+    calibration_samples: int = 256,
+    device_samples: int | None = None,
+    stop_after: str | None = None,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compile `model` for `target` into the folder `output`, checking accuracy after every step.
+
+    model: nn.Module, Program, ExportedProgram, a `.pt2` path, `file.py:factory` or `package.module:factory`.
+    data / eval: calibration and evaluation data (see `edgec.data.load_data`); without `eval` the checks measure
+        fidelity to the original model on `data`, and without both on random inputs.
+    mean, std: per channel, applied after `input_scale` (default 1/255 for uint8 images).
+    max_drop: largest allowed drop of the metric against the original, in points; None checks nothing.
+    on_fail: "error", "revert" (drop the pass) or "relax" (weaken the pass by bisection).
+    device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated).
+    stop_after: a pass name or a lowering step; no bundle is written then.
+    dump: folder that receives the text form after each step.
+
+    Raises EdgecError (bad input), GateFailed (drop too large), ToolchainMissing. Nothing is left at `output` then.
+    """
+    from edgec.bundle import Bundle
+    from edgec.checks import Check
+    from edgec.data import Preprocess
+    from edgec.frontend import load_model
+    from edgec.registry import get_device
+
+    tell = progress or (lambda stage, done: None)
+    pipeline = Pipeline.of(passes)
+    device = get_device(target)
+    destination = Path(output) if output is not None else None
+    if destination is not None:
+        _refuse_existing(destination, force)
+        from edgec.targets.cpu.toolchain import require_toolchain
+
+        require_toolchain(device)
+    started = time.perf_counter()
+    tell("load", 0.0)
+    program = load_model(model, input_shape=input_shape, name=name)
+    preprocess = Preprocess(
+        mean=None if mean is None else tuple(mean), std=None if std is None else tuple(std), scale=input_scale
+    )
+    writer = _dumper(dump)
+    evaluation, calibration = _datasets(program, data, eval, preprocess, pipeline, calibration_samples, seed)
+    run = _start(program, evaluation, calibration, metric, device, Options(max_drop, on_fail, seed, device_samples), tell)
+    run.record("original", run.reference, program, time.perf_counter() - started)
+    writer("0-original", program.text())
+
+    _import_check(run, program)
+    original = program
+    for number, step in enumerate(pipeline.passes, start=1):
+        program = run.apply(step, program)
+        writer(f"{number}-{step.name}", program.text())
+        if stop_after == step.name:
+            return CompileResult(run.ledger, None, program)
+
+    from edgec.lowering.lower import STEPS, lower
+
+    if stop_after is not None and stop_after not in STEPS:
+        choices = ", ".join([p.name for p in pipeline.passes] + list(STEPS))
+        raise EdgecError(f"'{stop_after}' is not a stage", where="--stop-after", hint=f"use one of {choices}")
+    tell("lower", 0.0)
+    lowered = lower(program, device, dump=writer)
+    for skip in lowered.fallbacks:
+        run.context.skip(skip.layer, skip.what, skip.reason)
+    if destination is None or stop_after is not None:
+        run.ledger.skipped = _skips(run.context)
+        return CompileResult(run.ledger, None, program)
+
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=_parent(destination)) as staging:
+        staged = Path(staging) / "bundle"
+        tell("build", 0.0)
+        bundle = _build(run, original, program, lowered, device, pipeline, staged)
+        tell("check", 0.0)
+        _device_check(run, bundle, program, lowered, device)
+        run.ledger.skipped = _skips(run.context)
+        _write_reports(run, bundle, lowered, staged)
+        if destination.exists():
+            shutil.rmtree(destination)
+        staged.rename(destination)
+    tell("done", 1.0)
+    return CompileResult(run.ledger, Bundle.load(destination), program)
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+def _datasets(
+    program: Program,
+    data: Any,
+    eval: Any,
+    preprocess: Any,
+    pipeline: Pipeline,
+    calibration_samples: int,
+    seed: int,
+) -> tuple[Dataset, Dataset | None]:
+    """(evaluation, calibration). Fails before any work when a pass needs data that is not there."""
+    from edgec.data import load_data, random_data
+
+    calibration = None
+    if data is not None:
+        calibration = load_data(data, program.inputs, preprocess).limit(calibration_samples, seed)
+    for step in pipeline.passes:
+        if Needs.CALIBRATION in step.needs and calibration is None:
+            raise EdgecError("needs calibration data", where=f"pass {step.name}", hint="give --data FILE")
+    if eval is not None:
+        return load_data(eval, program.inputs, preprocess), calibration
+    if calibration is not None:
+        return calibration, calibration
+    return random_data(program.inputs, RANDOM_SAMPLES, seed), None
+
+
+def _start(
+    program: Program,
+    dataset: Dataset,
+    calibration: Dataset | None,
+    metric: str | None,
+    device: Device,
+    options: Options,
+    progress: Progress,
+) -> _Run:
+    """Evaluate the original model and set up the ledger."""
+    from edgec.checks import Check
+    from edgec.ledger import Ledger
+    from edgec.metrics import default_metric, evaluate, parse_metric
+
+    measure = parse_metric(metric) if metric else default_metric(dataset, program.outputs)
+    check = Check(metric=measure.name, max_drop=options.max_drop, on_fail=options.on_fail)
+    progress("check original", 0.0)
+    reference = evaluate(program, dataset, measure, progress=lambda done: progress("check original", done))
+    context = Context(device=device, calibration=calibration, seed=options.seed)
+    run = _Run(dataset, measure, check, options, Ledger(), context, reference, progress, reference)
+    run.original = program
+    return run
+
+
+def _import_check(run: _Run, program: Program) -> None:
+    """Compile the untouched model for this machine, run it, and compare it with PyTorch.
+
+    Importers and code generators can be wrong without saying so; a model that fails here is never compiled.
+    """
+    from edgec.lowering.lower import lower
+    from edgec.targets.device import load_device
+
+    started = time.perf_counter()
+    run.progress("import check", 0.0)
+    host = load_device("host")
+    inputs = program.batch_inputs(1)
+    want = [y.numpy() for y in program(*inputs)]
+    with tempfile.TemporaryDirectory(prefix="edgec-import-") as folder:
+        from edgec.bundle import build_bundle
+
+        bundle = build_bundle(lower(program, host), host, Path(folder) / "bundle")
+        got = bundle.run(*[x.numpy() for x in inputs])
+        got = got if isinstance(got, tuple) else (got,)
+    for spec, a, b in zip(program.outputs, got, want, strict=True):
+        error = relative_error(a, b)
+        if not error <= FLOAT_TOLERANCE:
+            raise EdgecError(
+                f"imported graph differs from PyTorch in output '{spec.name}' (relative error {error:.2g}, "
+                f"allowed {FLOAT_TOLERANCE:g})",
+                where=program.name,
+                hint="this is a bug in edgec or TVM: please report the model; `edgec diff` shows the first wrong layer",
+            )
+    run.record("import", run.reference, program, time.perf_counter() - started)
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """max |got - want| / max |want|; NaN when either has one."""
+    scale = float(np.abs(want).max(initial=0.0))
+    return float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / (scale or 1.0)
+
+
+def _refuse_existing(destination: Path, force: bool) -> None:
+    if destination.exists() and not force:
+        raise EdgecError("output exists", where=str(destination), hint="choose another folder or give --force")
+    if destination.exists() and not (destination.is_dir() and (destination / "manifest.json").exists()):
+        raise EdgecError(
+            "output exists and is not a bundle", where=str(destination), hint="--force only replaces bundles"
+        )
+
+
+def _parent(destination: Path) -> Path:
+    """The folder the bundle goes into, on the same file system so that the final rename is atomic."""
+    parent = destination.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EdgecError(f"cannot be created: {error.strerror}", where=str(parent)) from error
+    return parent
+
+
+def _dumper(folder: str | Path | None) -> Callable[[str, str], None]:
+    if folder is None:
+        return lambda step, text: None
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    return lambda step, text: (target / f"{step}.txt").write_text(text) and None
+
+
+def _gate_hint(step: Pass) -> str:
+    return "allow more with --max-drop, weaken the pass, or use --on-fail revert"
+
+
+def _skips(context: Context) -> list[dict[str, str]]:
+    return [{"layer": s.layer, "what": s.what, "reason": s.reason} for s in context.skipped]

@@ -1,0 +1,121 @@
+"""What a Program costs before code generation: parameters, multiply-accumulates and stored weight bytes.
+
+After lowering the same figures are read from the Plan (`Plan.macs`, `Plan.weight_bytes`), which is the object that
+is emitted; the two agree on multiply-accumulates (tested).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from edgec import qops as qops  # registers the operators looked up below
+from edgec.lowering.regions import CONV2D
+from edgec.program import Program, layer_of, shape_of
+
+aten = torch.ops.aten
+edgec = torch.ops.edgec
+
+CONVOLUTIONS = (*CONV2D, aten.conv1d.default, aten.conv3d.default, edgec.qconv2d.default)
+TRANSPOSED = (aten.conv_transpose2d.input, aten.conv_transpose1d.default)
+LINEARS = (aten.linear.default, edgec.qlinear.default)
+MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """params: stored weight elements; macs: multiply-accumulates for one sample; weight_bytes: stored bytes."""
+
+    params: int
+    macs: int
+    weight_bytes: int
+
+    def to_json(self) -> dict[str, int]:
+        return {"params": self.params, "macs": self.macs, "weight_bytes": self.weight_bytes}
+
+
+def program_cost(program: Program) -> Cost:
+    """Cost of a Program for a batch of one."""
+    weights = program.weights().values()
+    return Cost(
+        params=sum(w.numel() for w in weights),
+        macs=sum(node_macs(program, node) for node in program.graph.nodes),
+        weight_bytes=sum(w.numel() * w.element_size() for w in weights),
+    )
+
+
+def node_macs(program: Program, node: fx.Node) -> int:
+    """Multiply-accumulates of one node for a batch of one; 0 for anything that is not a matrix product."""
+    if node.op != "call_function":
+        return 0
+    batch = program.example_inputs[0].shape[0] if program.dynamic_batch else 1
+    return _macs(node) // batch
+
+
+def _macs(node: fx.Node) -> int:
+    if node.target in CONVOLUTIONS:
+        weight = shape_of(_node(node.args[1]))
+        return math.prod(shape_of(node)) * math.prod(weight[1:])
+    if node.target in TRANSPOSED:
+        weight = shape_of(_node(node.args[1]))
+        return math.prod(shape_of(_node(node.args[0]))) * math.prod(weight[1:])
+    if node.target in LINEARS:
+        return math.prod(shape_of(node)) * shape_of(_node(node.args[1]))[-1]
+    if node.target in MATMULS:
+        return math.prod(shape_of(node)) * shape_of(_node(node.args[0]))[-1]
+    if node.target is aten.addmm.default:
+        return math.prod(shape_of(node)) * shape_of(_node(node.args[1]))[-1]
+    if node.target is aten.scaled_dot_product_attention.default:
+        query, key = shape_of(_node(node.args[0])), shape_of(_node(node.args[1]))
+        return 2 * math.prod(query) * key[-2]
+    return 0
+
+
+def _node(value: Any) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One row of `edgec inspect`: a graph node that computes something."""
+
+    layer: str
+    op: str
+    shape: tuple[int, ...]
+    macs: int
+    weight_bytes: int
+
+
+def layer_rows(program: Program) -> list[LayerRow]:
+    """One row per computing node, in graph order, for a batch of one."""
+    weights = program.weights()
+    rows = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        shape = shape_of(node)
+        if program.dynamic_batch and shape and shape[0] == program.example_inputs[0].shape[0]:
+            shape = (1, *shape[1:])
+        stored = [weights[str(a.target)] for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        rows.append(
+            LayerRow(
+                layer=layer_of(node),
+                op=op_name(node),
+                shape=shape,
+                macs=node_macs(program, node),
+                weight_bytes=sum(w.numel() * w.element_size() for w in stored),
+            )
+        )
+    return rows
+
+
+def op_name(node: fx.Node) -> str:
+    """Operator name without namespace and overload: `aten.conv2d.default` is `conv2d`."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return getattr(node.target, "__name__", str(node.target))

@@ -1,0 +1,84 @@
+"""The lowering: Program -> Lowered (Plan + TIR kernels), one readable line of named steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from edgec.errors import EdgecError
+from edgec.lowering.importer import Imported, import_graph, legalize_relax
+from edgec.lowering.layout import channels_last
+from edgec.lowering.legalize import legalize, unsupported
+from edgec.lowering.planner import make_plan
+from edgec.lowering.regions import fuse_regions
+from edgec.passbase import Skip
+from edgec.plan import Plan
+from edgec.program import Program, propagate
+from edgec.targets.codegen import LoweredKernels
+from edgec.targets.device import Device
+
+STEPS = ("regions", "layout", "legalize", "import", "kernels", "plan")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a target needs to emit code.
+
+    plan: calls, constants and arena. kernels: TIR, ready for LLVM. fallbacks: what runs on an untuned kernel, and why.
+    """
+
+    plan: Plan
+    kernels: LoweredKernels
+    fallbacks: tuple[Skip, ...]
+
+
+def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] | None = None) -> Lowered:
+    """Lower `program` for `device` with a batch of one.
+
+    `dump(step, text)` receives the text form after each of STEPS. Raises EdgecError naming every operator that cannot
+    be compiled, with its layer.
+    """
+    show = dump or (lambda step, text: None)
+    staged = lower_torch(program, show)
+    exported = legalize(staged.export())
+    show("legalize", str(exported.graph))
+    missing = unsupported(exported)
+    if missing:
+        raise EdgecError(
+            "unsupported operators: " + ", ".join(str(m) for m in missing),
+            where=program.name,
+            hint="rewrite these operations in the model or register a converter",
+        )
+    imported = import_graph(exported, device)
+    show("import", imported.module.script())
+    module = legalize_relax(imported.module, device)
+    return _finish(program, Imported(module, imported.bindings), device, show)
+
+
+def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step, text: None) -> Program:
+    """The torch half of the lowering: static batch of one, fused regions, channels-last layout."""
+    inputs = program.batch_inputs(1)
+    module = program.edit()
+    propagate(module, inputs)
+    staged = Program(program.name, module, inputs, False, program.annotations)
+    for step, rewrite in (("regions", fuse_regions), ("layout", channels_last)):
+        rewrite(module)
+        propagate(module, inputs)
+        show(step, staged.text())
+    return staged
+
+
+def _finish(program: Program, imported: Imported, device: Device, show: Callable[[str, str], Any]) -> Lowered:
+    plan, kernels, fallbacks = make_plan(program, imported, device)
+    show("kernels", str(kernels.module))
+    show("plan", plan.text())
+    return Lowered(plan, kernels, fallbacks)
+
+
+def max_relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """max |got - want| / max |want|, the measure of the import check."""
+    scale = want.abs().max().item()
+    return (got - want).abs().max().item() / (scale if scale > 0 else 1.0)

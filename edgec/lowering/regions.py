@@ -1,0 +1,218 @@
+"""Fuse convolutions, pools and linear layers with what follows them into one region each.
+
+A region is one kernel call: bias, residual addition and activation happen while the result is still in registers.
+Spatial regions work on NHWC tensors; each one is put between two permutations, which the layout step then cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from edgec import regions as region_ops  # noqa: F401  (registers the operators)
+from edgec.program import is_call, layer_of, shape_of
+
+aten = torch.ops.aten
+edgec = torch.ops.edgec
+
+TO_NHWC = [0, 2, 3, 1]
+TO_NCHW = [0, 3, 1, 2]
+CONV2D = (aten.conv2d.default, aten.conv2d.padding)
+
+
+def pair(value: Any) -> list[int]:
+    """An int or a list of one or two ints as two ints, as PyTorch reads kernel sizes and strides."""
+    if isinstance(value, int):
+        return [value, value]
+    return [int(value[0]), int(value[-1])]
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    """Argument of a call by position or keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+    """(stride, padding as [top, bottom, left, right], dilation, groups) of an `aten.conv2d` call."""
+    stride = pair(argument(node, 3, "stride", 1))
+    padding = argument(node, 4, "padding", 0)
+    dilation = pair(argument(node, 5, "dilation", 1))
+    groups = int(argument(node, 6, "groups", 1))
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        kernel = shape_of(node.args[1])[2:]  # type: ignore[arg-type]
+        total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
+        # PyTorch puts the odd element of 'same' padding at the end.
+        return stride, [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2], dilation, groups
+    top, left = pair(padding)
+    return stride, [top, top, left, left], dilation, groups
+
+
+def activation_of(node: fx.Node) -> tuple[str, float, float] | None:
+    """(act, lo, hi) when the node is an activation that kernels apply in their epilogue."""
+    if is_call(node, aten.relu.default, aten.relu_.default):
+        return "clip", 0.0, math.inf
+    if is_call(node, aten.relu6.default, aten.relu6_.default):
+        return "clip", 0.0, 6.0
+    if is_call(node, aten.hardtanh.default, aten.hardtanh_.default):
+        return "clip", float(argument(node, 1, "min_val", -1.0)), float(argument(node, 2, "max_val", 1.0))
+    if is_call(node, aten.clamp.default, aten.clamp_.default):
+        lo, hi = argument(node, 1, "min", None), argument(node, 2, "max", None)
+        if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
+            return None
+        return "clip", -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi)
+    if is_call(node, aten.gelu.default):
+        return ("gelu", 0.0, 0.0) if argument(node, 1, "approximate", "none") == "none" else None
+    table = {
+        aten.hardswish: "hardswish",
+        aten.hardsigmoid: "hardsigmoid",
+        aten.sigmoid: "sigmoid",
+        aten.silu: "silu",
+        aten.tanh: "tanh",
+    }
+    for packet, name in table.items():
+        if is_call(node, packet.default) or (hasattr(packet, "default_") and is_call(node, packet.default_)):
+            return name, 0.0, 0.0
+    return None
+
+
+def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
+    """Replace conv2d, linear, pools and their quantised forms by region operators, in place; returns `module`."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if is_call(node, *CONV2D):
+            geometry = conv_geometry(node)
+            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+            last, residual, act = _follow(node)
+            with graph.inserting_before(last):
+                around = None if residual is None else nhwc(graph, residual)
+                _replace(graph, edgec.conv2d_nhwc.default, (nhwc(graph, x), w, bias, around, *geometry, *act), node, last)
+        elif is_call(node, aten.linear.default):
+            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+            last, residual, act = _follow(node)
+            with graph.inserting_before(last):
+                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
+            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node))
+            last.replace_all_uses_with(new)
+        elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
+            _fuse_qconv(graph, node)
+        elif is_call(node, edgec.qavg_pool2d.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
+            with graph.inserting_before(node):
+                args = (nhwc(graph, node.args[0]), *node.args[1:9], "NHWC")
+                _replace(graph, node.target, args, node, node)
+        elif is_call(node, edgec.qmax_pool2d.default) and argument(node, 6, "layout", "NCHW") == "NCHW":
+            with graph.inserting_before(node):
+                args = (nhwc(graph, node.args[0]), *node.args[1:6], "NHWC")
+                _replace(graph, node.target, args, node, node)
+        elif is_call(node, aten.max_pool2d.default) and not argument(node, 5, "ceil_mode", False):
+            kernel = pair(node.args[1])
+            stride = pair(argument(node, 2, "stride", None) or kernel)
+            top, left = pair(argument(node, 3, "padding", 0))
+            dilation = pair(argument(node, 4, "dilation", 1))
+            with graph.inserting_before(node):
+                args = (nhwc(graph, node.args[0]), kernel, stride, [top, top, left, left], dilation)
+                _replace(graph, edgec.max_pool2d_nhwc.default, args, node, node)
+        elif is_call(node, aten.avg_pool2d.default) and _plain_average(node):
+            kernel = pair(node.args[1])
+            stride = pair(argument(node, 2, "stride", None) or kernel)
+            top, left = pair(argument(node, 3, "padding", 0))
+            with graph.inserting_before(node):
+                args = (nhwc(graph, node.args[0]), kernel, stride, [top, top, left, left])
+                _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def nhwc(graph: fx.Graph, node: Any) -> fx.Node:
+    """NHWC form of an NCHW value; cancels an NHWC-to-NCHW permutation."""
+    if is_call(node, aten.permute.default) and list(node.args[1]) == TO_NCHW:
+        return node.args[0]
+    return _permute(graph, node, TO_NHWC)
+
+
+def nchw(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """NCHW form of an NHWC value."""
+    return _permute(graph, node, TO_NCHW)
+
+
+def _permute(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
+    for user in node.users:
+        if is_call(user, aten.permute.default) and list(user.args[1]) == order and user.meta.get("edgec_layout"):
+            return user
+    # Directly behind its operand, so that every later user may share it.
+    with graph.inserting_after(node):
+        new = graph.call_function(aten.permute.default, (node, order))
+    new.meta.update(val=node.meta["val"].permute(order), edgec_layer=layer_of(node), edgec_layout=True)
+    return new
+
+
+def _replace(graph: fx.Graph, target: Any, args: tuple[Any, ...], first: fx.Node, last: fx.Node) -> fx.Node:
+    """Emit an NHWC call in the place of the NCHW nodes `first` .. `last`."""
+    new = graph.call_function(target, args)
+    new.meta.update(val=last.meta["val"].permute(TO_NHWC), edgec_layer=layer_of(first))
+    last.replace_all_uses_with(nchw(graph, new))
+    return new
+
+
+def _plain_average(node: fx.Node) -> bool:
+    """True when every window is divided by its full size, which is what the kernel does."""
+    padded = any(pair(argument(node, 3, "padding", 0)))
+    return (
+        not argument(node, 4, "ceil_mode", False)
+        and argument(node, 6, "divisor_override", None) is None
+        and (argument(node, 5, "count_include_pad", True) or not padded)
+    )
+
+
+def _fuse_qconv(graph: fx.Graph, node: fx.Node) -> None:
+    """`qconv2d`, with the `qadd` that is its only user when the other operand has the same shape."""
+    x, *rest = node.args[:13]
+    add = _only_user(node)
+    if add is not None and is_call(add, edgec.qadd.default):
+        a, b, ma, mb, f, za, zb, zy, lo, hi = add.args
+        other = b if a is node else a
+        if a is not b and isinstance(other, fx.Node) and shape_of(other) == shape_of(node):
+            if b is node:
+                ma, mb, za, zb = mb, ma, zb, za
+            with graph.inserting_before(add):
+                weights, geometry = rest[:4], rest[4:]
+                args = (nhwc(graph, x), *weights, nhwc(graph, other), *geometry, [ma, mb, f, za, zb, zy, lo, hi])
+                _replace(graph, edgec.qconv2d_add.default, args, node, add)
+            return
+    with graph.inserting_before(node):
+        _replace(graph, node.target, (nhwc(graph, x), *rest, "NHWC"), node, node)
+
+
+def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float]]:
+    """The last node of the region that starts at `node`, its residual operand and its activation."""
+    last, residual = node, None
+    follower = _only_user(last)
+    if follower is not None and is_call(follower, aten.add.Tensor, aten.add_.Tensor):
+        a, b = follower.args[0], follower.args[1]
+        other = b if a is last else a
+        same_shape = isinstance(other, fx.Node) and other is not last and "val" in other.meta
+        if (
+            same_shape
+            and follower.kwargs.get("alpha", 1) == 1
+            and shape_of(other) == shape_of(last)
+            and other.op != "get_attr"
+        ):
+            last, residual = follower, other
+            follower = _only_user(last)
+    act = activation_of(follower) if follower is not None else None
+    if act is not None and follower is not None:
+        return follower, residual, act
+    return last, residual, ("none", 0.0, 0.0)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 and users[0].op == "call_function" else None

@@ -1,0 +1,178 @@
+"""TIR kernels to an object file with plain C functions.
+
+The kernels are lowered without TVM's calling convention: every buffer becomes a pointer parameter, internal buffers
+that are too large for the stack become further pointer parameters (the memory planner gives them room in the arena),
+and nothing refers to the TVM runtime. The object links into any C program.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.ir import PointerType, PrimType
+from tvm.tirx.buffer import is_buffer_var
+
+from edgec.targets.device import Device
+
+
+@dataclass(frozen=True)
+class LoweredKernels:
+    """Kernels ready for LLVM.
+
+    signature: C element type (numpy dtype name) of each pointer parameter, scratch included, by symbol.
+    scratch: bytes of each scratch parameter; they follow the declared parameters.
+    readonly: indices of parameters that the kernel never stores to.
+    """
+
+    module: Any
+    signature: dict[str, tuple[str, ...]]
+    scratch: dict[str, tuple[int, ...]]
+    readonly: dict[str, frozenset[int]]
+
+
+def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) -> LoweredKernels:
+    """Lower every PrimFunc of `module`; the function's name becomes the C symbol.
+
+    Internal buffers of `min_scratch` bytes or more become scratch parameters, smaller ones stay on the C stack.
+    """
+    target = tvm.target.Target(device.llvm_target())
+    functions = {
+        var.name_hint: f.with_attr("global_symbol", var.name_hint)
+        for var, f in module.functions.items()
+        if isinstance(f, tirx.PrimFunc)
+    }
+    low = _passes(target)(tvm.IRModule(functions))
+    lowered, signature, scratch, readonly = {}, {}, {}, {}
+    for var, function in sorted(low.functions.items(), key=lambda item: item[0].name_hint):
+        symbol = var.name_hint
+        raw, types, sizes, constant = _raw_signature(function, symbol, target, min_scratch)
+        lowered[symbol] = raw
+        signature[symbol], scratch[symbol], readonly[symbol] = types, sizes, constant
+    final = tirx.transform.LowerIntrin()(tvm.IRModule(lowered))
+    return LoweredKernels(final, signature, scratch, readonly)
+
+
+def build_object(lowered: LoweredKernels, device: Device) -> bytes:
+    """Compile to one position-independent ELF object. The same kernels give the same bytes."""
+    target = tvm.target.Target(device.llvm_target())
+    built = tvm.get_global_func("target.build.llvm")(lowered.module, target)
+    with tempfile.TemporaryDirectory(prefix="edgec-object-") as folder:
+        path = Path(folder) / "kernels.o"
+        built.write_to_file(str(path), "o")
+        return path.read_bytes()
+
+
+def undefined_symbols(data: bytes) -> set[str]:
+    """Names an ELF object or shared library expects from elsewhere."""
+    from elftools.elf.elffile import ELFFile
+    from elftools.elf.sections import SymbolTableSection
+
+    found = set()
+    for section in ELFFile(io.BytesIO(data)).iter_sections():
+        if isinstance(section, SymbolTableSection):
+            found |= {s.name for s in section.iter_symbols() if s["st_shndx"] == "SHN_UNDEF" and s.name}
+    return found
+
+
+def _passes(target: Any) -> Any:
+    """TVM's TIR pipeline without the passes that produce its packed calling convention."""
+    s, x = s_tir.transform, tirx.transform
+    return tvm.ir.transform.Sequential(
+        [
+            x.BindTarget(target.with_host(target)),
+            s.CanonicalizeLoop(),
+            s.LowerInitBlock(),
+            s.PlanAndUpdateBufferAllocationLocation(),
+            s.ConvertBlocksToOpaque(),
+            s.CompactBufferAllocation(),
+            s.LowerMatchBuffer(),
+            s.StmtSimplify(),
+            s.LowerOpaqueBlock(),
+            x.FlattenBuffer(),
+            x.NarrowDataType(32),
+            s.LoopPartition(),
+            x.VectorizeLoop(True),
+            x.StorageRewrite(),
+            s.HoistIfThenElse(),
+            x.UnrollLoop(),
+            s.RenormalizeSplitPattern(),
+            x.StmtSimplify(),
+            x.RemoveNoOp(),
+            s.RewriteUnsafeSelect(),
+            x.CommonSubexprElim(),
+        ]
+    )
+
+
+def _raw_signature(
+    function: Any, symbol: str, target: Any, min_scratch: int
+) -> tuple[Any, tuple[str, ...], tuple[int, ...], frozenset[int]]:
+    """Buffer parameters become pointers, large allocations become parameters."""
+    pointers, declarations, types, buffers = [], [], [], []
+    for parameter in function.params:
+        dtype = _dtype(parameter)
+        pointer = tirx.Var(parameter.name, PointerType(PrimType(dtype), "global"))
+        pointers.append(pointer)
+        types.append(dtype)
+        buffers.append(parameter)
+        declarations.append(tirx.DeclBuffer(parameter, data=pointer))
+    sizes: list[int] = []
+
+    def on_allocation(statement: Any) -> Any:
+        buffer = statement.buffer
+        size = _bytes(buffer)
+        if buffer.scope() != "global" or size < min_scratch:
+            return statement
+        pointer = tirx.Var(f"{buffer.name}_ws", PointerType(PrimType(_dtype(buffer)), "global"))
+        pointers.append(pointer)
+        types.append(_dtype(buffer))
+        sizes.append(size)
+        return tirx.DeclBuffer(buffer, data=pointer)
+
+    body = tvm_ffi.structural_map(function.body, [(tirx.AllocBuffer, on_allocation)], order="post")
+    # An output that may share memory with an input must not be promised to be unaliased.
+    aliased = function.attrs is not None and "edgec.inplace" in function.attrs
+    raw = tirx.PrimFunc(pointers, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
+    raw = raw.with_attr("global_symbol", symbol).with_attr("target", target)
+    if not aliased:
+        raw = raw.with_attr("tirx.noalias", True)
+    stored = _stored(function.body)
+    constant = frozenset(i for i, p in enumerate(buffers) if not any(p.same_as(b) for b in stored))
+    return raw, tuple(types), tuple(sizes), constant
+
+
+def _stored(body: Any) -> list[Any]:
+    """Buffers that are written, looked up through the declarations that rename them."""
+    renamed: dict[Any, Any] = {}
+    stores: list[Any] = []
+
+    def on_declaration(statement: Any) -> None:
+        source = statement.data
+        renamed[statement.buffer] = source.args[0] if hasattr(source, "args") and len(source.args) else source
+
+    tvm_ffi.structural_walk(body, [(tirx.DeclBuffer, on_declaration)], order="pre")
+    tvm_ffi.structural_walk(body, [(tirx.BufferStore, lambda s: stores.append(s.buffer))], order="pre")
+    found = []
+    for buffer in stores:
+        while buffer in renamed:
+            buffer = renamed[buffer]
+        found.append(buffer)
+    return found
+
+
+def _dtype(buffer: Any) -> str:
+    return str(buffer.ty.dtype.dtype) if is_buffer_var(buffer) else str(buffer.dtype)
+
+
+def _bytes(buffer: Any) -> int:
+    size = 1
+    for extent in buffer.ty.shape:
+        size *= int(extent)
+    return size * buffer.ty.dtype.dtype.itemsize
