@@ -249,7 +249,7 @@ def compile_model(
         tell("check", 0.0)
         _device_check(run, bundle, program, lowered, device)
         run.ledger.skipped = _skips(run.context)
-        _write_reports(run, bundle, lowered, staged)
+        _write_reports(run, bundle, lowered, program, staged)
         if destination.exists():
             shutil.rmtree(destination)
         staged.rename(destination)
@@ -379,3 +379,119 @@ def _gate_hint(step: Pass) -> str:
 
 def _skips(context: Context) -> list[dict[str, str]]:
     return [{"layer": s.layer, "what": s.what, "reason": s.reason} for s in context.skipped]
+
+
+def _build(
+    run: _Run,
+    original: Program,
+    program: Program,
+    lowered: Lowered,
+    device: Device,
+    pipeline: Pipeline,
+    staged: Path,
+) -> Bundle:
+    """Emit and build the bundle with a self-test vector taken from the evaluation data."""
+    from edgec.bundle import build_bundle
+
+    arrays, _ = run.dataset.read(slice(0, 1))
+    inputs = [np.ascontiguousarray(a) for a in arrays]
+    outputs = [y.numpy() for y in program(*_tensors(inputs))]
+    meta = {
+        "name": program.name,
+        "passes": pipeline.spelling(),
+        "seed": run.options.seed,
+        "evaluation": run.dataset.describe(),
+        "calibration": None if run.context.calibration is None else run.context.calibration.describe(),
+        "model": {"original": original.fingerprint(), "final": program.fingerprint()},
+    }
+    tolerance = 0.0 if is_integer(program) else FLOAT_TOLERANCE
+    return build_bundle(lowered, device, staged, selftest=(inputs, outputs, tolerance), meta=meta)
+
+
+def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered, device: Device) -> None:
+    """Run the generated code on the evaluation data and compare it with the last Program, sample by sample.
+
+    Raises EdgecError when the code differs from the Program by more than it may, GateFailed when it loses too much.
+    """
+    from edgec.ledger import DeviceRecord
+    from edgec.metrics import compare, evaluate
+
+    samples = run.options.device_samples
+    if samples is None:
+        samples = len(run.dataset) if device.runner == "native" else EMULATED_SAMPLES
+    dataset = run.dataset.limit(samples, run.options.seed)
+    want = evaluate(program, dataset, run.metric)
+    got = evaluate(
+        bundle.run_tensors, dataset, run.metric, progress=lambda done: run.progress("check device", done)
+    )
+    original = evaluate(run.original, dataset, run.metric)
+    comparison = compare(original, got)
+    errors = [float(np.abs(a.astype(np.float64) - b).max()) for a, b in zip(got.outputs, want.outputs, strict=True)]
+    scales = [float(np.abs(b).max()) or 1.0 for b in want.outputs]
+    exact = all(np.array_equal(a, b) for a, b in zip(got.outputs, want.outputs, strict=True))
+    worst = max(e / s for e, s in zip(errors, scales, strict=True))
+    run.ledger.device = DeviceRecord.of(
+        target=device.name,
+        runner=device.runner,
+        metric=run.metric,
+        comparison=comparison,
+        bit_exact=exact,
+        max_abs_error=max(errors),
+        arena_bytes=lowered.plan.arena_bytes,
+        arena_lower_bound=lowered.plan.arena_lower_bound,
+        code_bytes=bundle.manifest["code_bytes"],
+        weight_bytes=lowered.plan.weight_bytes,
+    )
+    if is_integer(program) and not exact:
+        raise EdgecError(
+            f"generated code is not bit-equal to the integer program (max error {max(errors):g})",
+            where=f"{program.name} on {device.name}",
+            hint="this is a bug in edgec: please report the model and the pipeline",
+        )
+    if not worst <= FLOAT_TOLERANCE * 10 and not exact:
+        raise EdgecError(
+            f"generated code differs from the program (relative error {worst:.2g})",
+            where=f"{program.name} on {device.name}",
+            hint="this is a bug in edgec: please report the model and the pipeline",
+        )
+    verdict = run.check.verdict(comparison)
+    if not verdict.passed:
+        raise GateFailed(verdict.message, where=f"generated code on {device.name}", hint="see the report's device part")
+
+
+def is_integer(program: Program) -> bool:
+    """True when all that is computed between the quantised input and the dequantised output is integer arithmetic."""
+    import torch
+
+    edges = (torch.ops.edgec.dequantize.default, torch.ops.edgec.quantize.default)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            if node.target not in edges and not _only_moves(node):
+                return False
+    return any(n.target in edges for n in program.graph.nodes)
+
+
+def _only_moves(node: Any) -> bool:
+    """Operators that rearrange elements and compute nothing."""
+    import torch
+
+    aten = torch.ops.aten
+    moves = (aten.view, aten.reshape, aten.flatten, aten.permute, aten.transpose, aten.squeeze, aten.unsqueeze)
+    return getattr(node.target, "overloadpacket", None) in moves
+
+
+def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Any, ...]:
+    import torch
+
+    return tuple(torch.from_numpy(a) for a in arrays)
+
+
+def _write_reports(run: _Run, bundle: Bundle, lowered: Lowered, program: Program, staged: Path) -> None:
+    """report.json, report.html and the final Program beside the code."""
+    from edgec.report import write_report
+    from edgec.sensitivity import compare_layers
+
+    rows = [row.to_json() for row in compare_layers(run.original, program, run.dataset)]
+    write_report(staged, run.ledger.to_json(), timeline=lowered.plan.timeline(), sensitivity=rows)
+    program.save(staged / "program.pt2")

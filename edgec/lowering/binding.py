@@ -14,32 +14,205 @@ import numpy as np
 import torch
 from torch import fx
 
-from edgec.program import dtype_of, layer_of, shape_of
+from edgec import regions as regions  # registers the operators looked up below
+from edgec.program import layer_of, shape_of
+from edgec.targets.device import Device
+from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
-from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean
-from edgec.targets.kernels.transpose import Transpose
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 
 edgec = torch.ops.edgec
-aten = torch.ops.aten
 
 Weights = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A kernel call: `spec` with `inputs` (graph nodes) and the constants that `spec.pack(device, **weights)` packs."""
+    """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output."""
 
     spec: Any
-    inputs: tuple[fx.Node, ...]
+    before: tuple[fx.Node, ...]
     layer: str
-    op: str
-    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
-    output_shape: tuple[int, ...] = ()
+    weights: Mapping[str, np.ndarray | None] = field(default_factory=dict)
+    after: tuple[fx.Node, ...] = ()
+
+    @property
+    def symbol(self) -> str:
+        dtype = getattr(self.spec, "dtype", None)
+        return self.spec.name if dtype is None else f"{self.spec.name}_{'i8' if dtype == 'int8' else 'f32'}"
+
+    def pack(self, device: Device) -> tuple[np.ndarray, ...]:
+        return self.spec.pack(device, **self.weights)
 
 
 def bind(node: fx.Node, constants: Weights) -> Binding | None:
     """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
     return rule(node, constants) if rule is not None else None
+
+
+def _value(constants: Weights, node: Any) -> np.ndarray | None:
+    return None if node is None else constants[node.name]
+
+
+def _conv_spec(
+    node: fx.Node, w: np.ndarray, geometry: Any, dtype: str, x_zp: int, epilogue: Epilogue
+) -> Conv2D | Depthwise:
+    stride, padding, dilation, groups = geometry
+    _, h, width, channels = shape_of(node.args[0])  # type: ignore[arg-type]
+    kernel = (w.shape[2], w.shape[3])
+    common: dict[str, Any] = {
+        "kernel": kernel,
+        "stride": tuple(stride),
+        "padding": tuple(padding),
+        "dilation": tuple(dilation),
+        "dtype": dtype,
+        "x_zp": x_zp,
+        "epilogue": epilogue,
+    }
+    if groups == channels == w.shape[0] and channels > 1:
+        return Depthwise(h, width, channels, **common)
+    return Conv2D(h, width, channels, w.shape[0], groups=groups, **common)
+
+
+def _conv2d(node: fx.Node, constants: Weights) -> Binding:
+    x, w, bias, residual, *geometry, act, lo, hi = node.args
+    weights = {"w": constants[w.name], "bias": _value(constants, bias)}  # type: ignore[union-attr]
+    epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)  # type: ignore[arg-type]
+    spec = _conv_spec(node, weights["w"], geometry, "float32", 0, epilogue)  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))  # type: ignore[arg-type]
+
+
+def _linear(node: fx.Node, constants: Weights) -> Binding:
+    x, w, bias, residual, act, lo, hi = node.args
+    weight = constants[w.name]  # type: ignore[union-attr]
+    rows = int(np.prod(shape_of(node)[:-1]))
+    epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)  # type: ignore[arg-type]
+    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], epilogue=epilogue)
+    weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias)}
+    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))  # type: ignore[arg-type]
+
+
+def _qconv2d(node: fx.Node, constants: Weights) -> Binding:
+    x, w, bias, m, shift, *geometry, x_zp, y_zp, lo, hi = node.args[:13]
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp)  # type: ignore[arg-type]
+    weights = _integer_weights(constants, w, bias, m, shift)
+    return Binding(_conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue), (x,), layer_of(node), weights)  # type: ignore[arg-type]
+
+
+def _qconv2d_add(node: fx.Node, constants: Weights) -> Binding:
+    x, w, bias, m, shift, residual, *geometry, x_zp, y_zp, lo, hi, add = node.args
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add))  # type: ignore[arg-type,misc]
+    weights = _integer_weights(constants, w, bias, m, shift)
+    spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue)  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node), weights, (residual,))  # type: ignore[arg-type]
+
+
+def _qlinear(node: fx.Node, constants: Weights) -> Binding:
+    x, w, bias, m, shift, y_zp, lo, hi = node.args
+    weights = _integer_weights(constants, w, bias, m, shift)
+    weight = weights["w"]
+    weights["w"] = weight[:, :, None, None]
+    rows = int(np.prod(shape_of(node)[:-1]))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp)  # type: ignore[arg-type]
+    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue)
+    return Binding(spec, (x,), layer_of(node), weights)  # type: ignore[arg-type]
+
+
+def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) -> dict[str, np.ndarray]:
+    return {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", m), ("shift", shift))}
+
+
+def _map(node: Any) -> tuple[int, int, int]:
+    """(h, w, c) of an NHWC value with one sample."""
+    return shape_of(node)[1:]  # type: ignore[return-value]
+
+
+def _max_pool(node: fx.Node, constants: Weights) -> Binding:
+    x, kernel, stride, padding, dilation = node.args[:5]
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    spec = MaxPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), dtype)  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+def _avg_pool(node: fx.Node, constants: Weights) -> Binding:
+    x, kernel, stride, padding = node.args[:4]
+    spec = AvgPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding))  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+def _qavg_pool(node: fx.Node, constants: Weights) -> Binding:
+    x, kernel, stride, padding, m, shift, zx, zy, lo, hi = node.args[:10]
+    requant = Requant(m, shift, zx, zy, lo, hi)  # type: ignore[arg-type]
+    geometry = (tuple(kernel), tuple(stride), tuple(padding))  # type: ignore[arg-type]
+    spec = AvgPool(*_map(x), *geometry, dtype="int8", requant=requant)  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+def _qmean(node: fx.Node, constants: Weights) -> Binding:
+    """The mean over any adjacent axes is a pool over [before, reduced, after]."""
+    x, dims, _, m, shift, zx, zy, lo, hi = node.args
+    shape = shape_of(x)  # type: ignore[arg-type]
+    axes = sorted(int(d) % len(shape) for d in dims)  # type: ignore[union-attr]
+    if axes != list(range(axes[0], axes[-1] + 1)) or int(np.prod(shape[: axes[0]])) != 1:
+        raise NotImplementedError(f"mean over axes {axes} of {shape}")
+    reduced = int(np.prod(shape[axes[0] : axes[-1] + 1]))
+    rest = int(np.prod(shape[axes[-1] + 1 :]))
+    requant = Requant(m, shift, zx, zy, lo, hi)  # type: ignore[arg-type]
+    return Binding(Mean(1, reduced, rest, "int8", requant), (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+def _qadd(node: fx.Node, constants: Weights) -> Binding:
+    a, b, *add = node.args
+    spec = QAdd(shape_of(a), shape_of(b), AddEpilogue(*add))  # type: ignore[arg-type]
+    return Binding(spec, (a, b), layer_of(node))  # type: ignore[arg-type]
+
+
+def _qmul(node: fx.Node, constants: Weights) -> Binding:
+    a, b, *rest = node.args
+    return Binding(QMul(shape_of(a), shape_of(b), *rest), (a, b), layer_of(node))  # type: ignore[arg-type]
+
+
+def _qrescale(node: fx.Node, constants: Weights) -> Binding:
+    x, *rest = node.args
+    return Binding(QRescale(shape_of(x), *rest), (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+def _qlut(node: fx.Node, constants: Weights) -> Binding:
+    x, table, axis = node.args
+    values = constants[table.name]  # type: ignore[union-attr]
+    shape = shape_of(x)  # type: ignore[arg-type]
+    spec = QLut(shape, values.ndim == 2, int(axis) % len(shape) if values.ndim == 2 else 0)  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node), {"table": values})  # type: ignore[arg-type]
+
+
+def _quantize(node: fx.Node, constants: Weights) -> Binding:
+    x, scale, zero_point = node.args
+    return Binding(Quantize(shape_of(x), scale, zero_point), (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+def _dequantize(node: fx.Node, constants: Weights) -> Binding:
+    x, scale, zero_point = node.args
+    return Binding(Dequantize(shape_of(x), scale, zero_point), (x,), layer_of(node))  # type: ignore[arg-type]
+
+
+RULES: dict[Any, Callable[[fx.Node, Weights], Binding]] = {
+    edgec.conv2d_nhwc.default: _conv2d,
+    edgec.linear_act.default: _linear,
+    edgec.max_pool2d_nhwc.default: _max_pool,
+    edgec.avg_pool2d_nhwc.default: _avg_pool,
+    edgec.qconv2d.default: _qconv2d,
+    edgec.qconv2d_add.default: _qconv2d_add,
+    edgec.qlinear.default: _qlinear,
+    edgec.qmax_pool2d.default: _max_pool,
+    edgec.qavg_pool2d.default: _qavg_pool,
+    edgec.qmean.default: _qmean,
+    edgec.qadd.default: _qadd,
+    edgec.qmul.default: _qmul,
+    edgec.qrescale.default: _qrescale,
+    edgec.qlut.default: _qlut,
+    edgec.quantize.default: _quantize,
+    edgec.dequantize.default: _dequantize,
+}
