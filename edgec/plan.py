@@ -59,7 +59,8 @@ class Constant:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel call. `args` names buffers and constants in the order of the C parameters, scratch last."""
+    """One kernel call. `args` names buffers and constants in the order of the C parameters: inputs, then `outputs`
+    results, then scratch."""
 
     symbol: str
     args: tuple[str, ...]
@@ -67,6 +68,7 @@ class Step:
     op: str
     macs: int
     tuned: bool
+    outputs: int = 1
 
 
 @dataclass(frozen=True)
@@ -213,15 +215,16 @@ class PlanBuilder:
         tuned: bool = True,
         inplace: Iterable[int] = (),
         scratch: Sequence[int] = (),
+        outputs: int = 1,
     ) -> None:
-        """Append a call; the last of `args` is the output. inplace: argument positions the output may overwrite."""
+        """Append a call; the last `outputs` of `args` are written. inplace: argument positions the output may overwrite."""
         self._inplace[len(self._steps)] = tuple(inplace)
         extra = []
         for size in scratch:
             name = f"s{len(self._tensors)}"
             self._tensors[name] = ("uint8", (size,), "scratch")
             extra.append(name)
-        self._steps.append(Step(symbol, (*args, *extra), layer, op or symbol, macs, tuned))
+        self._steps.append(Step(symbol, (*args, *extra), layer, op or symbol, macs, tuned, outputs))
 
     def add_output(self, name: str, buffer: str, shape: Sequence[int], dtype: str) -> None:
         """Declare that `buffer` is returned. A buffer that is an input, a constant, a view or already returned is
@@ -279,7 +282,7 @@ class PlanBuilder:
         """Let an output take over an input that dies in the same step, where the kernel allows it and sizes agree."""
         for number, step in enumerate(self._steps):
             outputs = [a for a in step.args if self._tensors.get(a, ("", (), "scratch"))[2] != "scratch"]
-            if not outputs or step.symbol == COPY:
+            if step.outputs != 1 or step.symbol == COPY:
                 continue
             out = self._root(outputs[-1])
             for position in self._inplace[number]:
@@ -336,10 +339,10 @@ def check(plan: Plan) -> None:
         names = [a for a in step.args if a in plan.buffers]
         roots = [plan.buffers[n].alias_of or n for n in names]
         real = [r for n, r in zip(names, roots, strict=True) if plan.buffers[n].kind != "scratch"]
-        for root in real[:-1]:
+        for root in real[: -step.outputs]:
             if root not in written:
                 raise AssertionError(f"{step.symbol} reads {root} before it is written")
-        written.add(real[-1])
+        written |= set(real[-step.outputs :])
     owners = [b for b in plan.buffers.values() if b.alias_of is None and b.offset is not None]
     for i, a in enumerate(owners):
         for b in owners[i + 1 :]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgec.lowering.regions import TO_NCHW, TO_NHWC, argument, nchw, nhwc
+from edgec.lowering.regions import PADS, TO_NCHW, TO_NHWC, argument, nchw, nhwc, pad_value
 from edgec.program import constant_of, get_weight, is_call, layer_of, shape_of, weight_node
 
 aten = torch.ops.aten
@@ -61,7 +61,6 @@ BINARY = (
     edgec.qadd.default,
     edgec.qmul.default,
 )
-PADS = (aten.pad.default, aten.constant_pad_nd.default)
 RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims)
 
 
@@ -175,17 +174,15 @@ def _cat(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 def _pad(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     x, widths = node.args[0], list(node.args[1])
-    if not held(x) or argument(node, 2, "mode", "constant") not in ("constant", 0, 0.0) and node.target is PADS[0]:
+    value = pad_value(node)
+    if not held(x) or value is None:
         return None
-    if not all(isinstance(v, int) for v in widths):
-        return None
-    value = argument(node, 3, "value", None) if node.target is PADS[0] else argument(node, 2, "value", 0)
     widths += [0] * (8 - len(widths))
     by_axis = {AXIS[3 - i]: widths[2 * i : 2 * i + 2] for i in range(4)}
     flat = [w for axis in (3, 2, 1, 0) for w in by_axis[axis]]
     while flat and flat[-2:] == [0, 0]:
         flat = flat[:-2]
-    return _emit(module, node, aten.constant_pad_nd.default, (nhwc(module.graph, x), flat, 0 if value is None else value))
+    return _emit(module, node, aten.constant_pad_nd.default, (nhwc(module.graph, x), flat, value))
 
 
 def _slice(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -222,9 +219,9 @@ def _adaptive_average(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _permute(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """The model's own NCHW-to-NHWC permutation of a held value is that value."""
+    """An NCHW-to-NHWC permutation of a held value, ours or the model's own, is that value."""
     x, order = node.args
-    if not held(x) or node.meta.get("edgec_layout") or [int(d) % 4 for d in order] != TO_NHWC:
+    if not held(x) or [int(d) % 4 for d in order] != TO_NHWC:
         return None
     return nhwc(module.graph, x)
 

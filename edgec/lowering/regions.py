@@ -20,6 +20,7 @@ edgec = torch.ops.edgec
 
 TO_NHWC = [0, 2, 3, 1]
 TO_NCHW = [0, 3, 1, 2]
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -87,8 +88,8 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     for node in list(graph.nodes):
         if is_call(node, *CONV2D):
-            geometry = conv_geometry(node)
-            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+            x, geometry = absorb_padding(node.args[0], conv_geometry(node))
+            w, bias = node.args[1], argument(node, 2, "bias", None)
             last, residual, act = _follow(node)
             with graph.inserting_before(last):
                 around = None if residual is None else nhwc(graph, residual)
@@ -129,6 +130,29 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def pad_value(node: fx.Node) -> float | int | None:
+    """The constant that an `aten.pad` call fills in; None for other modes and computed widths."""
+    if not all(isinstance(width, int) for width in node.args[1]):  # type: ignore[union-attr]
+        return None
+    if node.target is aten.constant_pad_nd.default:
+        return argument(node, 2, "value", 0)
+    if argument(node, 2, "mode", "constant") != "constant":
+        return None
+    return argument(node, 3, "value", None) or 0
+
+
+def absorb_padding(x: Any, geometry: tuple[list[int], list[int], list[int], int]) -> tuple[Any, Any]:
+    """Merge a zero padding of height and width in front of a convolution into the convolution's own."""
+    stride, padding, dilation, groups = geometry
+    if not is_call(x, *PADS) or pad_value(x) != 0 or len(shape_of(x)) != 4:
+        return x, geometry
+    left, right, top, bottom, *rest = [*x.args[1], 0, 0, 0, 0][: max(4, len(x.args[1]))]
+    if any(rest) or min(left, right, top, bottom) < 0:
+        return x, geometry
+    merged = [a + b for a, b in zip(padding, (top, bottom, left, right), strict=True)]
+    return x.args[0], (stride, merged, dilation, groups)
 
 
 def nhwc(graph: fx.Graph, node: Any) -> fx.Node:

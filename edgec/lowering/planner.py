@@ -1,0 +1,120 @@
+"""Read the Relax `main` off into a Plan, and lower the kernels it calls."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tvm
+from tvm import relax, tirx
+
+from edgec.errors import EdgecError
+from edgec.lowering.importer import TAG, VIEWS, Imported
+from edgec.passbase import Skip
+from edgec.plan import Plan, PlanBuilder
+from edgec.program import Program
+from edgec.targets.codegen import LoweredKernels, lower_kernels
+from edgec.targets.device import Device
+
+
+def make_plan(program: Program, imported: Imported, device: Device) -> tuple[Plan, LoweredKernels, list[Skip]]:
+    """(plan, kernels, fallbacks). `imported.module` is legalised: `main` calls TIR and makes views, nothing else."""
+    module = imported.module
+    prefix = symbol_prefix(program.name)
+    renamed = {
+        var.name_hint: function
+        for var, function in module.functions.items()
+        if isinstance(function, tirx.PrimFunc)
+    }
+    kernels = lower_kernels(tvm.IRModule({f"{prefix}_{n}": f for n, f in renamed.items()}), device)
+    reader = _Reader(program, imported, kernels, prefix)
+    plan = reader.read(module["main"])
+    return plan, kernels, reader.fallbacks
+
+
+def symbol_prefix(name: str) -> str:
+    """A C identifier from a model's name."""
+    cleaned = re.sub(r"[^0-9A-Za-z_]", "_", name)
+    return cleaned if cleaned[:1].isalpha() else f"m_{cleaned}"
+
+
+class _Reader:
+    """Walks the bindings of `main` in order."""
+
+    def __init__(self, program: Program, imported: Imported, kernels: LoweredKernels, prefix: str) -> None:
+        self.program = program
+        self.imported = imported
+        self.kernels = kernels
+        self.prefix = prefix
+        self.builder = PlanBuilder(symbol_prefix(program.name))
+        # Relax variable names are not unique: the objects are the keys.
+        self.names: dict[Any, Any] = {}
+        self.fallbacks: list[Skip] = []
+
+    def read(self, main: Any) -> Plan:
+        for spec, variable in zip(self.program.inputs, main.params, strict=True):
+            self.names[variable] = self.builder.add_input(spec.name, spec.shape, spec.dtype)
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                self.names[binding.var] = self._value(binding.var, binding.value)
+        result = self._operand(main.body.body)
+        results = result if isinstance(result, tuple) else (result,)
+        for spec, buffer in zip(self.program.outputs, results, strict=True):
+            self.builder.add_output(spec.name, buffer, spec.shape, spec.dtype)
+        return self.builder.finish()
+
+    def _operand(self, value: Any) -> Any:
+        """The buffer or constant (a tuple of them for a tuple) behind a Relax expression."""
+        if isinstance(value, relax.Var):
+            return self.names[value]
+        if isinstance(value, relax.Tuple):
+            return tuple(self._operand(f) for f in value.fields)
+        if isinstance(value, relax.TupleGetItem):
+            return self._operand(value.tuple_value)[value.index]
+        if hasattr(value, "value") and hasattr(value.value, "numpy"):
+            return self.builder.add_constant(value.value.numpy())
+        raise EdgecError(f"cannot plan {type(value).__name__}", where=self.program.name)
+
+    def _value(self, variable: Any, value: Any) -> Any:
+        if not isinstance(value, relax.Call):
+            return self._operand(value)
+        operator = getattr(value.op, "name", "")
+        if operator in VIEWS:
+            return self.builder.alias(self._operand(value.args[0]), _shape(variable.ty))
+        if operator != "relax.call_tir":
+            raise EdgecError(
+                f"operator {operator} was not lowered", where=self.program.name, hint="this is a bug in edgec"
+            )
+        return self._call(variable, value)
+
+    def _call(self, variable: Any, call: Any) -> Any:
+        kernel = call.args[0].name_hint
+        symbol = f"{self.prefix}_{kernel}"
+        arguments = [self._operand(a) for a in call.args[1].fields]
+        out_type = call.ty_args[0]
+        tuple_out = isinstance(out_type, tvm.ir.TupleType)
+        types = list(out_type.fields) if tuple_out else [out_type]
+        outputs = [self.builder.add_temp(_shape(t), str(t.dtype)) for t in types]
+        match = TAG.match(variable.name)
+        ours = self.imported.bindings.get(int(match.group(1))) if match else None
+        if ours is None:
+            self.fallbacks.append(Skip(kernel, "untuned kernel", "no template: TVM's default loop nest, unscheduled"))
+        self.builder.add_step(
+            symbol,
+            [*arguments, *outputs],
+            layer=ours.layer if ours else "",
+            op=ours.symbol if ours else kernel,
+            macs=ours.spec.macs if ours else 0,
+            tuned=ours is not None,
+            inplace=ours.spec.inplace if ours else (),
+            scratch=self.kernels.scratch[symbol],
+            outputs=len(outputs),
+        )
+        return tuple(outputs) if tuple_out else outputs[0]
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(int(d) for d in value.shape.values)
+
+
+
