@@ -1,0 +1,48 @@
+# edgec: `make demo` and `make test` set up all they need on a fresh machine.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: two cores are shared by two test workers.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
+.PHONY: help demo test quick bench lint format toolchains clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[report,bench,dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train a small model on handwritten digits, compile it for this machine, run it
+	$(BIN)/python -m edgec.demo
+
+toolchains:  ## install cross compilers and emulators with apt where allowed
+	@sh .ci/toolchains.sh
+
+test: $(STAMP) toolchains lint  ## set up, then all linters and tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: $(STAMP) lint  ## the quick part: nothing slow, nothing emulated
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not qemu"
+
+lint: $(STAMP)  ## formatting, style, types and import rules
+	$(BIN)/ruff check edgec passes targets tests examples benchmarks
+	$(BIN)/ruff format --check edgec passes targets tests examples benchmarks
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## rewrite files in the project's format
+	$(BIN)/ruff check --fix edgec passes targets tests examples benchmarks
+	$(BIN)/ruff format edgec passes targets tests examples benchmarks
+
+bench: $(STAMP)  ## compile the shared models and print sizes, accuracies and instruction counts
+	$(BIN)/python -m benchmarks.results
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache

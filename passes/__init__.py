@@ -1,0 +1,1 @@
+"""The compression and transformation schemes: one scheme, one file. Nothing here imports TVM."""
