@@ -20,6 +20,7 @@ from tvm.tirx.script.builder import ir as T
 from edgec import integer
 
 FLOAT_MAX = float(np.finfo(np.float32).max)
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,18 @@ def round_up(value: int, multiple: int) -> int:
 # -- integer epilogue --------------------------------------------------------------------------------------------------
 
 
-def requantise(acc: Any, m: Any, shift: Any, lanes: int) -> Any:
-    """RQ1 on int32 vectors: (int64(acc) * m + 2^(shift-1)) >> shift, as int32 (specification 1.9)."""
+def requantise(acc: Any, m: Any, shift: Any, y_zp: int, lo: int, hi: int, lanes: int) -> Any:
+    """clamp(RQ1(acc) + y_zp, lo, hi) on int32 vectors, where RQ1 is (int64(acc) * m + 2^(shift-1)) >> shift.
+
+    The result is exact for every int32 accumulator and legal (m, shift): multipliers above one may leave int32, so the
+    narrowing saturates (one instruction on NEON and AVX-512) and the clamp comes before the zero point is added.
+    """
     wide = vec("int64", lanes)
     one = const(1, "int64", lanes)
     amount = shift.astype(wide)
     rounded = acc.astype(wide) * m.astype(wide) + tirx.shift_left(one, amount - one)
-    return tirx.shift_right(rounded, amount).astype(vec("int32", lanes))
+    code = clamp(tirx.shift_right(rounded, amount), INT32_MIN, INT32_MAX, "int64", lanes).astype(vec("int32", lanes))
+    return clamp(code, lo - y_zp, hi - y_zp, "int32", lanes) + const(y_zp, "int32", lanes)
 
 
 def clamp(value: Any, lo: float, hi: float, dtype: str, lanes: int) -> Any:
@@ -124,8 +130,7 @@ def clamp(value: Any, lo: float, hi: float, dtype: str, lanes: int) -> Any:
 
 def store_code(acc: Any, m: Any, shift: Any, residual: Any, epilogue: Epilogue, lanes: int) -> Any:
     """int32 accumulator -> int8 code (as an int8 vector)."""
-    code = requantise(acc, m, shift, lanes) + const(epilogue.y_zp, "int32", lanes)
-    code = clamp(code, int(epilogue.lo), int(epilogue.hi), "int32", lanes)
+    code = requantise(acc, m, shift, epilogue.y_zp, int(epilogue.lo), int(epilogue.hi), lanes)
     add = epilogue.add
     if add is not None:
         code = add_codes(code, residual.astype(vec("int32", lanes)), add, lanes)

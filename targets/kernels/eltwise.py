@@ -13,7 +13,7 @@ from tvm.tirx.script.builder import ir as T
 from edgec import integer
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import AddEpilogue, add_codes, clamp, const, loop, param, requantise
+from edgec.targets.kernels.common import AddEpilogue, add_codes, const, loop, param, requantise
 
 Shape = tuple[int, ...]
 
@@ -125,8 +125,8 @@ class QMul(_Elementwise):
 
         def compute(a: Any, b: Any) -> Any:
             acc = (_wide(a) - self.za) * (_wide(b) - self.zb)
-            code = requantise(acc, const(self.m, "int32"), const(self.shift, "int32"), 1) + self.zy
-            return clamp(code, self.lo, self.hi, "int32", 1).astype("int8")
+            code = requantise(acc, const(self.m, "int32"), const(self.shift, "int32"), self.zy, self.lo, self.hi, 1)
+            return code.astype("int8")
 
         shapes = [(self.a, "int8"), (self.b, "int8")]
         return _build(self.name, shapes, (broadcast_shape(self.a, self.b), "int8"), compute, self.inplace)
@@ -153,8 +153,8 @@ class QRescale(_Elementwise):
         """Parameters: x, y."""
 
         def compute(x: Any) -> Any:
-            code = requantise(_wide(x) - self.zx, const(self.m, "int32"), const(self.shift, "int32"), 1) + self.zy
-            return clamp(code, self.lo, self.hi, "int32", 1).astype("int8")
+            m, shift = const(self.m, "int32"), const(self.shift, "int32")
+            return requantise(_wide(x) - self.zx, m, shift, self.zy, self.lo, self.hi, 1).astype("int8")
 
         return _build(self.name, [(self.shape, "int8")], (self.shape, "int8"), compute, self.inplace)
 

@@ -14,7 +14,7 @@ from tvm.tirx.script.builder import ir as T
 from edgec import integer
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import clamp, const, loop, param, ramp, requantise, vec
+from edgec.targets.kernels.common import const, loop, param, ramp, requantise, vec
 from edgec.targets.kernels.conv2d import pad_copy
 
 
@@ -143,9 +143,8 @@ class AvgPool(_Pool):
             )
 
         def end(acc: Any, lanes: int) -> Any:
-            code = requantise(acc, const(q.m, "int32", lanes), const(q.shift, "int32", lanes), lanes)
-            code = clamp(code + const(q.y_zp, "int32", lanes), q.lo, q.hi, "int32", lanes)
-            return code.astype(vec("int8", lanes))
+            m, shift = const(q.m, "int32", lanes), const(q.shift, "int32", lanes)
+            return requantise(acc, m, shift, q.y_zp, q.lo, q.hi, lanes).astype(vec("int8", lanes))
 
         return self._build(
             device,

@@ -1,0 +1,70 @@
+"""Direct convolution: compiled host code against its NumPy meaning."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgec import integer
+from edgec.targets.kernels.common import Epilogue
+from edgec.targets.kernels.conv2d import Conv2D
+from tests.targets.kernel_cases import convolutions, floats, host, layer_call, operands
+from tests.targets.kernel_runner import assert_close, run, spec_call
+
+pytestmark = pytest.mark.host
+SWEEP = settings(max_examples=30, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("lanes", (4, 8, 16))
+@pytest.mark.parametrize("dtype", ("int8", "float32"))
+def test_edge_sizes(dtype: str, lanes: int) -> None:
+    device = host(lanes)
+
+    @SWEEP
+    @given(convolutions(dtype, lanes), st.booleans())
+    def check(case: tuple[Conv2D, int], inplace: bool) -> None:
+        call, expected = layer_call(*case, device, inplace)
+        assert_close(run(call, device), expected)
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("m", "shift"), [(2**31 - 1, 1), (2**30, 1), (2**31 - 1, 20), (2**30, 31), (2**30, 62), (0, 62)]
+)
+def test_extreme_multipliers(m: int, shift: int) -> None:
+    """Requantised values far outside int32 saturate instead of wrapping."""
+    spec = Conv2D(1, 5, 3, 4, dtype="int8", epilogue=Epilogue(y_zp=-7, lo=-128, hi=127))
+    x = np.array([[[0, 0, 0], [1, 0, 0], [-1, 0, 0], [127, 127, 127], [-128, -128, -128]]], np.int8)
+    weights = {
+        "w": np.array([[1, 0, 0], [127, 127, 127], [-127, -127, -127], [0, 0, 0]], np.int8)[:, :, None, None],
+        "bias": np.array([0, 2**30, -(2**30), -1], np.int32),
+        "m": np.full(4, m, np.int32),
+        "shift": np.full(4, shift, np.int32),
+    }
+    expected = spec.reference(x, **weights)
+    np.testing.assert_array_equal(run(spec_call(spec, host(), [x], expected, **weights), host()), expected)
+
+
+def test_reference_is_the_definition() -> None:
+    """The template's NumPy meaning equals `edgec.integer.qconv2d`, which defines the operator."""
+    epilogue = Epilogue(y_zp=3, lo=-50, hi=100)
+    spec = Conv2D(6, 5, 4, 6, (3, 2), (2, 1), (1, 0, 2, 1), (1, 2), 2, "int8", x_zp=-9, epilogue=epilogue)
+    values = operands(spec, 0)
+    weights = (values["w"], values["bias"], values["m"], values["shift"])
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups)
+    defined = integer.qconv2d(values["x"][None], *weights, *geometry, -9, 3, -50, 100, layout="NHWC")[0]
+    np.testing.assert_array_equal(spec.reference(**values), defined)
+
+
+def test_matrix_product_is_a_row_of_pixels() -> None:
+    """Linear layers use the template with h = 1: the reference is the ordinary product."""
+    rng = np.random.default_rng(0)
+    x, w, bias = floats(rng, 1, 5, 33), floats(rng, 10, 33), floats(rng, 10)
+    spec = Conv2D(1, 5, 33, 10, epilogue=Epilogue("clip", lo=0.0))
+    expected = np.maximum(x @ w.T + bias, 0.0)
+    call = spec_call(spec, host(), [x], expected, w=w[:, :, None, None], bias=bias)
+    assert_close(run(call, host()), expected)
+    assert spec.macs == 5 * 33 * 10
