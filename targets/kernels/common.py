@@ -19,7 +19,6 @@ from tvm.tirx.script.builder import ir as T
 
 from edgec import integer
 
-FLOAT_MAX = float(np.finfo(np.float32).max)
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 

@@ -233,9 +233,7 @@ def multiply(x: Any, w: Any, dtype: str, lanes: int) -> Any:
     return wide * w.astype(vec("int16", lanes)).astype(vec("int32", lanes))
 
 
-def pad_copy(
-    x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence[int], value: int, dtype: str
-) -> None:
+def pad_copy(x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence[int], value: int, dtype: str) -> None:
     """Copy an NHWC map into the middle of a larger one and fill the border."""
     h, w, c = shape
     top, bottom, left, right = padding
@@ -281,9 +279,7 @@ def store_vector(
                 T.buffer_store(tail, source, [lane])
             other = tail[ramp(0, lanes)]
     if dtype == "int8":
-        result = common.store_code(
-            value, m[ramp(offset, lanes)], shift[ramp(offset, lanes)], other, epilogue, lanes
-        )
+        result = common.store_code(value, m[ramp(offset, lanes)], shift[ramp(offset, lanes)], other, epilogue, lanes)
     else:
         result = common.activate(value if other is None else value + other, epilogue, lanes)
     if valid == lanes:

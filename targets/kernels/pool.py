@@ -172,7 +172,7 @@ class MaxPool(_Pool):
 
     @property
     def _least(self) -> float | int:
-        return -128 if self.dtype == "int8" else -common.FLOAT_MAX
+        return -128 if self.dtype == "int8" else -math.inf
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, y."""
@@ -187,7 +187,7 @@ class MaxPool(_Pool):
 
     def reference(self, x: np.ndarray) -> np.ndarray:
         """NumPy meaning: x [h, w, c] to [oh, ow, c]."""
-        return self._windows(x, -128 if self.dtype == "int8" else -math.inf, x.dtype).max(0)
+        return self._windows(x, self._least, x.dtype).max(0)
 
 
 def Mean(h: int, w: int, c: int, dtype: str = "float32", requant: Requant | None = None) -> AvgPool:

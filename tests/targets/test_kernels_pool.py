@@ -1,0 +1,90 @@
+"""Pooling: compiled host code against its NumPy meaning, and that meaning against the definition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgec import integer
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from tests.targets.kernel_cases import code_range, codes, floats, geometry, host
+from tests.targets.kernel_runner import assert_close, run, spec_call
+
+
+@st.composite
+def pools(draw: st.DrawFn, kind: type[AvgPool] | type[MaxPool], dtype: str, lanes: int) -> AvgPool | MaxPool:
+    shape = geometry(draw)
+    channels, seed = draw(st.integers(1, 2 * lanes + 1)), draw(st.integers(0, 2**31))
+    spec = kind(c=channels, dtype=dtype, **shape)
+    if isinstance(spec, AvgPool) and dtype == "int8":
+        return replace(spec, requant=requant(np.random.default_rng(seed), spec.kernel[0] * spec.kernel[1]))
+    return spec
+
+
+def requant(rng: np.random.Generator, count: int) -> Requant:
+    """Scales within a factor of four of each other, divided by the window's size."""
+    m, shift = integer.quantize_multiplier(float(2.0 ** rng.uniform(-2, 2)) / count)
+    x_zp, y_zp = (int(v) for v in rng.integers(-128, 128, 2))
+    return Requant(m, shift, x_zp, y_zp, *code_range(rng))
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("lanes", (4, 16))
+@pytest.mark.parametrize("dtype", ("int8", "float32"))
+@pytest.mark.parametrize("kind", (AvgPool, MaxPool))
+def test_edge_sizes(kind: Any, dtype: str, lanes: int) -> None:
+    device = host(lanes)
+
+    @settings(max_examples=20, deadline=None, derandomize=True)
+    @given(pools(kind, dtype, lanes))
+    def check(spec: AvgPool | MaxPool) -> None:
+        rng = np.random.default_rng(spec.c)
+        make = codes if dtype == "int8" else floats
+        x = make(rng, spec.h, spec.w, spec.c)
+        expected = spec.reference(x)
+        assert_close(run(spec_call(spec, device, [x], expected), device), expected)
+
+    check()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("shape", [(7, 7, 33), (1, 49, 5), (1, 1, 1)])
+@pytest.mark.parametrize("dtype", ("int8", "float32"))
+def test_mean_over_the_map(dtype: str, shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(1)
+    q = requant(rng, shape[0] * shape[1]) if dtype == "int8" else None
+    x = (codes if dtype == "int8" else floats)(rng, *shape)
+    spec = Mean(*shape, dtype=dtype, requant=q)
+    if q is None:
+        expected = x.mean((0, 1), keepdims=True)
+    else:
+        expected = integer.qmean(x, (0, 1), True, q.m, q.shift, q.x_zp, q.y_zp, q.lo, q.hi)
+    assert_close(run(spec_call(spec, host(), [x], expected), host()), expected)
+
+
+@pytest.mark.pure
+def test_references_are_the_definition() -> None:
+    x = codes(np.random.default_rng(0), 9, 8, 5)
+    q = requant(np.random.default_rng(1), 6)
+    geometry = ((3, 2), (2, 1), (1, 0, 2, 1))
+    average = AvgPool(9, 8, 5, *geometry, dtype="int8", requant=q)
+    terms = (q.m, q.shift, q.x_zp, q.y_zp, q.lo, q.hi)
+    defined = integer.qavg_pool2d(x[None], *geometry, *terms, layout="NHWC")
+    np.testing.assert_array_equal(average.reference(x), defined[0])
+    largest = MaxPool(9, 8, 5, *geometry, (1, 2), "int8")
+    defined = integer.qmax_pool2d(x[None], *geometry, (1, 2), False, layout="NHWC")
+    np.testing.assert_array_equal(largest.reference(x), defined[0])
+
+
+@pytest.mark.host
+def test_max_pool_keeps_infinities_and_padding_never_wins() -> None:
+    x = np.full((2, 2, 3), -np.inf, np.float32)
+    x[0, 0, 1], x[1, 1, 2] = np.inf, -1e38
+    spec = MaxPool(2, 2, 3, (2, 2), (1, 1), (1, 1, 1, 1))
+    expected = spec.reference(x)
+    np.testing.assert_array_equal(run(spec_call(spec, host(), [x], expected), host()), expected)

@@ -1,0 +1,84 @@
+"""Every kernel kind, cross-compiled and run under QEMU: many cases per process, on each family of cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from edgec import integer
+from edgec.targets.device import load_device
+from edgec.targets.kernels.common import AddEpilogue
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean
+from edgec.targets.kernels.transpose import Transpose
+from tests.targets.kernel_cases import codes, convolutions, depthwise, floats, layer_call
+from tests.targets.kernel_runner import Call, assert_close, require, run_calls, spec_call
+from tests.targets.test_kernels_pool import requant
+
+pytestmark = pytest.mark.qemu
+# Armv8.0 with and without dot product beside it, Armv9 features, and 32-bit Arm.
+DEVICES = ("cortex-a53", "cortex-a72", "cortex-x2", "cortex-a7")
+LANES = 4
+# One example is a whole batch, so shrinking would recompile everything each time; the first example is all minimal cases.
+BATCH = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+def check(cases: list[tuple[Call, np.ndarray]], name: str) -> None:
+    got = run_calls([call for call, _ in cases], load_device(name))
+    for (result,), (_, expected) in zip(got, cases, strict=True):
+        assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("dtype", ("int8", "float32"))
+@pytest.mark.parametrize("kind", (convolutions, depthwise))
+def test_convolutions(kind: Any, dtype: str, name: str) -> None:
+    require(load_device(name))
+
+    @BATCH
+    @given(st.lists(kind(dtype, LANES), min_size=16, max_size=16))
+    def batch(specs: list[tuple[Any, int]]) -> None:
+        check([layer_call(*case, load_device(name), number % 2 == 0) for number, case in enumerate(specs)], name)
+
+    batch()
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_pools_elementwise_and_transposes(name: str) -> None:
+    device = load_device(name)
+    rng = np.random.default_rng(0)
+    m, shift = integer.quantize_multiplier(0.37)
+    cases: list[tuple[Any, list[np.ndarray], dict[str, np.ndarray]]] = []
+    for c in (1, 4, 7, 9):
+        x, q = codes(rng, 6, 5, c), floats(rng, 6, 5, c)
+        window = ((3, 2), (2, 1), (1, 1, 0, 1))
+        cases += [
+            (MaxPool(6, 5, c, *window, dtype="int8"), [x], {}),
+            (MaxPool(6, 5, c, *window), [q], {}),
+            (AvgPool(6, 5, c, *window, dtype="int8", requant=requant(rng, 6)), [x], {}),
+            (AvgPool(6, 5, c, *window), [q], {}),
+            (Mean(6, 5, c, "int8", requant(rng, 30)), [x], {}),
+            (QLut(x.shape, True, 2), [x], {"table": codes(rng, c, 256)}),
+            (Transpose(x.shape, (2, 0, 1), "int8"), [x], {}),
+            (Transpose(q.shape, (2, 0, 1)), [q], {}),
+        ]
+    a, b, ties = codes(rng, 1, 3, 5, 19), codes(rng, 1, 1, 1, 19), (np.arange(-600, 600) / 2).astype(np.float32)
+    add = AddEpilogue(*integer.add_parameters(0.0231, 0.0117, 0.0262), 3, -11, -5, -100, 127)
+    cases += [
+        (QAdd(a.shape, a.shape, add), [a, codes(rng, *a.shape)], {}),
+        (QAdd(a.shape, b.shape, add), [a, b], {}),
+        (QMul(a.shape, b.shape, m, shift + 7, 4, -5, 6, -128, 127), [a, b], {}),
+        (QRescale(a.shape, m, shift, 7, -8, -128, 100), [a], {}),
+        (QRescale(a.shape, 2**31 - 1, 1, 7, -8, -128, 127), [a], {}),
+        (Quantize(ties.shape, 0.0231, 3), [ties * np.float32(0.0231)], {}),
+        (Dequantize(a.shape, 0.0231, 3), [a], {}),
+    ]
+    ready = []
+    for spec, inputs, weights in cases:
+        expected = spec.reference(*inputs, **weights)
+        ready.append((spec_call(spec, device, inputs, expected, **weights), expected))
+    check(ready, name)
