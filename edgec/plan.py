@@ -73,7 +73,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """arena_bytes: size of the arena. arena_lower_bound: the most bytes alive at any step, which no plan can beat."""
+    """arena_bytes: size of the arena. arena_lower_bound: the most bytes alive at any step, which no plan can beat.
+
+    pointers: the input or output (by its name) that a buffer without offset stands for.
+    """
 
     name: str
     inputs: tuple[Port, ...]
@@ -81,6 +84,7 @@ class Plan:
     buffers: Mapping[str, Buffer]
     constants: Mapping[str, Constant]
     steps: tuple[Step, ...]
+    pointers: Mapping[str, str]
     arena_bytes: int
     arena_lower_bound: int
     arena_align: int = ALIGN
@@ -272,6 +276,7 @@ class PlanBuilder:
             buffers=self._buffers(first, last, returned, offsets),
             constants={n: c for n, c in self._constants.items() if any(n in s.args for s in self._steps)},
             steps=tuple(self._steps),
+            pointers={f"in_{p.name}": p.name for p in self._inputs} | {r: p.name for r, p in returned.items()},
             arena_bytes=peak,
             arena_lower_bound=lower_bound(sizes),
         )
