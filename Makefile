@@ -7,6 +7,7 @@ STAMP := $(VENV)/.installed
 # One thread per process: two cores are shared by two test workers.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .PHONY: help demo test quick bench lint format toolchains clean
 
