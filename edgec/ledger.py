@@ -134,7 +134,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class DeviceRecord:
-    """The generated code: metric on the device against the last Program, and what it occupies, in bytes.
+    """The generated code: metric on the device against the original model, and what it occupies, in bytes.
 
     bit_exact: every output equals that of the Program; None when that was not measured. max_abs_error: largest
     difference of an output. arena_lower_bound: no memory plan can be smaller than this.
@@ -149,6 +149,35 @@ class DeviceRecord:
     arena_lower_bound: int
     code_bytes: int
     weight_bytes: int
+
+    @staticmethod
+    def of(
+        *,
+        target: str,
+        runner: str,
+        metric: Metric,
+        comparison: Comparison | None,
+        bit_exact: bool | None,
+        max_abs_error: float | None,
+        arena_bytes: int,
+        arena_lower_bound: int,
+        code_bytes: int,
+        weight_bytes: int,
+    ) -> DeviceRecord:
+        """The record of `comparison`, which must be one of `metric`; None when nothing ran on the device."""
+        if comparison is not None and metric.name != comparison.metric.name:
+            raise EdgecError(f"comparison of {comparison.metric.name}, not of {metric.name}", where=f"device {target}")
+        return DeviceRecord(
+            target=target,
+            runner=runner,
+            metric=None if comparison is None else MetricRecord.of(comparison),
+            bit_exact=None if bit_exact is None else bool(bit_exact),
+            max_abs_error=_number(max_abs_error),
+            arena_bytes=int(arena_bytes),
+            arena_lower_bound=int(arena_lower_bound),
+            code_bytes=int(code_bytes),
+            weight_bytes=int(weight_bytes),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

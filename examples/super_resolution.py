@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-METRIC = "psnr{border=2}"
-
 
 def fsrcnn_eval() -> tuple[np.ndarray, np.ndarray]:
     """(x [5, 1, 112, 112], y [5, 1, 224, 224]): luma of the crops shrunk by a 4-tap cubic, and of the crops."""

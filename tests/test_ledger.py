@@ -52,7 +52,8 @@ def device(**changes) -> DeviceRecord:
     fields = {
         "target": "cortex-a72",
         "runner": "qemu-aarch64",
-        "metric": MetricRecord.of(comparison()),
+        "metric": parse_metric("top1"),
+        "comparison": comparison(),
         "bit_exact": True,
         "max_abs_error": 0.0,
         "arena_bytes": 65536,
@@ -60,7 +61,7 @@ def device(**changes) -> DeviceRecord:
         "code_bytes": 20000,
         "weight_bytes": 272474,
     }
-    return DeviceRecord(**{**fields, **changes})
+    return DeviceRecord.of(**{**fields, **changes})
 
 
 def ledger() -> Ledger:
@@ -194,11 +195,25 @@ def test_numpy_numbers_and_numbers_that_json_lacks():
     assert data["metric"]["value"] == 0.5 and data["metric"]["n"] == 7 and data["metric"]["ci95"] == [-1, 1]
     assert data["metric"]["reference"] is data["metric"]["drop"] is data["fidelity"]["cosine"] is None
     assert data["fidelity"]["agreement"] is None
+    record = device(bit_exact=np.bool_(False), max_abs_error=np.float32(math.inf), arena_bytes=np.int64(64))
+    assert json.loads(Ledger(device=record).dumps())["device"] | {"metric": None} == {
+        "target": "cortex-a72",
+        "runner": "qemu-aarch64",
+        "metric": None,
+        "bit_exact": False,
+        "max_abs_error": None,
+        "arena_bytes": 64,
+        "arena_lower_bound": 61440,
+        "code_bytes": 20000,
+        "weight_bytes": 272474,
+    }
 
 
 def test_a_stage_of_another_metric_is_refused():
     with raises("stage fold-bn: comparison of top1, not of cosine"):
         StageRecord.of("fold-bn", parse_metric("cosine"), comparison(), COST)
+    with raises("device cortex-a72: comparison of top1, not of cosine"):
+        device(metric=parse_metric("cosine"))
 
 
 def test_meta_must_be_plain_data():
@@ -244,7 +259,7 @@ def test_ladder_without_labels_or_device():
     record = stage(metric="psnr", value=36.6, reference=36.6, drop=math.nan, ci95=None, agreement=None, cosine=math.nan)
     (row,) = Ledger([record]).ladder()
     assert row[:7] == ("fold-bn", "36.60 dB", "-", "", "-", "20.0 dB", "-")
-    assert len(Ledger([record], device=device(metric=None)).ladder()) == 1
+    assert len(Ledger([record], device=device(comparison=None)).ladder()) == 1
 
 
 @pytest.mark.parametrize(
