@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 # float32 sums in another order, over networks of up to some hundred layers.
 FLOAT_TOLERANCE = 1e-4
+# A float value next to a rounding boundary may take the next code after a float island; more than that is a mistake.
+MIXED_SQNR_DB = 30.0
+# The self-test runs on hardware whose libm is not ours.
+SELFTEST_TOLERANCE = 1e-3
 # Samples for the checks when the user gives no data.
 RANDOM_SAMPLES = 16
 # Samples run through an emulator by default; natively all are run.
@@ -70,6 +74,7 @@ class _Run:
     options: Options
     ledger: Ledger
     context: Context
+    original: Program
     reference: Evaluation
     progress: Progress
     last: Evaluation
@@ -153,9 +158,6 @@ class _Run:
         ranking = ", ".join(f"{row.layer} ({row.sqnr_db:.1f} dB)" for row in worst)
         return f"worst layers: {ranking}; try keep_float=[{','.join(row.layer for row in worst)}]"
 
-    original: Any = None
-
-
 def compile_model(
     model: Any,
     *,
@@ -194,8 +196,7 @@ def compile_model(
 
     Raises EdgecError (bad input), GateFailed (drop too large), ToolchainMissing. Nothing is left at `output` then.
     """
-    from edgec.bundle import Bundle
-    from edgec.checks import Check
+    from edgec.bundle import Bundle, staging
     from edgec.data import Preprocess
     from edgec.frontend import load_model
     from edgec.registry import get_device
@@ -218,6 +219,14 @@ def compile_model(
     writer = _dumper(dump)
     evaluation, calibration = _datasets(program, data, eval, preprocess, pipeline, calibration_samples, seed)
     run = _start(program, evaluation, calibration, metric, device, Options(max_drop, on_fail, seed, device_samples), tell)
+    run.ledger.meta = {
+        "model": program.name,
+        "target": device.name,
+        "passes": pipeline.spelling(),
+        "evaluation": run.dataset.name,
+        "samples": len(run.dataset),
+        "seed": seed,
+    }
     run.record("original", run.reference, program, time.perf_counter() - started)
     writer("0-original", program.text())
 
@@ -239,17 +248,18 @@ def compile_model(
     for skip in lowered.fallbacks:
         run.context.skip(skip.layer, skip.what, skip.reason)
     if destination is None or stop_after is not None:
-        run.ledger.skipped = _skips(run.context)
+        run.ledger.skipped = list(run.context.skipped)
         return CompileResult(run.ledger, None, program)
 
-    with tempfile.TemporaryDirectory(prefix=f".{destination.name}-", dir=_parent(destination)) as staging:
-        staged = Path(staging) / "bundle"
+    _parent(destination)
+    with staging(destination) as folder:
+        staged = folder / "bundle"
         tell("build", 0.0)
         bundle = _build(run, original, program, lowered, device, pipeline, staged)
         tell("check", 0.0)
         _device_check(run, bundle, program, lowered, device)
-        run.ledger.skipped = _skips(run.context)
-        _write_reports(run, bundle, lowered, program, staged)
+        run.ledger.skipped = list(run.context.skipped)
+        _write_reports(run, lowered, program, staged)
         if destination.exists():
             shutil.rmtree(destination)
         staged.rename(destination)
@@ -304,13 +314,11 @@ def _start(
     progress("check original", 0.0)
     reference = evaluate(program, dataset, measure, progress=lambda done: progress("check original", done))
     context = Context(device=device, calibration=calibration, seed=options.seed)
-    run = _Run(dataset, measure, check, options, Ledger(), context, reference, progress, reference)
-    run.original = program
-    return run
+    return _Run(dataset, measure, check, options, Ledger(), context, program, reference, progress, reference)
 
 
 def _import_check(run: _Run, program: Program) -> None:
-    """Compile the untouched model for this machine, run it, and compare it with PyTorch.
+    """Compile the untouched model for this machine, run it on one sample, and compare it with PyTorch.
 
     Importers and code generators can be wrong without saying so; a model that fails here is never compiled.
     """
@@ -320,13 +328,12 @@ def _import_check(run: _Run, program: Program) -> None:
     started = time.perf_counter()
     run.progress("import check", 0.0)
     host = load_device("host")
-    inputs = program.batch_inputs(1)
-    want = [y.numpy() for y in program(*inputs)]
+    inputs, want = _sample(run, program)
     with tempfile.TemporaryDirectory(prefix="edgec-import-") as folder:
         from edgec.bundle import build_bundle
 
         bundle = build_bundle(lower(program, host), host, Path(folder) / "bundle")
-        got = bundle.run(*[x.numpy() for x in inputs])
+        got = bundle.run(*inputs)
         got = got if isinstance(got, tuple) else (got,)
     for spec, a, b in zip(program.outputs, got, want, strict=True):
         error = relative_error(a, b)
@@ -355,14 +362,13 @@ def _refuse_existing(destination: Path, force: bool) -> None:
         )
 
 
-def _parent(destination: Path) -> Path:
-    """The folder the bundle goes into, on the same file system so that the final rename is atomic."""
+def _parent(destination: Path) -> None:
+    """Create the folder the bundle goes into."""
     parent = destination.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EdgecError(f"cannot be created: {error.strerror}", where=str(parent)) from error
-    return parent
 
 
 def _dumper(folder: str | Path | None) -> Callable[[str, str], None]:
@@ -377,10 +383,6 @@ def _gate_hint(step: Pass) -> str:
     return "allow more with --max-drop, weaken the pass, or use --on-fail revert"
 
 
-def _skips(context: Context) -> list[dict[str, str]]:
-    return [{"layer": s.layer, "what": s.what, "reason": s.reason} for s in context.skipped]
-
-
 def _build(
     run: _Run,
     original: Program,
@@ -393,9 +395,9 @@ def _build(
     """Emit and build the bundle with a self-test vector taken from the evaluation data."""
     from edgec.bundle import build_bundle
 
-    arrays, _ = run.dataset.read(slice(0, 1))
-    inputs = [np.ascontiguousarray(a) for a in arrays]
-    outputs = [y.numpy() for y in program(*_tensors(inputs))]
+    from edgec.targets.cpu.emit import SelfTest
+
+    inputs, outputs = _sample(run, program)
     meta = {
         "name": program.name,
         "passes": pipeline.spelling(),
@@ -404,8 +406,14 @@ def _build(
         "calibration": None if run.context.calibration is None else run.context.calibration.describe(),
         "model": {"original": original.fingerprint(), "final": program.fingerprint()},
     }
-    tolerance = 0.0 if is_integer(program) else FLOAT_TOLERANCE
-    return build_bundle(lowered, device, staged, selftest=(inputs, outputs, tolerance), meta=meta)
+    tolerance = 0.0 if arithmetic(program) == "integer" else SELFTEST_TOLERANCE
+    return build_bundle(lowered, device, staged, selftest=SelfTest(inputs, outputs, tolerance), meta=meta)
+
+
+def _sample(run: _Run, program: Program) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """One evaluation sample (as many as a fixed batch has) and what `program` gives for it."""
+    inputs, _ = run.dataset.read(slice(0, program.inputs[0].shape[0]))
+    return inputs, tuple(y.numpy() for y in program(*_tensors(inputs)))
 
 
 def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered, device: Device) -> None:
@@ -421,55 +429,59 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
         samples = len(run.dataset) if device.runner == "native" else EMULATED_SAMPLES
     dataset = run.dataset.limit(samples, run.options.seed)
     want = evaluate(program, dataset, run.metric)
-    got = evaluate(
-        bundle.run_tensors, dataset, run.metric, progress=lambda done: run.progress("check device", done)
-    )
-    original = evaluate(run.original, dataset, run.metric)
-    comparison = compare(original, got)
-    errors = [float(np.abs(a.astype(np.float64) - b).max()) for a, b in zip(got.outputs, want.outputs, strict=True)]
-    scales = [float(np.abs(b).max()) or 1.0 for b in want.outputs]
-    exact = all(np.array_equal(a, b) for a, b in zip(got.outputs, want.outputs, strict=True))
-    worst = max(e / s for e, s in zip(errors, scales, strict=True))
+    # An emulator is started once per call, so it gets all samples at once.
+    batch = len(dataset) if device.runner != "native" else 1
+    batch = max(1, batch // program.inputs[0].shape[0]) * program.inputs[0].shape[0]
+    tell = lambda done: run.progress("check device", done)  # noqa: E731
+    got = evaluate(bundle.run, dataset, run.metric, batch=batch, progress=tell)
+    comparison = compare(evaluate(run.original, dataset, run.metric), got)
+    pairs = list(zip(got.outputs, want.outputs, strict=True))
+    exact = all(np.array_equal(a, b) for a, b in pairs)
     run.ledger.device = DeviceRecord.of(
         target=device.name,
         runner=device.runner,
         metric=run.metric,
         comparison=comparison,
         bit_exact=exact,
-        max_abs_error=max(errors),
+        max_abs_error=max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs),
         arena_bytes=lowered.plan.arena_bytes,
         arena_lower_bound=lowered.plan.arena_lower_bound,
         code_bytes=bundle.manifest["code_bytes"],
         weight_bytes=lowered.plan.weight_bytes,
     )
-    if is_integer(program) and not exact:
+    kind = arithmetic(program)
+    error = max(relative_error(a, b) for a, b in pairs)
+    if kind == "integer" and not exact:
+        problem = f"is not bit-equal to the integer program (relative error {error:.2g})"
+    elif kind == "float" and not error <= FLOAT_TOLERANCE:
+        problem = f"differs from the program by {error:.2g} (allowed {FLOAT_TOLERANCE:g})"
+    elif kind == "mixed" and not compare(want, got).sqnr_db >= MIXED_SQNR_DB:
+        problem = f"follows the program with {compare(want, got).sqnr_db:.1f} dB only ({MIXED_SQNR_DB:g} dB needed)"
+    else:
+        problem = None
+    if problem is not None:
         raise EdgecError(
-            f"generated code is not bit-equal to the integer program (max error {max(errors):g})",
+            f"generated code {problem}",
             where=f"{program.name} on {device.name}",
             hint="this is a bug in edgec: please report the model and the pipeline",
         )
-    if not worst <= FLOAT_TOLERANCE * 10 and not exact:
-        raise EdgecError(
-            f"generated code differs from the program (relative error {worst:.2g})",
-            where=f"{program.name} on {device.name}",
-            hint="this is a bug in edgec: please report the model and the pipeline",
-        )
-    verdict = run.check.verdict(comparison)
+    # On a part of the samples one of them weighs too much for the gate: there the code is held against the Program.
+    verdict = run.check.verdict(comparison if len(dataset) == len(run.dataset) else compare(want, got))
     if not verdict.passed:
         raise GateFailed(verdict.message, where=f"generated code on {device.name}", hint="see the report's device part")
 
 
-def is_integer(program: Program) -> bool:
-    """True when all that is computed between the quantised input and the dequantised output is integer arithmetic."""
+def arithmetic(program: Program) -> str:
+    """"integer" when all that is computed between quantised inputs and dequantised outputs is on integers, "float"
+    when nothing is quantised, else "mixed"."""
     import torch
 
     edges = (torch.ops.edgec.dequantize.default, torch.ops.edgec.quantize.default)
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function" and isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            if node.target not in edges and not _only_moves(node):
-                return False
-    return any(n.target in edges for n in program.graph.nodes)
+    calls = [n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    if not any(n.target in edges for n in calls):
+        return "float"
+    floats = [n for n in calls if n.meta["val"].dtype.is_floating_point and n.target not in edges]
+    return "integer" if all(_only_moves(n) for n in floats) else "mixed"
 
 
 def _only_moves(node: Any) -> bool:
@@ -487,11 +499,17 @@ def _tensors(arrays: Sequence[np.ndarray]) -> tuple[Any, ...]:
     return tuple(torch.from_numpy(a) for a in arrays)
 
 
-def _write_reports(run: _Run, bundle: Bundle, lowered: Lowered, program: Program, staged: Path) -> None:
+def _write_reports(run: _Run, lowered: Lowered, program: Program, staged: Path) -> None:
     """report.json, report.html and the final Program beside the code."""
     from edgec.report import write_report
     from edgec.sensitivity import compare_layers
 
     rows = [row.to_json() for row in compare_layers(run.original, program, run.dataset)]
-    write_report(staged, run.ledger.to_json(), timeline=lowered.plan.timeline(), sensitivity=rows)
+    write_report(
+        staged,
+        run.ledger.to_json(),
+        timeline=lowered.plan.timeline(),
+        sensitivity=rows,
+        meta=dict(run.ledger.meta),
+    )
     program.save(staged / "program.pt2")

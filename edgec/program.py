@@ -99,7 +99,7 @@ class Program:
                 examples.append(torch.zeros(shape, dtype=value.dtype))
         for node in module.graph.nodes:
             if node.op not in ("placeholder", "output", "get_attr"):
-                node.meta.setdefault("edgec_layer", _layer_from_origin(node))
+                node.meta["edgec_layer"] = node.meta.get("custom", {}).get("edgec_layer") or _layer_from_origin(node)
         program = Program(name=name, module=module, example_inputs=tuple(examples), dynamic_batch=dynamic)
         return program.replace(module=module, check_signature=False)
 
@@ -198,11 +198,14 @@ class Program:
         shapes = None
         if batch is None and self.dynamic_batch:
             dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-            shapes = (tuple({0: dim} for _ in inputs),)
+            shapes = tuple({0: dim} for _ in inputs)
+        for node in self.graph.nodes:
+            # torch.export copies this field, and no other of ours, to the new graph and into .pt2 files.
+            node.meta["custom"] = {"edgec_layer": layer_of(node)}
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                return torch.export.export(_Positional(self.module), inputs, dynamic_shapes=shapes)
+                return torch.export.export(self.module, inputs, dynamic_shapes=shapes)
         except Exception as error:
             raise EdgecError(f"graph does not re-export: {_first_line(error)}", where=self.name) from error
 
@@ -217,17 +220,6 @@ class Program:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.export.save(self.export(), path)
-
-
-class _Positional(torch.nn.Module):
-    """Gives the graph a `*inputs` signature, so that re-export does not depend on placeholder names."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__()
-        self.graph_module = module
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self.graph_module(*inputs)
 
 
 # -- helpers for passes ------------------------------------------------------------------------------------------------
@@ -260,7 +252,7 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 
 def layer_of(node: fx.Node) -> str:
     """The user's name of the layer a node came from: module path, else the node's own name."""
-    return node.meta.get("edgec_layer") or node.name
+    return node.meta.get("edgec_layer") or node.meta.get("custom", {}).get("edgec_layer") or node.name
 
 
 def is_call(node: Any, *targets: Any) -> bool:

@@ -31,7 +31,11 @@ class LayerDifference:
     sqnr_db: float
 
     def to_json(self) -> dict[str, Any]:
-        return {"layer": self.layer, "cosine": self.cosine, "sqnr_db": self.sqnr_db}
+        return {
+            "layer": self.layer,
+            "cosine": self.cosine,
+            "sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None,
+        }
 
 
 def layer_outputs(program: Program, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
