@@ -113,6 +113,28 @@ class Plan:
             if b.offset is not None and b.alias_of is None
         ]
 
+    def traced(self) -> Plan:
+        """The same calls in the same memory, each followed by a copy of its result into a further output.
+
+        The further outputs are named `step<number>`; for looking into generated code layer by layer.
+        """
+        steps, outputs, buffers, pointers = [], list(self.outputs), dict(self.buffers), dict(self.pointers)
+        for number, step in enumerate(self.steps):
+            steps.append(step)
+            written = step.args[len(step.args) - self._scratch(step) - 1]
+            buffer = self.buffers[written]
+            port = Port(f"step{number}", buffer.shape, buffer.dtype)
+            outputs.append(port)
+            buffers[f"trace{number}"] = Buffer(
+                f"trace{number}", buffer.dtype, buffer.shape, buffer.nbytes, number, number, "output"
+            )
+            pointers[f"trace{number}"] = port.name
+            steps.append(Step(COPY, (written, f"trace{number}"), step.layer, "copy", 0, True))
+        return replace(self, steps=tuple(steps), outputs=tuple(outputs), buffers=buffers, pointers=pointers)
+
+    def _scratch(self, step: Step) -> int:
+        return sum(1 for a in step.args if a in self.buffers and self.buffers[a].kind == "scratch")
+
     def text(self) -> str:
         """Stable text form: one line per step."""
         lines = [f"plan {self.name} arena={self.arena_bytes} lower_bound={self.arena_lower_bound}"]
@@ -221,7 +243,10 @@ class PlanBuilder:
         scratch: Sequence[int] = (),
         outputs: int = 1,
     ) -> None:
-        """Append a call; the last `outputs` of `args` are written. inplace: argument positions the output may overwrite."""
+        """Append a call; the last `outputs` of `args` are written.
+
+        inplace: argument positions the output may overwrite. scratch: bytes of each further pointer parameter.
+        """
         self._inplace[len(self._steps)] = tuple(inplace)
         extra = []
         for size in scratch:
@@ -338,7 +363,10 @@ class PlanBuilder:
 
 
 def check(plan: Plan) -> None:
-    """Every buffer is written before it is read, and buffers that are alive together do not overlap."""
+    """Every buffer is written before it is read, every output is written, and what is alive together does not overlap.
+
+    Raises AssertionError: a plan that fails is a bug of the planner.
+    """
     written = {f"in_{p.name}" for p in plan.inputs}
     for step in plan.steps:
         names = [a for a in step.args if a in plan.buffers]
@@ -348,6 +376,9 @@ def check(plan: Plan) -> None:
             if root not in written:
                 raise AssertionError(f"{step.symbol} reads {root} before it is written")
         written |= set(real[-step.outputs :])
+    for root, port in plan.pointers.items():
+        if root not in written:
+            raise AssertionError(f"output {port} is never written")
     owners = [b for b in plan.buffers.values() if b.alias_of is None and b.offset is not None]
     for i, a in enumerate(owners):
         for b in owners[i + 1 :]:
