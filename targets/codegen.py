@@ -8,6 +8,7 @@ and nothing refers to the TVM runtime. The object links into any C program.
 from __future__ import annotations
 
 import io
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,17 @@ from tvm import s_tir, tirx
 from tvm.ir import PointerType, PrimType
 from tvm.tirx.buffer import is_buffer_var
 
+from edgec.errors import EdgecError
 from edgec.targets.device import Device
+
+RUNTIME_SYMBOL = re.compile(r"TVM|tvm|__tvm")
+UNWANTED_IR = (
+    (re.compile(r'^define weak [^\n]*section "\.text\.tvm\.fp16\.conv"[^\n]*\{\n.*?^\}\n', re.M | re.S), ""),
+    (re.compile(r"^ +#dbg_.*\n", re.M), ""),
+    (re.compile(r",? !(dbg|tbaa) !\d+"), ""),
+    (re.compile(r"^!llvm\.dbg\.cu = .*\n", re.M), ""),
+    (re.compile(r"^define dllexport ", re.M), "define hidden "),
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,7 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
     """
     target = tvm.target.Target(device.llvm_target())
     functions = {
-        var.name_hint: f.with_attr("global_symbol", var.name_hint)
+        var.name_hint: _sequential(f).with_attr("global_symbol", var.name_hint)
         for var, f in module.functions.items()
         if isinstance(f, tirx.PrimFunc)
     }
@@ -60,13 +71,35 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
 
 
 def build_object(lowered: LoweredKernels, device: Device) -> bytes:
-    """Compile to one position-independent ELF object. The same kernels give the same bytes."""
+    """Compile to one position-independent ELF object. The same kernels give the same bytes.
+
+    The kernels are hidden symbols: code linked into the same program or library calls them, nothing else sees them.
+    Raises EdgecError when a kernel needs the TVM runtime, which a device does not have.
+    """
     target = tvm.target.Target(device.llvm_target())
     built = tvm.get_global_func("target.build.llvm")(lowered.module, target)
     with tempfile.TemporaryDirectory(prefix="edgec-object-") as folder:
-        path = Path(folder) / "kernels.o"
-        built.write_to_file(str(path), "o")
-        return path.read_bytes()
+        source, path = Path(folder) / "kernels.ll", Path(folder) / "kernels.o"
+        source.write_text(_plain_ir(built.inspect_source("ll")))
+        tvm.get_global_func("ffi.Module.load_from_file.ll")(str(source), "ll").write_to_file(str(path), "o")
+        data = path.read_bytes()
+    runtime = sorted(s for s in undefined_symbols(data) if RUNTIME_SYMBOL.match(s))
+    if runtime:
+        raise EdgecError(
+            f"kernels need the TVM runtime: {', '.join(runtime)}",
+            where="code generation",
+            hint="rewrite the operator in the model; sorting, random numbers and data-dependent shapes have no kernel",
+        )
+    return data
+
+
+def text_bytes(data: bytes) -> int:
+    """Bytes of machine code and read-only tables in an ELF object or shared library."""
+    from elftools.elf.constants import SH_FLAGS
+    from elftools.elf.elffile import ELFFile
+
+    loaded = (s for s in ELFFile(io.BytesIO(data)).iter_sections() if s["sh_flags"] & SH_FLAGS.SHF_ALLOC)
+    return sum(s["sh_size"] for s in loaded if not s["sh_flags"] & SH_FLAGS.SHF_WRITE)
 
 
 def undefined_symbols(data: bytes) -> set[str]:
@@ -79,6 +112,37 @@ def undefined_symbols(data: bytes) -> set[str]:
         if isinstance(section, SymbolTableSection):
             found |= {s.name for s in section.iter_symbols() if s["st_shndx"] == "SHN_UNDEF" and s.name}
     return found
+
+
+def _plain_ir(text: str) -> str:
+    """LLVM IR with nothing but our functions.
+
+    Left out: TVM's own half-precision helpers, which have the names of libgcc's functions but on some machines another
+    calling convention, so that they would break a program that uses both; debug information, which describes TVM's
+    syntax tree; and type-based alias information, which is named after addresses and denies that an in-place output
+    shares the memory of its input.
+    """
+    for pattern, replacement in UNWANTED_IR:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _sequential(function: Any) -> Any:
+    """A PrimFunc as TVM's operator library writes it, reduced to what one thread with plain pointers runs.
+
+    Parallel loops become serial, hints of the operator library are dropped and buffers start at their pointer.
+    """
+
+    def on_loop(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.PARALLEL:
+            return loop
+        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+
+    def on_attribute(statement: Any) -> Any:
+        return statement.body if statement.attr_key.startswith("pragma_") else statement
+
+    body = tvm_ffi.structural_map(function.body, [(tirx.For, on_loop), (tirx.AttrStmt, on_attribute)], order="post")
+    return function.with_body(body)
 
 
 def _passes(target: Any) -> Any:
@@ -128,7 +192,7 @@ def _raw_signature(
     def on_allocation(statement: Any) -> Any:
         buffer = statement.buffer
         size = _bytes(buffer)
-        if buffer.scope() != "global" or size < min_scratch:
+        if buffer.scope() == "local" or size < min_scratch:
             return statement
         pointer = tirx.Var(f"{buffer.name}_ws", PointerType(PrimType(_dtype(buffer)), "global"))
         pointers.append(pointer)
@@ -138,6 +202,11 @@ def _raw_signature(
 
     body = tvm_ffi.structural_map(function.body, [(tirx.AllocBuffer, on_allocation)], order="post")
     body = tvm_ffi.structural_map(body, [(tvm.ir.Call, _expand_erf)], order="post")
+    # TVM's operator library leaves the place of data behind a pointer open; ours always starts at the pointer.
+    offsets = [b.elem_offset for b in buffers if isinstance(b.elem_offset, tirx.Var)]
+    if offsets:
+        zero = {offset: tirx.const(0, str(offset.ty.dtype)) for offset in offsets}
+        body = tvm_ffi.structural_map(body, [(tirx.Var, lambda v: zero.get(v, v))], order="post")
     # An output that may share memory with an input must not be promised to be unaliased.
     aliased = function.attrs is not None and "edgec.inplace" in function.attrs
     raw = tirx.PrimFunc(pointers, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
@@ -160,7 +229,13 @@ ERF_P = (
     2.77068142495902e-08,
     -2.72614225801306e-10,
 )
-ERF_Q = (-1.42647390514189e-02, -7.37332916720468e-03, -1.68282697438203e-03, -2.13374055278905e-04, -1.45660718464996e-05)
+ERF_Q = (
+    -1.42647390514189e-02,
+    -7.37332916720468e-03,
+    -1.68282697438203e-03,
+    -2.13374055278905e-04,
+    -1.45660718464996e-05,
+)
 
 
 def _expand_erf(call: Any) -> Any:

@@ -6,11 +6,24 @@ import difflib
 import functools
 import platform
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from edgec.errors import EdgecError
+
+CPUINFO = Path("/proc/cpuinfo")
+_V2 = frozenset(["cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"])
+_V3 = _V2 | frozenset(["abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"])
+_V4 = _V3 | frozenset(["avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"])
+# Levels of the x86-64 psABI, best first: LLVM name, Linux names of the features, vector bytes, vector registers.
+X86_LEVELS = (
+    ("x86-64-v4", _V4, 64, 32),
+    ("x86-64-v3", _V3, 32, 16),
+    ("x86-64-v2", _V2, 16, 16),
+    ("x86-64", frozenset(), 16, 16),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,11 @@ class Device:
         return target
 
     @property
+    def is_arm32(self) -> bool:
+        """Whether the code is 32-bit Arm with NEON."""
+        return self.triple.startswith("armv7")
+
+    @property
     def lanes(self) -> int:
         """32-bit elements in one SIMD register."""
         return self.vector_bytes // 4
@@ -74,7 +92,7 @@ def load_device(name: str) -> Device:
         raise EdgecError(f"unknown target '{name}'", where="--target", hint=hint)
     row = dict(table[name])
     if name == "host":
-        row.update(_host())
+        row.update(host_row())
     for key in ("features", "cflags"):
         row[key] = tuple(row.get(key, ()))
     return Device(name=name, **row)
@@ -86,18 +104,16 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def _host() -> dict[str, Any]:
-    """Vector width and CPU name of the machine we run on, from its own feature flags."""
+def host_row() -> dict[str, Any]:
+    """CPU name, vector width and registers of the machine we run on, from its own feature flags.
+
+    Raises EdgecError on a machine that is neither x86-64 nor 64-bit Arm.
+    """
     machine = platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = set(file.read().split())
-    except OSError:
-        flags = set()
     if machine in ("aarch64", "arm64"):
-        return {"triple": "aarch64-linux-gnu", "mcpu": "generic", "vector_bytes": 16, "registers": 32}
-    if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"} <= flags:
-        return {"triple": "x86_64-linux-gnu", "mcpu": "x86-64-v4", "vector_bytes": 64, "registers": 32}
-    if {"avx2", "fma"} <= flags:
-        return {"triple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "vector_bytes": 32, "registers": 16}
-    return {"triple": "x86_64-linux-gnu", "mcpu": "x86-64-v2", "vector_bytes": 16, "registers": 16}
+        return {"triple": "aarch64-unknown-linux-gnu", "mcpu": "generic", "vector_bytes": 16, "registers": 32}
+    if machine != "x86_64":
+        raise EdgecError(f"no settings for a {machine} machine", where="--target host", hint="name a device instead")
+    flags = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
+    mcpu, _, vector_bytes, registers = next(level for level in X86_LEVELS if level[1] <= flags)
+    return {"triple": "x86_64-unknown-linux-gnu", "mcpu": mcpu, "vector_bytes": vector_bytes, "registers": registers}

@@ -18,6 +18,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from edgec import integer
+from edgec.targets.device import Device
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -58,14 +59,13 @@ class Epilogue:
 @contextmanager
 def prim_func(name: str, inplace: Sequence[int] = ()) -> Any:
     """Build a PrimFunc; the builder's result is read with `.get()` afterwards."""
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            attributes: dict[str, Any] = {"tirx.noalias": True}
-            if inplace:
-                attributes["edgec.inplace"] = list(inplace)
-            T.func_attr(attributes)
-            yield builder
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        attributes: dict[str, Any] = {"tirx.noalias": True}
+        if inplace:
+            attributes["edgec.inplace"] = list(inplace)
+        T.func_attr(attributes)
+        yield builder
 
 
 def param(name: str, shape: Sequence[int], dtype: str) -> Any:
@@ -105,18 +105,40 @@ def round_up(value: int, multiple: int) -> int:
 # -- integer epilogue --------------------------------------------------------------------------------------------------
 
 
-def requantise(acc: Any, m: Any, shift: Any, y_zp: int, lo: int, hi: int, lanes: int) -> Any:
+def requantise(acc: Any, m: Any, shift: Any, y_zp: int, lo: int, hi: int, lanes: int, device: Device) -> Any:
     """clamp(RQ1(acc) + y_zp, lo, hi) on int32 vectors, where RQ1 is (int64(acc) * m + 2^(shift-1)) >> shift.
 
     The result is exact for every int32 accumulator and legal (m, shift): multipliers above one may leave int32, so the
     narrowing saturates (one instruction on NEON and AVX-512) and the clamp comes before the zero point is added.
     """
-    wide = vec("int64", lanes)
-    one = const(1, "int64", lanes)
-    amount = shift.astype(wide)
-    rounded = acc.astype(wide) * m.astype(wide) + tirx.shift_left(one, amount - one)
-    code = clamp(tirx.shift_right(rounded, amount), INT32_MIN, INT32_MAX, "int64", lanes).astype(vec("int32", lanes))
+    if device.is_arm32 and lanes == 4:
+        code = _rescale_arm32(acc, m, shift)
+    else:
+        wide = vec("int64", lanes)
+        one = const(1, "int64", lanes)
+        amount = shift.astype(wide)
+        rounded = acc.astype(wide) * m.astype(wide) + tirx.shift_left(one, amount - one)
+        code = clamp(tirx.shift_right(rounded, amount), INT32_MIN, INT32_MAX, "int64", lanes)
+        code = code.astype(vec("int32", lanes))
     return clamp(code, lo - y_zp, hi - y_zp, "int32", lanes) + const(y_zp, "int32", lanes)
+
+
+def _rescale_arm32(acc: Any, m: Any, shift: Any) -> Any:
+    """Saturated RQ1 of four int32: multiply long, rounding shift, saturating narrow.
+
+    Written with intrinsics because LLVM has no 64-bit vector minimum here and falls back to scalar code.
+    """
+
+    def call(name: str, dtype: str, *arguments: Any) -> Any:
+        return T.call_llvm_pure_intrin(dtype, T.llvm_lookup_intrinsic_id(f"llvm.arm.neon.{name}"), *arguments)
+
+    halves = []
+    for first in (0, 2):
+        a, factor, right = (tirx.Shuffle([v], [const(first + k, "int32") for k in range(2)]) for v in (acc, m, shift))
+        product = call("vmulls.v2i64", "int64x2", a, factor)
+        left = const(0, "int64", 2) - right.astype("int64x2")
+        halves.append(call("vqmovns.v2i32", "int32x2", call("vrshifts.v2i64", "int64x2", product, left)))
+    return tirx.Shuffle(halves, [const(k, "int32") for k in range(4)])
 
 
 def clamp(value: Any, lo: float, hi: float, dtype: str, lanes: int) -> Any:
@@ -127,9 +149,9 @@ def clamp(value: Any, lo: float, hi: float, dtype: str, lanes: int) -> Any:
     return value
 
 
-def store_code(acc: Any, m: Any, shift: Any, residual: Any, epilogue: Epilogue, lanes: int) -> Any:
+def store_code(acc: Any, m: Any, shift: Any, residual: Any, epilogue: Epilogue, lanes: int, device: Device) -> Any:
     """int32 accumulator -> int8 code (as an int8 vector)."""
-    code = requantise(acc, m, shift, epilogue.y_zp, int(epilogue.lo), int(epilogue.hi), lanes)
+    code = requantise(acc, m, shift, epilogue.y_zp, int(epilogue.lo), int(epilogue.hi), lanes, device)
     add = epilogue.add
     if add is not None:
         code = add_codes(code, residual.astype(vec("int32", lanes)), add, lanes)

@@ -8,7 +8,7 @@ order. Spatial padding is a padded copy of the input in scratch memory, which ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import Epilogue, const, loop, param, ramp, round_up, splat, vec
+from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, splat, vec
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Conv2D:
     groups: int = 1
     dtype: str = "float32"
     x_zp: int = 0
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "conv2d"
 
@@ -153,7 +153,6 @@ class Conv2D:
             def tile(group: Any, number: Any, row: Any, column: Any, count: int, channels: int) -> None:
                 index = group * blocks + number
                 offset = index * block
-                vectors = block // lanes
                 used = -(-channels // lanes)
                 for p in range(count):
                     for v in range(used):
@@ -169,12 +168,11 @@ class Conv2D:
                             product = multiply(xv, values[v], self.dtype, lanes)
                             T.buffer_store(acc, acc[p, ramp(v * lanes, lanes)] + product, here)
 
-                assert vectors >= used
                 loop(kh, lambda i: loop(kw, lambda j: loop(cig, lambda k: step(i, j, k))))
                 first = group * (self.co // self.groups) + number * block
                 for p in range(count):
                     for v in range(used):
-                        self._store(
+                        store_vector(
                             acc[p, ramp(v * lanes, lanes)],
                             (m, shift, offset + v * lanes),
                             residual,
@@ -182,6 +180,8 @@ class Conv2D:
                             (row, column + p, first + v * lanes),
                             (lanes, min(lanes, channels - v * lanes)),
                             tail,
+                            self,
+                            device,
                         )
 
             def row_of_tiles(group: Any, number: Any, row: Any, channels: int) -> None:
@@ -198,18 +198,6 @@ class Conv2D:
 
             loop(self.groups, group_body)
         return builder.get()
-
-    def _store(
-        self,
-        value: Any,
-        scale: tuple[Any, Any, Any],
-        residual: Any,
-        y: Any,
-        at: tuple[Any, Any, Any],
-        size: tuple[int, int],
-        tail: Any,
-    ) -> None:
-        store_vector(value, scale, residual, y, at, size, tail, self.epilogue, self.dtype)
 
     def reference(
         self,
@@ -237,7 +225,7 @@ def pad_copy(x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence
     """Copy an NHWC map into the middle of a larger one and fill the border."""
     h, w, c = shape
     top, bottom, left, right = padding
-    hp, wp = h + top + bottom, w + left + right
+    wp = w + left + right
     fill = tirx.const(value, dtype)
 
     def border(row: Any, first: int, count: int) -> None:
@@ -261,10 +249,10 @@ def store_vector(
     at: tuple[Any, Any, Any],
     size: tuple[int, int],
     tail: Any,
-    epilogue: Epilogue,
-    dtype: str,
+    spec: Any,
+    device: Device,
 ) -> None:
-    """Apply the epilogue and store `size[1]` of `size[0]` lanes; a partial vector goes through `tail`, lane by lane."""
+    """Apply `spec`'s epilogue and store `size[1]` of `size[0]` lanes; a partial vector goes through `tail`, by lane."""
     lanes, valid = size
     m, shift, offset = scale
     row, column, channel = at
@@ -275,13 +263,14 @@ def store_vector(
             other = residual[row, column, ramp(channel, lanes)]
         else:
             for lane in range(lanes):
-                source = residual[row, column, channel + lane] if lane < valid else tirx.const(0, dtype)
+                source = residual[row, column, channel + lane] if lane < valid else tirx.const(0, spec.dtype)
                 T.buffer_store(tail, source, [lane])
             other = tail[ramp(0, lanes)]
-    if dtype == "int8":
-        result = common.store_code(value, m[ramp(offset, lanes)], shift[ramp(offset, lanes)], other, epilogue, lanes)
+    if spec.dtype == "int8":
+        here_m, here_shift = m[ramp(offset, lanes)], shift[ramp(offset, lanes)]
+        result = common.store_code(value, here_m, here_shift, other, spec.epilogue, lanes, device)
     else:
-        result = common.activate(value if other is None else value + other, epilogue, lanes)
+        result = common.activate(value if other is None else value + other, spec.epilogue, lanes)
     if valid == lanes:
         T.buffer_store(y, result, here)
         return
@@ -328,6 +317,3 @@ def finish(
     if residual is not None:
         acc = acc + residual
     return common.activate_reference(acc, epilogue).astype(np.float32)
-
-
-__all__ = ["Conv2D", "accumulate", "const", "finish", "multiply", "pad_copy", "store_vector"]

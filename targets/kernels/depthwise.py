@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Depthwise:
     dilation: tuple[int, int] = (1, 1)
     dtype: str = "float32"
     x_zp: int = 0
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "depthwise"
 
@@ -148,8 +148,8 @@ class Depthwise:
                             (row, column + p, at),
                             (size, size),
                             tail,
-                            self.epilogue,
-                            self.dtype,
+                            self,
+                            device,
                         )
 
             def channels(row: Any, column: Any, count: int) -> None:

@@ -125,7 +125,9 @@ class QMul(_Elementwise):
 
         def compute(a: Any, b: Any) -> Any:
             acc = (_wide(a) - self.za) * (_wide(b) - self.zb)
-            code = requantise(acc, const(self.m, "int32"), const(self.shift, "int32"), self.zy, self.lo, self.hi, 1)
+            code = requantise(
+                acc, const(self.m, "int32"), const(self.shift, "int32"), self.zy, self.lo, self.hi, 1, device
+            )
             return code.astype("int8")
 
         shapes = [(self.a, "int8"), (self.b, "int8")]
@@ -154,7 +156,7 @@ class QRescale(_Elementwise):
 
         def compute(x: Any) -> Any:
             m, shift = const(self.m, "int32"), const(self.shift, "int32")
-            return requantise(_wide(x) - self.zx, m, shift, self.zy, self.lo, self.hi, 1).astype("int8")
+            return requantise(_wide(x) - self.zx, m, shift, self.zy, self.lo, self.hi, 1, device).astype("int8")
 
         return _build(self.name, [(self.shape, "int8")], (self.shape, "int8"), compute, self.inplace)
 

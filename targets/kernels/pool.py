@@ -144,7 +144,7 @@ class AvgPool(_Pool):
 
         def end(acc: Any, lanes: int) -> Any:
             m, shift = const(q.m, "int32", lanes), const(q.shift, "int32", lanes)
-            return requantise(acc, m, shift, q.y_zp, q.lo, q.hi, lanes).astype(vec("int8", lanes))
+            return requantise(acc, m, shift, q.y_zp, q.lo, q.hi, lanes, device).astype(vec("int8", lanes))
 
         return self._build(
             device,

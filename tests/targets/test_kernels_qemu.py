@@ -23,7 +23,7 @@ pytestmark = pytest.mark.qemu
 # Armv8.0 with and without dot product beside it, Armv9 features, and 32-bit Arm.
 DEVICES = ("cortex-a53", "cortex-a72", "cortex-x2", "cortex-a7")
 LANES = 4
-# One example is a whole batch, so shrinking would recompile everything each time; the first example is all minimal cases.
+# One example is a whole batch, so shrinking would recompile everything each time. The first example is all minimal.
 BATCH = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
