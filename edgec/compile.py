@@ -228,13 +228,13 @@ def compile_model(
         "seed": seed,
     }
     run.record("original", run.reference, program, time.perf_counter() - started)
-    writer("0-original", program.text())
+    writer("0-original", program)
 
     _import_check(run, program)
     original = program
     for number, step in enumerate(pipeline.passes, start=1):
         program = run.apply(step, program)
-        writer(f"{number}-{step.name}", program.text())
+        writer(f"{number}-{step.name}", program)
         if stop_after == step.name:
             return CompileResult(run.ledger, None, program)
 
@@ -371,12 +371,21 @@ def _parent(destination: Path) -> None:
         raise EdgecError(f"cannot be created: {error.strerror}", where=str(parent)) from error
 
 
-def _dumper(folder: str | Path | None) -> Callable[[str, str], None]:
+def _dumper(folder: str | Path | None) -> Callable[[str, Any], None]:
+    """Writes each stage as text, and Programs as `.pt2` as well, so that any two stages can be compared."""
     if folder is None:
-        return lambda step, text: None
+        return lambda step, stage: None
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    return lambda step, text: (target / f"{step}.txt").write_text(text) and None
+
+    def write(step: str, stage: Any) -> None:
+        if isinstance(stage, str):
+            (target / f"{step}.txt").write_text(stage)
+        else:
+            (target / f"{step}.txt").write_text(stage.text())
+            stage.save(target / f"{step}.pt2")
+
+    return write
 
 
 def _gate_hint(step: Pass) -> str:

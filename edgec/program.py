@@ -201,13 +201,18 @@ class Program:
             shapes = tuple({0: dim} for _ in inputs)
         for node in self.graph.nodes:
             # torch.export copies this field, and no other of ours, to the new graph and into .pt2 files.
-            node.meta["custom"] = {"edgec_layer": layer_of(node)}
+            node.meta["custom"] = {"edgec_layer": layer_of(node), **self._grid(node)}
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 return torch.export.export(self.module, inputs, dynamic_shapes=shapes)
         except Exception as error:
             raise EdgecError(f"graph does not re-export: {_first_line(error)}", where=self.name) from error
+
+    def _grid(self, node: fx.Node) -> dict[str, Any]:
+        """Scale and zero point of a node's codes, so that a reloaded Program can be read in real numbers."""
+        scale, zero = code_grid(self, node) or (None, None)
+        return {} if scale is None else {"scale": scale, "zero_point": zero}
 
     def batch_inputs(self, batch: int) -> tuple[torch.Tensor, ...]:
         """The example inputs with `batch` samples (repeated or cut) where the batch is dynamic."""
@@ -253,6 +258,15 @@ def dtype_of(node: fx.Node) -> torch.dtype:
 def layer_of(node: fx.Node) -> str:
     """The user's name of the layer a node came from: module path, else the node's own name."""
     return node.meta.get("edgec_layer") or node.meta.get("custom", {}).get("edgec_layer") or node.name
+
+
+def code_grid(program: Program, node: fx.Node) -> tuple[float, int] | None:
+    """(scale, zero_point) of the int8 codes that a node computes, or None when it is not known."""
+    record = program.annotations.get(node.name)
+    if record is not None and isinstance(getattr(record, "scale", None), float):
+        return record.scale, record.zero_point
+    kept = node.meta.get("custom", {})
+    return (kept["scale"], kept["zero_point"]) if "scale" in kept else None
 
 
 def is_call(node: Any, *targets: Any) -> bool:

@@ -7,13 +7,14 @@ integer convolution that replaced it are compared with each other.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from edgec.program import Program, is_call, layer_of, output_nodes
+from edgec.program import Program, code_grid, is_call, layer_of, output_nodes
 
 if TYPE_CHECKING:
     from edgec.data import Dataset
@@ -50,8 +51,18 @@ def layer_outputs(program: Program, inputs: tuple[torch.Tensor, ...]) -> dict[st
 
 def compare_layers(a: Program, b: Program, dataset: Dataset, samples: int = SAMPLES) -> list[LayerDifference]:
     """One row per layer that both Programs have, in the order of `a`, and one for the output."""
-    (inputs, _), *_ = list(dataset.limit(samples, 0).batches(samples))
-    left, right = layer_outputs(a, inputs), layer_outputs(b, inputs)
+    inputs = sample_inputs(dataset, samples)
+    return compare_outputs(layer_outputs(a, inputs), layer_outputs(b, inputs))
+
+
+def sample_inputs(dataset: Dataset, samples: int = SAMPLES) -> tuple[torch.Tensor, ...]:
+    """One batch of the first samples."""
+    arrays, _ = dataset.read(slice(0, samples))
+    return tuple(torch.from_numpy(x) for x in arrays)
+
+
+def compare_outputs(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[LayerDifference]:
+    """One row per layer that both sides have with the same shape, in the order of `left`."""
     rows = []
     for layer, want in left.items():
         got = right.get(layer)
@@ -86,7 +97,7 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
-        self.annotations = program.annotations
+        self.program = program
         self.results = set(output_nodes(program.module))
         self.found: dict[str, torch.Tensor] = {}
 
@@ -104,7 +115,7 @@ class _Recorder(fx.Interpreter):
     def _real(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor | None:
         if value.dtype.is_floating_point:
             return None if is_call(node, edgec.dequantize.default) and node not in self.results else value
-        params = self.annotations.get(node.name)
-        if value.dtype == torch.int8 and params is not None:
-            return (value.to(torch.float32) - params.zero_point) * params.scale
+        grid = code_grid(self.program, node)
+        if value.dtype == torch.int8 and grid is not None:
+            return (value.to(torch.float32) - grid[1]) * grid[0]
         return None

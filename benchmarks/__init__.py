@@ -1,0 +1,1 @@
+"""Measurements: run on demand, never part of the tests."""
