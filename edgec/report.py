@@ -62,6 +62,22 @@ def write_report(
         ) from error
 
 
+def read_report(bundle: str | Path) -> Row:
+    """What `write_report` put into the `report.json` of a bundle. Raises EdgecError when it is not there or broken."""
+    path = Path(bundle) / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EdgecError(
+            f"cannot be read: {error.strerror}", where=str(path), hint="give the folder that edgec compile wrote"
+        ) from error
+    except ValueError as error:
+        raise EdgecError(f"is not JSON ({error})", where=str(path), hint="compile again") from error
+    if not isinstance(report, dict):
+        raise EdgecError("is not a report of edgec", where=str(path), hint="compile again")
+    return report
+
+
 def render_html(
     ledger: Row, timeline: Sequence[Row], sensitivity: Sequence[Row], meta: Mapping[str, Any] | None = None
 ) -> str:
