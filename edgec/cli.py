@@ -145,6 +145,7 @@ def compile_command(
 ) -> None:
     """Compile a model, checking accuracy after every step."""
     from edgec.compile import compile_model
+    from edgec.pipeline import Pipeline
 
     if passes is not None and recipe is not None:
         raise EdgecError("given together with --passes", where="--recipe", hint="use one of the two")
@@ -155,7 +156,7 @@ def compile_command(
             model,
             target=target,
             output=output,
-            passes=recipe if recipe is not None else passes or "",
+            passes=Pipeline.from_toml(recipe) if recipe is not None else passes or "",
             data=data,
             eval=eval,
             mean=_numbers(mean, "--mean", float),

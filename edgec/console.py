@@ -57,7 +57,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     for i in shown:
-        number = all(not row[i] or row[i] == "-" or row[i][0] in "+-0123456789" for row in rows)
+        number = i > 0 and all(not row[i] or row[i] == "-" or row[i][0] in "+-0123456789" for row in rows)
         table.add_column(header[i], justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(row[i]) for i in shown))
@@ -81,12 +81,11 @@ def print_ledger(ledger: Ledger) -> None:
         print_table(("left alone", "reason", "layers"), rows)
     if ledger.device is not None:
         d = ledger.device
-        exact = (
-            {True: "bit-exact", False: f"largest difference {d.max_abs_error:.3g}"} if d.bit_exact is not None else {}
-        )
+        error = "" if d.max_abs_error is None else f"largest difference {d.max_abs_error:.3g}"
+        exact = "bit-exact" if d.bit_exact else error
         sizes = f"code {format_bytes(d.code_bytes)}, weights {format_bytes(d.weight_bytes)}"
         arena = f"arena {format_bytes(d.arena_bytes)} (lower bound {format_bytes(d.arena_lower_bound)})"
-        parts = [f"{d.target} ({d.runner})", exact.get(d.bit_exact, ""), sizes, arena]
+        parts = (f"{d.target} ({d.runner})", exact, sizes, arena)
         print_line("device  " + ", ".join(part for part in parts if part))
 
 
