@@ -21,6 +21,7 @@ from tvm.ir import PointerType, PrimType
 from tvm.tirx.buffer import is_buffer_var
 
 from edgec.errors import EdgecError
+from edgec.targets import elementary
 from edgec.targets.device import Device
 
 RUNTIME_SYMBOL = re.compile(r"TVM|tvm|__tvm")
@@ -201,7 +202,7 @@ def _raw_signature(
         return tirx.DeclBuffer(buffer, data=pointer)
 
     body = tvm_ffi.structural_map(function.body, [(tirx.AllocBuffer, on_allocation)], order="post")
-    body = tvm_ffi.structural_map(body, [(tvm.ir.Call, _expand_erf)], order="post")
+    body = tvm_ffi.structural_map(body, [(tvm.ir.Call, elementary.expand)], order="post")
     # TVM's operator library leaves the place of data behind a pointer open; ours always starts at the pointer.
     offsets = [b.elem_offset for b in buffers if isinstance(b.elem_offset, tirx.Var)]
     if offsets:
@@ -216,49 +217,6 @@ def _raw_signature(
     stored = _stored(function.body)
     constant = frozenset(i for i, p in enumerate(buffers) if not any(p.same_as(b) for b in stored))
     return raw, tuple(types), tuple(sizes), constant
-
-
-# erf(x) = c P(c^2) / Q(c^2) with c = clamp(x, -4, 4); coefficients as in Eigen's vectorised float erf. The absolute
-# error against the true function is 4.5e-7. LLVM has no erf, and libm's would be a scalar call per element.
-ERF_P = (
-    -1.60960333262415e-02,
-    -2.95459980854025e-03,
-    -7.34990630326855e-04,
-    -5.69250639462346e-05,
-    -2.10102402082508e-06,
-    2.77068142495902e-08,
-    -2.72614225801306e-10,
-)
-ERF_Q = (
-    -1.42647390514189e-02,
-    -7.37332916720468e-03,
-    -1.68282697438203e-03,
-    -2.13374055278905e-04,
-    -1.45660718464996e-05,
-)
-
-
-def _expand_erf(call: Any) -> Any:
-    """Replace `tirx.erf` of float32, scalar or vector, by a rational function."""
-    if getattr(call.op, "name", "") != "tirx.erf":
-        return call
-    argument = call.args[0]
-    kind = str(argument.ty.dtype)
-    lanes = int(kind.partition("x")[2] or 1)
-
-    def c(value: float) -> Any:
-        scalar = tirx.const(value, "float32")
-        return tirx.Broadcast(scalar, lanes) if lanes > 1 else scalar
-
-    def horner(z: Any, coefficients: tuple[float, ...]) -> Any:
-        result = c(coefficients[-1])
-        for value in coefficients[-2::-1]:
-            result = result * z + c(value)
-        return result
-
-    x, z = tirx.Var("erf_x", kind), tirx.Var("erf_z", kind)
-    ratio = x * horner(z, ERF_P) / horner(z, ERF_Q)
-    return tirx.Let(x, tirx.min(tirx.max(argument, c(-4.0)), c(4.0)), tirx.Let(z, x * x, ratio))
 
 
 def _stored(body: Any) -> list[Any]:
