@@ -9,9 +9,11 @@ import ctypes
 import errno
 import hashlib
 import json
+import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,13 +24,16 @@ from edgec.errors import EdgecError
 
 if TYPE_CHECKING:
     from edgec.lowering.lower import Lowered
-    from edgec.plan import Port
-    from edgec.targets.cpu.emit import SelfTest
+    from edgec.plan import Plan, Port
+    from edgec.targets.cpu.emit import Kernels, SelfTest
     from edgec.targets.device import Device
 
 SCHEMA = 1
-# Files that are written after the code is checked; the digests of the manifest leave them out.
-UNHASHED = ("manifest.json", "report.json", "report.html", "program.pt2")
+MANIFEST = "manifest.json"
+# What `Bundle` reads; a manifest without one of these is corrupt.
+REQUIRED = ("name", "target", "triple", "cpu", "runner", "inputs", "outputs", "arena_bytes", "arena_align", "files")
+SYSTEM_LIBRARIES = ("libc.so.", "libm.so.", "ld-linux")
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
 class Bundle:
@@ -37,25 +42,38 @@ class Bundle:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self._library: ctypes.CDLL | None = None
+        self._function: Callable[..., int] | None = None
+        self._thread = threading.local()
 
     @staticmethod
     def load(path: str | Path) -> Bundle:
         """Open a bundle folder. Raises EdgecError when it is not one, or when a file is missing or was changed."""
         folder = Path(path)
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-        except OSError as error:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except FileNotFoundError as error:
+            what = f"is not a bundle (no {MANIFEST})" if folder.is_dir() else "does not exist"
+            raise EdgecError(what, where=str(folder), hint="give a folder made by edgec compile") from error
+        except NotADirectoryError as error:
             raise EdgecError(
-                "is not a bundle (no manifest.json)", where=str(folder), hint="give a folder made by edgec compile"
+                "is a file, not a bundle", where=str(folder), hint="give a folder made by edgec compile"
             ) from error
+        except OSError as error:
+            raise EdgecError(f"cannot be read: {error.strerror}", where=str(folder / MANIFEST)) from error
         except ValueError as error:
-            raise EdgecError("has a corrupt manifest.json", where=str(folder), hint="compile the model again") from error
-        if manifest.get("schema") != SCHEMA:
+            raise EdgecError(f"has a corrupt {MANIFEST}", where=str(folder), hint="compile the model again") from error
+        if not isinstance(manifest, dict) or "schema" not in manifest:
+            raise EdgecError(f"has a corrupt {MANIFEST}", where=str(folder), hint="compile the model again")
+        if manifest["schema"] != SCHEMA:
             raise EdgecError(
-                f"has schema {manifest.get('schema')}, this edgec reads {SCHEMA}",
+                f"has schema {manifest['schema']}, this edgec reads {SCHEMA}",
                 where=str(folder),
                 hint="compile the model again",
+            )
+        absent = [key for key in REQUIRED if key not in manifest]
+        if absent:
+            raise EdgecError(
+                f"has a corrupt {MANIFEST} (no {absent[0]})", where=str(folder), hint="compile the model again"
             )
         for name, digest in manifest["files"].items():
             file = folder / name
@@ -72,92 +90,120 @@ class Bundle:
         """Run the model on a batch: one array [n, ...] per input; the result is an array, or a tuple of them.
 
         Native bundles run in this process, on the arrays' own memory where type and layout fit; others run in the
-        emulator named in the manifest. Raises EdgecError for wrong numbers, shapes or types. Thread-safe.
+        emulator named in the manifest. Each thread has an arena of its own, so threads may share a Bundle. Raises
+        EdgecError for wrong numbers, shapes or types; a type may differ in size only (float64 for float32).
         """
         arrays = self._check(inputs)
         results = self._run_native(arrays) if self.manifest["runner"] == "native" else self._run_emulated(arrays)
-        return results[0] if len(results) == 1 else results
+        results = [_joined(r, tuple(o["shape"])) for r, o in zip(results, self.manifest["outputs"], strict=True)]
+        return results[0] if len(results) == 1 else tuple(results)
 
     def selftest(self) -> bool:
-        """Run the built-in sample and compare with the built-in result."""
+        """Run the built-in sample and compare with the built-in result.
+
+        Raises EdgecError when there is none, or when the program does not run to its end.
+        """
         from edgec.targets.cpu.runner import execute
 
-        try:
-            execute([*self._prefix(), str((self.path / "bin" / "runner").absolute()), "--selftest"])
-        except EdgecError as error:
-            if "ended with status 1" in str(error):
-                return False
-            raise
-        return True
+        if self.manifest.get("selftest") is None:
+            raise EdgecError("has no self-test", where=f"bundle {self.name}")
+        self._check_machine()
+        program = (self.path / "bin" / "runner").absolute()
+        status, text = execute([*self._prefix(), str(program), "--selftest"], self.manifest.get("runner_package"))
+        if status not in (0, 3):
+            raise EdgecError(f"ended with status {status}: {text}", where=f"self-test of bundle {self.name}")
+        return status == 0
 
     def _check(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The inputs as the code takes them: [runs, *shape of one run], aligned and contiguous."""
         specs = self.manifest["inputs"]
         if len(inputs) != len(specs):
             raise EdgecError(f"takes {len(specs)} inputs, got {len(inputs)}", where=f"bundle {self.name}")
         arrays = []
         for value, spec in zip(inputs, specs, strict=True):
-            array = np.asarray(value)
-            wanted = tuple(spec["shape"])
-            if array.shape[1:] != wanted[1:] or array.ndim != len(wanted):
+            array, wanted, dtype = np.asarray(value), tuple(spec["shape"]), np.dtype(spec["dtype"])
+            where = f"input '{spec['name']}' of bundle {self.name}"
+            if array.ndim != len(wanted) or array.shape[1:] != wanted[1:]:
+                expected = ", ".join(map(str, ("n", *wanted[1:]) if wanted else ()))
+                raise EdgecError(f"has shape {array.shape}, expected ({expected})", where=where)
+            widened = array.dtype.kind + dtype.kind == "ui" and np.can_cast(array.dtype, dtype)
+            if array.dtype.kind != dtype.kind and not widened:
                 raise EdgecError(
-                    f"has shape {array.shape}, expected (n, {', '.join(map(str, wanted[1:]))})",
-                    where=f"input '{spec['name']}' of bundle {self.name}",
-                )
-            if array.dtype != np.dtype(spec["dtype"]) and array.dtype.kind not in "fiu":
-                raise EdgecError(
-                    f"has dtype {array.dtype}, expected {spec['dtype']}",
-                    where=f"input '{spec['name']}' of bundle {self.name}",
+                    f"has dtype {array.dtype}, expected {dtype}",
+                    where=where,
+                    hint="prepare the data as for the original model and convert it",
                 )
             # The model is compiled for a batch of `wanted[0]`.
-            if array.shape[0] % wanted[0]:
-                raise EdgecError(
-                    f"has {array.shape[0]} samples, the model takes {wanted[0]} at a time",
-                    where=f"input '{spec['name']}' of bundle {self.name}",
-                )
-            arrays.append(np.ascontiguousarray(array, dtype=spec["dtype"]))
-        if len({len(a) // s["shape"][0] for a, s in zip(arrays, specs, strict=True)}) > 1:
+            if wanted and array.shape[0] % wanted[0]:
+                raise EdgecError(f"has {array.shape[0]} samples, the model takes {wanted[0]} at a time", where=where)
+            arrays.append(np.require(array, dtype, ("C", "A")).reshape(-1, *wanted))
+        if len({len(a) for a in arrays}) > 1:
             raise EdgecError("inputs have different numbers of samples", where=f"bundle {self.name}")
         return arrays
 
     def _run_native(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-        library = self._open()
-        specs = self.manifest["inputs"]
-        steps = [s["shape"][0] for s in specs]
-        count = len(arrays[0]) // steps[0]
-        outputs = [
-            np.empty((count * o["shape"][0], *o["shape"][1:]), o["dtype"]) for o in self.manifest["outputs"]
-        ]
-        out_steps = [o["shape"][0] for o in self.manifest["outputs"]]
-        align = self.manifest["arena_align"]
-        memory = np.empty(self.manifest["arena_bytes"] + align, np.uint8)
-        arena = -(-memory.ctypes.data // align) * align
-        run = getattr(library, f"{self.name}_run")
+        run = self._open()
+        count = len(arrays[0])
+        outputs = [np.empty((count, *o["shape"]), o["dtype"]) for o in self.manifest["outputs"]]
+        arena = self._arena()
+        memory = [(a.ctypes.data, a[:1].nbytes) for a in (*arrays, *outputs)]
         for i in range(count):
-            pointers = [a[i * n : (i + 1) * n].ctypes.data for a, n in zip(arrays, steps, strict=True)]
-            pointers += [o[i * n : (i + 1) * n].ctypes.data for o, n in zip(outputs, out_steps, strict=True)]
-            status = run(*[ctypes.c_void_p(p) for p in (*pointers, arena)])
+            status = run(*[start + i * size for start, size in memory], arena)
             if status:
                 raise EdgecError(f"{self.name}_run returned {status}", where=f"bundle {self.name}")
         return tuple(outputs)
 
-    def _open(self) -> ctypes.CDLL:
-        if self._library is None:
+    def _arena(self) -> int:
+        """Address of this thread's arena."""
+        align = self.manifest["arena_align"]
+        memory = getattr(self._thread, "memory", None)
+        if memory is None:
+            memory = self._thread.memory = np.empty(self.manifest["arena_bytes"] + align, np.uint8)
+        return -(-memory.ctypes.data // align) * align
+
+    def _open(self) -> Callable[..., int]:
+        """The C function."""
+        if self._function is None:
+            self._check_machine()
             file = (self.path / "lib" / f"lib{self.name}.so").absolute()
             try:
-                self._library = ctypes.CDLL(str(file))
-            except OSError as error:
+                # The loader takes a path it has seen before for the file it has loaded: go by a new name, so that a
+                # bundle that was compiled again in its old place is not the old one.
+                with tempfile.TemporaryDirectory(prefix="edgec-load-") as folder:
+                    link = Path(folder) / file.name
+                    link.symlink_to(file)
+                    function = ctypes.CDLL(str(link))[f"{self.name}_run"]
+            except (OSError, AttributeError) as error:
                 raise EdgecError(f"does not load: {error}", where=str(file)) from error
-        return self._library
+            pointers = len(self.manifest["inputs"]) + len(self.manifest["outputs"]) + 1
+            function.argtypes, function.restype = [ctypes.c_void_p] * pointers, ctypes.c_int
+            self._function = function
+        return self._function
+
+    def _check_machine(self) -> None:
+        """Raise EdgecError when a native bundle was compiled for another kind of machine."""
+        if self.manifest["runner"] != "native":
+            return
+        here = platform.machine().lower()
+        here, built = ARCHITECTURES.get(here, here), self.manifest["triple"].split("-")[0]
+        if built != here:
+            raise EdgecError(f"is compiled for {built}, this machine is {here}", where=f"bundle {self.name}")
+        from edgec.targets.device import load_device
+
+        levels = [cpu.removeprefix("x86-64-v") for cpu in (self.manifest["cpu"], load_device("host").mcpu)]
+        if all(level.isdigit() for level in levels) and int(levels[0]) > int(levels[1]):
+            raise EdgecError(
+                f"uses instructions of {self.manifest['cpu']}, which this machine does not have",
+                where=f"bundle {self.name}",
+                hint="compile the model on this machine",
+            )
 
     def _run_emulated(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         from edgec.targets.cpu.runner import run_samples
 
-        specs = self.manifest["inputs"]
-        grouped = [a.reshape(-1, *s["shape"]) for a, s in zip(arrays, specs, strict=True)]
         outputs = [(tuple(o["shape"]), o["dtype"]) for o in self.manifest["outputs"]]
         package = self.manifest.get("runner_package")
-        results = run_samples(self.path / "bin" / "runner", self._prefix(), grouped, outputs, package)
-        return tuple(r.reshape(-1, *r.shape[2:]) for r in results)
+        return run_samples(self.path / "bin" / "runner", self._prefix(), arrays, outputs, package)
 
     def _prefix(self) -> list[str]:
         from edgec.targets.cpu.runner import command_prefix
@@ -177,57 +223,61 @@ def build_bundle(
     *,
     selftest: SelfTest | None = None,
     meta: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> Bundle:
-    """Emit, compile and lay out the bundle in `directory`, which must not exist.
+    """Emit, compile and lay out the bundle in `directory`, which must not exist or be empty.
 
-    selftest: sample and expected result that are built in; by default zeros, with whatever the code gives for them
-    not checked. meta: plain data for the manifest. Raises EdgecError; nothing is left behind then.
+    selftest: sample and expected result that are built in; without it there is no self-test. meta: plain data for the
+    manifest. force: replace a bundle that is there. Raises EdgecError or ToolchainMissing; nothing is left behind then.
     """
     from edgec.targets.codegen import build_object
 
-    return assemble(
-        lowered.plan, lowered.kernels, build_object(lowered.kernels, device), device, directory, selftest, meta
-    )
+    kernel_object = build_object(lowered.kernels, device)
+    return assemble(lowered.plan, lowered.kernels, kernel_object, device, directory, selftest, meta, force=force)
 
 
 def assemble(
-    plan: Any,
-    kernels: Any,
+    plan: Plan,
+    kernels: Kernels,
     kernel_object: bytes,
     device: Device,
     directory: str | Path,
     selftest: SelfTest | None = None,
     meta: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
 ) -> Bundle:
     """`build_bundle` for a given kernel object; `kernels` has `signature` and `readonly` (see `LoweredKernels`)."""
     from edgec import __version__
-    from edgec.targets.cpu.emit import SelfTest, emit
+    from edgec.targets.cpu.emit import emit, exports
     from edgec.targets.cpu.toolchain import build_library, require_toolchain
 
-    require_toolchain(device)
     target = Path(directory)
-    if selftest is None:
-        selftest = SelfTest(tuple(_zeros(p) for p in plan.inputs), tuple(_zeros(p) for p in plan.outputs), 0.0)
+    refuse_existing(target, force)
+    require_toolchain(device)
+    files = emit(plan, kernels, device, selftest, __version__)
     with staging(target) as folder:
-        work = folder / "build"
-        work.mkdir()
-        for name, data in emit(plan, kernels, device, selftest, __version__).items():
+        work, bundle = folder / "build", folder / "bundle"
+        (work / "obj").mkdir(parents=True)
+        for name, data in files.items():
             (work / name).write_bytes(data)
-        (work / "kernels.o").write_bytes(kernel_object)
-        build_library(work, plan.name, device)
-        bundle = folder / "bundle"
+        (work / "obj" / "kernels.o").write_bytes(kernel_object)
+        build_library(work, plan.name, device, exports(plan.name, selftest is not None))
         places = {
             f"include/{plan.name}.h": f"{plan.name}.h",
             f"lib/lib{plan.name}.a": f"lib{plan.name}.a",
             f"lib/lib{plan.name}.so": f"lib{plan.name}.so",
             f"cmake/{plan.name}-config.cmake": f"{plan.name}-config.cmake",
+            "src/model.c": "model.c",
             "src/example.c": "example.c",
             "src/runner.c": "runner.c",
             "bin/runner": "runner",
+            "weights.bin": "weights.bin",
         }
         for place, source in places.items():
             (bundle / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(work / source, bundle / place)
+        library = bundle / "lib" / f"lib{plan.name}.so"
         manifest = {
             "schema": SCHEMA,
             "edgec": __version__,
@@ -244,30 +294,77 @@ def assemble(
             "arena_align": plan.arena_align,
             "arena_lower_bound": plan.arena_lower_bound,
             "weight_bytes": plan.weight_bytes,
-            "code_bytes": text_bytes(bundle / "lib" / f"lib{plan.name}.so"),
+            "code_bytes": text_bytes(library),
             "macs": plan.macs,
+            "selftest": None if selftest is None else {"tolerance": float(selftest.tolerance)},
+            "symbols": list(verify_freestanding(library)),
             "meta": dict(meta or {}),
             "files": {place: _digest(bundle / place) for place in sorted(places)},
         }
-        (bundle / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        bundle.rename(target)
+        _write_manifest(bundle, manifest)
+        install(bundle, target)
     return Bundle(target, manifest)
+
+
+def seal(path: str | Path, names: Sequence[str]) -> None:
+    """Put the digests of further files of a bundle (`names`, relative to it) into its manifest.
+
+    From then on the bundle does not load when one of them is missing or changed.
+    """
+    folder = Path(path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"] = dict(sorted({**manifest["files"], **{n: _digest(folder / n) for n in names}}.items()))
+    _write_manifest(folder, manifest)
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """Raise EdgecError unless a bundle may be written to `target`: nothing or an empty folder is there.
+
+    With `force` a bundle may be there; anything else is never replaced.
+    """
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not force:
+        raise EdgecError("output exists", where=str(target), hint="choose another folder or give --force")
+    if not (target / MANIFEST).is_file():
+        raise EdgecError("output exists and is not a bundle", where=str(target), hint="--force only replaces bundles")
 
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, removed at the end whatever happens.
+    """A temporary folder beside `target`, removed at the end whatever happens, as are parent folders made for it.
 
     Turns a full disk into one clear line.
     """
     parent = target.absolute().parent
+    made = [p for p in (parent, *parent.parents) if not p.exists()]
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=parent) as folder:
-            yield Path(folder)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=parent) as folder:
+                yield Path(folder)
+        except BaseException:
+            for folder in made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+            raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise EdgecError("no space left on the disk", where=str(parent), hint="free some space") from error
         raise EdgecError(f"cannot be written: {error.strerror or error}", where=str(target)) from error
+
+
+def install(staged: Path, target: Path) -> None:
+    """Move a finished bundle from its staging folder to its place; a bundle that is there goes only if that works."""
+    old = staged.with_name(f"{staged.name}-replaced")
+    if target.is_dir() and any(target.iterdir()):
+        target.rename(old)
+    try:
+        staged.rename(target)
+    except BaseException:
+        if old.is_dir():
+            old.rename(target)
+        raise
 
 
 def text_bytes(path: Path) -> int:
@@ -279,25 +376,58 @@ def text_bytes(path: Path) -> int:
         return sum(s["sh_size"] for s in ELFFile(file).iter_sections() if s["sh_flags"] & flag)
 
 
-def undefined_symbols(path: str | Path) -> set[str]:
-    """Names that a bundle's shared library expects from the C library; TVM's would start with TVM."""
+def verify_freestanding(path: str | Path) -> tuple[str, ...]:
+    """The functions that a shared library takes from elsewhere, sorted.
+
+    Raises EdgecError when one of them is not versioned by the C or the mathematics library, so comes from somewhere
+    else, or when another library is needed.
+    """
+    from elftools.elf.dynamic import DynamicSection
     from elftools.elf.elffile import ELFFile
+    from elftools.elf.gnuversions import GNUVerNeedSection, GNUVerSymSection
     from elftools.elf.sections import SymbolTableSection
 
-    found = set()
     with Path(path).open("rb") as file:
-        for section in ELFFile(file).iter_sections():
-            if isinstance(section, SymbolTableSection):
-                found |= {s.name for s in section.iter_symbols() if s["st_shndx"] == "SHN_UNDEF" and s.name}
-    return found
+        sections = list(ELFFile(file).iter_sections())
+        tags = [t for s in sections if isinstance(s, DynamicSection) for t in s.iter_tags()]
+        libraries = {t.needed for t in tags if t.entry.d_tag == "DT_NEEDED"}  # type: ignore[attr-defined]
+        needs = [s for s in sections if isinstance(s, GNUVerNeedSection)]
+        origin = {
+            auxiliary["vna_other"]: version.name
+            for section in needs
+            for version, auxiliaries in section.iter_versions()
+            for auxiliary in auxiliaries
+        }
+        versions = [v["ndx"] for s in sections if isinstance(s, GNUVerSymSection) for v in s.iter_symbols()]
+        (table,) = [s for s in sections if isinstance(s, SymbolTableSection) and s.name == ".dynsym"]
+        undefined = {
+            symbol.name: origin.get(versions[i] if versions else None, "")
+            for i, symbol in enumerate(table.iter_symbols())
+            if symbol["st_shndx"] == "SHN_UNDEF" and symbol["st_info"]["bind"] != "STB_WEAK" and symbol.name
+        }
+    libraries |= set(undefined.values())
+    foreign = sorted(x for x in libraries if x and not x.startswith(SYSTEM_LIBRARIES))
+    if foreign:
+        raise EdgecError(f"needs {', '.join(foreign)}", where=str(path), hint="this is a bug in edgec")
+    unknown = sorted(name for name, library in undefined.items() if not library)
+    if unknown:
+        raise EdgecError(f"expects {', '.join(unknown)} from nowhere", where=str(path), hint="this is a bug in edgec")
+    return tuple(sorted(undefined))
+
+
+def _joined(result: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """[runs, *shape] as one batch."""
+    if not shape:
+        return result.reshape(()) if len(result) == 1 else result
+    return result.reshape(len(result) * shape[0], *shape[1:])
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def _port(port: Port) -> dict[str, Any]:
     return {"name": port.name, "shape": list(port.shape), "dtype": port.dtype}
-
-
-def _zeros(port: Port) -> np.ndarray:
-    return np.zeros(port.shape, port.dtype)
 
 
 def _digest(path: Path) -> str:

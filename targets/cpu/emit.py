@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jinja2
 import numpy as np
 
+from edgec.errors import EdgecError
 from edgec.plan import COPY, Plan, Port, Step
 from edgec.targets.device import Device
 
@@ -26,27 +28,47 @@ CTYPES = {
     "int64": "int64_t",
     "uint64": "uint64_t",
     "bool": "uint8_t",
+    # Only ever passed on between kernels: C has no portable half type.
+    "float16": "uint16_t",
 }
-RESERVED = frozenset(
-    "arena a w auto break case char const continue default do double else enum extern float for goto if inline int long "
-    "register restrict return short signed sizeof static struct switch typedef union unsigned void volatile while "
-    "class new delete template this namespace operator private public virtual".split()
-)
+# What a C or C++ parameter may not be called; the last line is what the generated code uses itself.
+_RESERVED = """
+    auto break case char const continue default do double else enum extern float for goto if inline int long register
+    restrict return short signed sizeof static struct switch typedef union unsigned void volatile while
+    alignas alignof and and_eq asm bitand bitor bool catch class compl concept constexpr const_cast decltype delete
+    dynamic_cast explicit export false friend mutable namespace new noexcept not not_eq nullptr operator or or_eq
+    private protected public reinterpret_cast requires static_assert static_cast template this thread_local throw true
+    try typeid typename using virtual wchar_t xor xor_eq linux unix NULL EOF errno stdin stdout stderr
+    arena i check status main memcpy printf fprintf calloc free posix_memalign
+"""
+RESERVED = frozenset(_RESERVED.split())
+# A header or library of these names would stand in for the system's.
+_SYSTEM = """
+    assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign stdarg stdatomic
+    stdbool stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar wctype alloca endian features
+    c dl gcc m pthread rt util
+"""
+SYSTEM_NAMES = frozenset(_SYSTEM.split())
 
 
 class Kernels(Protocol):
     """What the emitter reads of `LoweredKernels`."""
 
-    signature: dict[str, tuple[str, ...]]
-    readonly: dict[str, frozenset[int]]
+    @property
+    def signature(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def readonly(self) -> Mapping[str, frozenset[int]]: ...
 
 
-@dataclass(frozen=True)
-class SelfTest:
-    """One sample and what the model must give for it; tolerance 0 means bit for bit, else relative to the largest."""
+class SelfTest(NamedTuple):
+    """One sample and what the model must give for it.
 
-    inputs: tuple[np.ndarray, ...]
-    outputs: tuple[np.ndarray, ...]
+    tolerance: 0 means bit for bit; else |error| <= tolerance * largest |expected|, for float outputs.
+    """
+
+    inputs: Sequence[np.ndarray]
+    outputs: Sequence[np.ndarray]
     tolerance: float
 
 
@@ -62,10 +84,33 @@ class _Pointer:
     nbytes: int
 
 
-def c_name(name: str) -> str:
-    """A C identifier for an input or output."""
-    cleaned = re.sub(r"\W", "_", name)
-    return f"{cleaned}_" if cleaned in RESERVED or not re.match(r"[A-Za-z_]", cleaned) else cleaned
+def check_name(name: str) -> None:
+    """Raise EdgecError unless a header and a library can be called `name`."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
+        raise EdgecError("is not a C identifier", where=f"model name '{name}'", hint="give another one with --name")
+    if name in SYSTEM_NAMES:
+        raise EdgecError(
+            "is the name of a system header or library",
+            where=f"model name '{name}'",
+            hint="give another one with --name",
+        )
+
+
+def c_names(names: Sequence[str]) -> list[str]:
+    """A C identifier for each input and output; different ones, in upper case as well."""
+    taken: set[str] = set()
+    found = []
+    for name in names:
+        cleaned = re.sub(r"[^0-9A-Za-z_]", "_", name)
+        # The generated code's own variables start with an underscore, types end in _t.
+        cleaned = cleaned if re.match(r"[A-Za-z]", cleaned) else f"x{cleaned}"
+        cleaned = f"{cleaned}_" if cleaned in RESERVED or cleaned.endswith("_t") else cleaned
+        unique, number = cleaned, 2
+        while unique.upper() in taken:
+            unique, number = f"{cleaned}_{number}", number + 1
+        taken.add(unique.upper())
+        found.append(unique)
+    return found
 
 
 def layout_constants(plan: Plan) -> tuple[dict[str, int], bytes]:
@@ -81,16 +126,20 @@ def layout_constants(plan: Plan) -> tuple[dict[str, int], bytes]:
     return offsets, b"".join(parts) or b"\0"
 
 
-def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest, version: str) -> dict[str, bytes]:
-    """All generated files by name. Deterministic: no time, no path of this machine."""
+def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest | None, version: str) -> dict[str, bytes]:
+    """All generated files by name. Deterministic: no time, no path of this machine.
+
+    Without `selftest` there is no self-test function. Raises EdgecError for a model name that no library may have and
+    for a self-test that does not fit the model.
+    """
+    check_name(plan.name)
     offsets, weights = layout_constants(plan)
-    inputs = [_pointer(p) for p in plan.inputs]
-    outputs = [_pointer(p) for p in plan.outputs]
+    names = c_names([p.name for p in (*plan.inputs, *plan.outputs)])
+    inputs = [_pointer(p, c) for p, c in zip(plan.inputs, names, strict=False)]
+    outputs = [_pointer(p, c) for p, c in zip(plan.outputs, names[len(inputs) :], strict=True)]
     signature = [f"const {p.ctype} *{p.c}" for p in inputs] + [f"{p.ctype} *{p.c}" for p in outputs] + ["void *arena"]
-    data_offsets, data = _selftest_data(plan, selftest)
     results_offset = _align(plan.arena_bytes, plan.arena_align)
     result_offsets, room = _consecutive([p.nbytes for p in outputs], plan.arena_align)
-    exact = selftest.tolerance == 0
     common: dict[str, Any] = {
         "name": plan.name,
         "macro": plan.name.upper(),
@@ -102,48 +151,23 @@ def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest, versi
         "names": ", ".join(p.c for p in inputs + outputs),
         "arena_bytes": plan.arena_bytes,
         "arena_align": plan.arena_align,
+        "selftest": selftest is not None,
         "selftest_bytes": results_offset + room,
-        "tolerance": 0 if exact else repr(selftest.tolerance),
+        "tolerance": 0 if selftest is None or selftest.tolerance == 0 else repr(float(selftest.tolerance)),
     }
     input_places, input_bytes = _consecutive([p.nbytes for p in inputs], 1)
     output_places, output_bytes = _consecutive([p.nbytes for p in outputs], 1)
     run_arguments = [f"(const {p.ctype} *)(input + {o})" for p, o in zip(inputs, input_places, strict=True)]
     run_arguments += [f"({p.ctype} *)(output + {o})" for p, o in zip(outputs, output_places, strict=True)]
-    test_arguments = [f"(const {p.ctype} *)(data + {o})" for p, o in zip(inputs, data_offsets, strict=False)]
-    test_arguments += [f"({p.ctype} *)(results + {o})" for p, o in zip(outputs, result_offsets, strict=True)]
-    expected = data_offsets[len(inputs) :]
-    comparisons = []
-    for p, got, want in zip(outputs, result_offsets, expected, strict=True):
-        if exact or not p.dtype.startswith("float"):
-            comparisons.append(f"memcmp(results + {got}, data + {want}, {p.nbytes}) != 0")
-        else:
-            pointers = f"(const {p.ctype} *)(results + {got}), (const {p.ctype} *)(data + {want})"
-            comparisons.append(f"differs_{p.dtype}({pointers}, {p.elements})")
-    float_types = [] if exact else sorted({p.dtype for p in outputs if p.dtype.startswith("float")})
-    calls = [{"text": _call(plan, step, kernels, offsets), "layer": _comment(step.layer)} for step in plan.steps]
+    addresses = _addresses(plan, offsets, inputs, outputs)
+    calls = [{"text": _call(plan, step, kernels, addresses), "layer": _comment(step.layer)} for step in plan.steps]
     used = sorted({s.symbol for s in plan.steps if s.symbol != COPY})
     prototypes = [{"symbol": s, "parameters": _parameters(kernels, s)} for s in used]
     texts = {
         f"{plan.name}.h": _render("model.h.jinja", **common),
-        f"{plan.name}.c": _render("model.c.jinja", **common, kernels=prototypes, calls=calls),
-        "selftest.c": _render(
-            "selftest.c.jinja",
-            **common,
-            ctypes=CTYPES,
-            float_types=float_types,
-            results_offset=results_offset,
-            arguments=", ".join(test_arguments),
-            results=comparisons,
-        ),
-        "weights.S": _render(
-            "blob.S.jinja", symbol=f"{plan.name}_weights", file="weights.bin", align=plan.arena_align
-        ),
-        "selftest_data.S": _render(
-            "blob.S.jinja", symbol=f"{plan.name}_selftest_data", file="selftest.bin", align=plan.arena_align
-        ),
-        "example.c": _render(
-            "example.c.jinja", **common, cc=device.cc, cflags="".join(f"{f} " for f in device.cflags)
-        ),
+        "model.c": _render("model.c.jinja", **common, kernels=prototypes, calls=calls),
+        "weights.S": _blob(f"{plan.name}_weights", "weights.bin", plan.arena_align),
+        "example.c": _render("example.c.jinja", **common, cc=device.cc, cflags="".join(f"{f} " for f in device.cflags)),
         "runner.c": _render(
             "runner.c.jinja",
             **common,
@@ -152,38 +176,61 @@ def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest, versi
             output_bytes=output_bytes,
         ),
         f"{plan.name}-config.cmake": _render("config.cmake.jinja", **common),
-        "exports.map": f"{{ global: {plan.name}_run; {plan.name}_selftest; local: *; }};\n",
     }
-    files = {name: text.encode() for name, text in texts.items()}
-    return {**files, "weights.bin": weights, "selftest.bin": data}
+    data = {"weights.bin": weights}
+    if selftest is not None:
+        places, data["selftest.bin"] = _selftest_data(plan, selftest)
+        arguments = [f"(const {p.ctype} *)(data + {o})" for p, o in zip(inputs, places, strict=False)]
+        arguments += [f"({p.ctype} *)(results + {o})" for p, o in zip(outputs, result_offsets, strict=True)]
+        exact = selftest.tolerance == 0
+        texts["selftest.c"] = _render(
+            "selftest.c.jinja",
+            **common,
+            ctypes=CTYPES,
+            float_types=[] if exact else sorted({p.dtype for p in outputs} & {"float32", "float64"}),
+            results_offset=results_offset,
+            arguments=", ".join(arguments),
+            results=_comparisons(outputs, result_offsets, places[len(inputs) :], exact),
+        )
+        texts["selftest_data.S"] = _blob(f"{plan.name}_selftest_data", "selftest.bin", plan.arena_align)
+    return {**{name: text.encode() for name, text in texts.items()}, **data}
 
 
-def _pointer(port: Port) -> _Pointer:
-    elements = int(np.prod(port.shape)) if port.shape else 1
-    return _Pointer(c_name(port.name), CTYPES[port.dtype], port.dtype, port.shape, elements, port.nbytes)
+def exports(name: str, selftest: bool) -> list[str]:
+    """The functions that a library offers; everything else in it is hidden."""
+    return [f"{name}_run", *([f"{name}_selftest"] if selftest else [])]
 
 
-def _call(plan: Plan, step: Step, kernels: Kernels, offsets: Mapping[str, int]) -> str:
+def _pointer(port: Port, c: str) -> _Pointer:
+    return _Pointer(c, CTYPES[port.dtype], port.dtype, port.shape, math.prod(port.shape), port.nbytes)
+
+
+def _addresses(
+    plan: Plan, offsets: Mapping[str, int], inputs: Sequence[_Pointer], outputs: Sequence[_Pointer]
+) -> dict[str, str]:
+    """The C expression for the memory of every constant and buffer."""
+    callers = {f"in_{p.name}": pointer.c for p, pointer in zip(plan.inputs, inputs, strict=True)}
+    results = {p.name: pointer.c for p, pointer in zip(plan.outputs, outputs, strict=True)}
+    callers.update({root: results[port] for root, port in plan.pointers.items() if root not in callers})
+    found = {name: f"_w + {offset}" for name, offset in offsets.items()}
+    for name, buffer in plan.buffers.items():
+        root = plan.buffers[buffer.alias_of or name]
+        found[name] = callers[root.name] if root.offset is None else f"_a + {root.offset}"
+    return found
+
+
+def _call(plan: Plan, step: Step, kernels: Kernels, addresses: Mapping[str, str]) -> str:
     if step.symbol == COPY:
-        source, target = (_address(plan, name, offsets) for name in step.args)
-        return f"memcpy({target}, {source}, {plan.buffers[step.args[1]].nbytes});"
-    types = kernels.signature[step.symbol]
-    constant = kernels.readonly[step.symbol]
+        source, target = step.args
+        return f"memcpy({addresses[target]}, {addresses[source]}, {plan.buffers[target].nbytes});"
     arguments = []
-    for position, (name, dtype) in enumerate(zip(step.args, types, strict=True)):
-        cast = f"const {CTYPES[dtype]} *" if position in constant else f"{CTYPES[dtype]} *"
-        arguments.append(f"({cast})({_address(plan, name, offsets)})")
+    types = zip(step.args, kernels.signature[step.symbol], strict=True)
+    for position, (name, dtype) in enumerate(types):
+        readonly = position in kernels.readonly[step.symbol]
+        if not readonly and (name in plan.constants or plan.buffers[name].kind == "input"):
+            raise AssertionError(f"{step.symbol} writes to {name}, which is read-only")
+        arguments.append(f"({'const ' if readonly else ''}{CTYPES[dtype]} *)({addresses[name]})")
     return f"{step.symbol}({', '.join(arguments)});"
-
-
-def _address(plan: Plan, name: str, offsets: Mapping[str, int]) -> str:
-    if name in offsets:
-        return f"w + {offsets[name]}"
-    buffer = plan.buffers[name]
-    root = buffer.alias_of or name
-    if plan.buffers[root].offset is None:
-        return c_name(plan.pointers[root])
-    return f"a + {plan.buffers[root].offset}"
 
 
 def _parameters(kernels: Kernels, symbol: str) -> str:
@@ -193,21 +240,39 @@ def _parameters(kernels: Kernels, symbol: str) -> str:
     )
 
 
-def _comment(layer: str) -> str:
-    return layer.replace("*/", "").replace("/*", "")
+def _comment(text: str) -> str:
+    """`text` as it may stand in a C comment."""
+    return re.sub(r"[^ -~]|\\", "?", text).replace("*/", "* /").replace("/*", "/ *")
+
+
+def _blob(symbol: str, file: str, align: int) -> str:
+    return _render("blob.S.jinja", symbol=symbol, file=file, align=align)
+
+
+def _comparisons(outputs: Sequence[_Pointer], got: Sequence[int], want: Sequence[int], exact: bool) -> list[str]:
+    """C conditions that are true when an output differs from what is expected."""
+    conditions = []
+    for p, a, b in zip(outputs, got, want, strict=True):
+        if exact or p.dtype not in ("float32", "float64"):
+            conditions.append(f"memcmp(results + {a}, data + {b}, {p.nbytes}) != 0")
+        else:
+            pointers = f"(const {p.ctype} *)(results + {a}), (const {p.ctype} *)(data + {b})"
+            conditions.append(f"differs_{p.dtype}({pointers}, {p.elements})")
+    return conditions
 
 
 def _selftest_data(plan: Plan, selftest: SelfTest) -> tuple[list[int], bytes]:
-    """Inputs, then expected outputs, each aligned."""
+    """Inputs, then expected outputs, each aligned. Raises EdgecError when they do not fit the model."""
     ports = [*plan.inputs, *plan.outputs]
-    arrays = [
-        np.ascontiguousarray(a, dtype=p.dtype)
-        for a, p in zip((*selftest.inputs, *selftest.outputs), ports, strict=True)
-    ]
-    offsets, size = _consecutive([a.nbytes for a in arrays], plan.arena_align)
+    given = [np.asarray(a) for a in (*selftest.inputs, *selftest.outputs)]
+    if [(a.shape, str(a.dtype)) for a in given] != [(p.shape, p.dtype) for p in ports]:
+        found = ", ".join(f"{a.dtype}{list(a.shape)}" for a in given)
+        wanted = ", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in ports)
+        raise EdgecError(f"has arrays {found}, expected {wanted}", where=f"self-test of {plan.name}")
+    offsets, size = _consecutive([a.nbytes for a in given], plan.arena_align)
     data = bytearray(size)
-    for offset, array in zip(offsets, arrays, strict=True):
-        data[offset : offset + array.nbytes] = array.tobytes()
+    for offset, array in zip(offsets, given, strict=True):
+        data[offset : offset + array.nbytes] = np.ascontiguousarray(array).tobytes()
     return offsets, bytes(data)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 
 from edgec.errors import EdgecError, ToolchainMissing
 
+# Seconds for one chunk of samples, and how much of them goes into a file at once.
 TIMEOUT = 3600
+CHUNK_BYTES = 64 << 20
 
 
 def command_prefix(runner: str, qemu_cpu: str | None) -> list[str]:
@@ -34,37 +36,57 @@ def run_samples(
     Returns one array [n, ...] per output. Raises EdgecError when the program or the emulator fails.
     """
     count = len(inputs[0])
-    with tempfile.TemporaryDirectory(prefix="edgec-run-") as folder:
-        source, target = Path(folder) / "in.bin", Path(folder) / "out.bin"
-        with source.open("wb") as file:
-            for i in range(count):
-                for array in inputs:
-                    file.write(np.ascontiguousarray(array[i]).tobytes())
-        execute([*prefix, str(program.absolute()), str(source), str(target), str(count)], package)
-        raw = np.fromfile(target, np.uint8)
-    sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in outputs]
-    rows = raw.reshape(count, sum(sizes))
-    found, start = [], 0
-    for (shape, dtype), size in zip(outputs, sizes, strict=True):
-        part = np.ascontiguousarray(rows[:, start : start + size])
-        found.append(part.view(dtype).reshape(count, *shape))
-        start += size
-    return tuple(found)
+    # Records that look in memory like a sample in the file: the arrays one after the other.
+    taken = np.dtype([(f"{i}", a.dtype, a.shape[1:]) for i, a in enumerate(inputs)])
+    given = np.dtype([(f"{i}", dtype, shape) for i, (shape, dtype) in enumerate(outputs)])
+    step = max(1, CHUNK_BYTES // max(1, taken.itemsize, given.itemsize))
+    parts = []
+    for start in range(0, max(1, count), step):
+        chunk = [a[start : start + step] for a in inputs]
+        samples = np.empty(len(chunk[0]), taken)
+        for i, array in enumerate(chunk):
+            samples[f"{i}"] = array
+        parts.append(_run_chunk(program, prefix, samples, given, package))
+    results = np.concatenate(parts)
+    return tuple(np.ascontiguousarray(results[f"{i}"]) for i in range(len(outputs)))
 
 
-def execute(command: Sequence[str], package: str | None = None) -> str:
-    """Run a command and return what it printed. Raises EdgecError with its last line when it fails."""
+def _run_chunk(
+    program: Path, prefix: Sequence[str], samples: np.ndarray, given: np.dtype, package: str | None
+) -> np.ndarray:
+    """Results, as records of type `given`, for sample records, by way of two temporary files."""
+    name = " ".join([*prefix, program.name])
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        with tempfile.TemporaryDirectory(prefix="edgec-run-") as folder:
+            source, target = Path(folder) / "in.bin", Path(folder) / "out.bin"
+            source.write_bytes(samples.tobytes())
+            command = [*prefix, str(program.absolute()), str(source), str(target), str(len(samples))]
+            status, text = execute(command, package)
+            if status:
+                raise EdgecError(f"ended with status {status}: {text}", where=name)
+            results = np.frombuffer(target.read_bytes(), given)
+    except OSError as error:
+        raise EdgecError(f"samples cannot be exchanged: {error.strerror or error}", where=name) from error
+    if len(results) != len(samples):
+        raise EdgecError(f"gave {len(results)} results for {len(samples)} samples", where=name)
+    return results
+
+
+def execute(command: Sequence[str], package: str | None = None) -> tuple[int, str]:
+    """Run a command; returns its exit status (negative: killed by that signal) and the last line it printed.
+
+    Raises ToolchainMissing, naming the Debian package, when the command does not exist, and EdgecError when it takes
+    too long.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False)
     except FileNotFoundError as error:
         raise ToolchainMissing(
             f"'{command[0]}' is not installed", where="runner", hint=f"apt-get install {package or command[0]}"
         ) from error
+    except OSError as error:
+        raise EdgecError(f"cannot be run: {error.strerror}", where=command[0]) from error
     except subprocess.TimeoutExpired as error:
         raise EdgecError(f"took more than {TIMEOUT} s", where=command[0]) from error
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        raise EdgecError(
-            f"ended with status {done.returncode}: {lines[-1] if lines else 'no message'}", where=Path(command[0]).name
-        )
-    return done.stdout
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return done.returncode, lines[-1] if lines else "no message"

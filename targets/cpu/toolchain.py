@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -11,12 +14,15 @@ from edgec.errors import EdgecError, ToolchainMissing
 from edgec.targets.device import Device
 
 TIMEOUT = 300
-# C99 with the GNU extensions that posix_memalign needs in example and runner.
-FLAGS = ("-std=gnu99", "-O2", "-fPIC", "-fvisibility=default", "-Wall", "-Wextra")
+FLAGS = ("-std=c99", "-O2", "-fPIC", "-Wall", "-Wextra")
+LINK = ("-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--as-needed", "-s")
+# C libraries that Debian's compilers only recommend.
+LIBC = {"aarch64": "libc6-dev-arm64-cross", "arm": "libc6-dev-armhf-cross"}
+NO_LIBC = re.compile(r"fatal error: \w+\.h: No such file|cannot find (-lc|-lm|crt1\.o|Scrt1\.o|crti\.o)")
 
 
 def require_toolchain(device: Device) -> None:
-    """Raise ToolchainMissing, naming the package, unless compiler, archiver and runner of the device are installed."""
+    """Raise ToolchainMissing, naming the package, unless compiler, binutils and runner of the device are installed."""
     for program, package in _programs(device):
         if shutil.which(program) is None:
             raise ToolchainMissing(
@@ -33,47 +39,71 @@ def has_toolchain(device: Device) -> str | None:
     return None
 
 
-def build_library(folder: Path, name: str, device: Device) -> None:
-    """Compile the emitted files in `folder` into lib<name>.a, lib<name>.so and the program `runner`.
+def build_library(folder: Path, name: str, device: Device, exports: Sequence[str]) -> None:
+    """Compile the emitted files in `folder`, and its `obj/kernels.o`, into lib<name>.a, lib<name>.so and `runner`.
 
-    All paths are relative to `folder` and no build identifier is written, so equal inputs give equal files.
-    Raises EdgecError with the compiler's message.
+    Both libraries offer the functions `exports` and nothing else: the parts are linked into one object whose other
+    symbols are made local, so any number of models can share a program. The self-test is a second object, which a
+    program that does not call it leaves out. All paths are relative to `folder` and no build identifier is written:
+    equal inputs give equal files. Raises EdgecError with the compiler's message, OSError when the disk is full.
     """
-    cc = device.cc
-    sources = [f"{name}.c", "selftest.c", "weights.S", "selftest_data.S"]
-    objects = ["kernels.o"]
-    for source in sources:
-        out = f"{Path(source).stem}.o"
-        _run([cc, *device.cflags, *FLAGS, "-c", source, "-o", out], folder)
-        objects.append(out)
-    _run([archiver(device), "rcsD", f"lib{name}.a", *objects], folder)
-    shared = [cc, *device.cflags, "-shared", "-Wl,--build-id=none", "-Wl,--version-script=exports.map"]
-    _run([*shared, f"-Wl,-soname,lib{name}.so", "-s", "-o", f"lib{name}.so", *objects, "-lm"], folder)
+    parts = [("model.c", "weights.S", "obj/kernels.o"), ("selftest.c", "selftest_data.S")]
+    members = []
+    for export, sources in zip(exports, parts, strict=False):
+        objects = [_compile(source, folder, device) for source in sources]
+        member = f"{export.removesuffix('_run')}.o"
+        _run([device.cc, *device.cflags, "-r", "-nostdlib", "-o", member, *objects], folder)
+        _run([binutil(device, "objcopy"), f"--keep-global-symbol={export}", member], folder)
+        members.append(member)
+    _run([binutil(device, "ar"), "rcsD", f"lib{name}.a", *members], folder)
+    shared = [device.cc, *device.cflags, "-shared", *LINK, "-Wl,-z,defs", f"-Wl,-soname,lib{name}.so"]
+    _run([*shared, "-o", f"lib{name}.so", *members, "-lm"], folder)
     static = [] if device.runner == "native" else ["-static"]
-    flags = [*device.cflags, *FLAGS, *static, "-Wl,--build-id=none", "-s"]
-    _run([cc, *flags, "runner.c", f"lib{name}.a", "-lm", "-o", "runner"], folder)
+    flags = [*device.cflags, *FLAGS, *static, *LINK]
+    _run([device.cc, *flags, "runner.c", f"lib{name}.a", "-lm", "-o", "runner"], folder)
 
 
-def archiver(device: Device) -> str:
-    """`ar` of the compiler's tool chain."""
-    return f"{device.cc.removesuffix('gcc')}ar" if device.cc.endswith("-gcc") else "ar"
+def _compile(source: str, folder: Path, device: Device) -> str:
+    """The object file of a C or assembler source, which an object file is already."""
+    if source.endswith(".o"):
+        return source
+    target = f"obj/{Path(source).stem}.o"
+    _run([device.cc, *device.cflags, *FLAGS, "-c", source, "-o", target], folder)
+    return target
+
+
+def binutil(device: Device, tool: str) -> str:
+    """`ar` or `objcopy` of the compiler's tool chain."""
+    return f"{device.cc.removesuffix('gcc')}{tool}" if device.cc.endswith("-gcc") else tool
 
 
 def _programs(device: Device) -> list[tuple[str, str]]:
-    wanted = [(device.cc, device.package), (archiver(device), "binutils")]
+    package = device.package.replace("gcc", "binutils", 1) if device.package.startswith("gcc-") else "binutils"
+    wanted = [(device.cc, device.package), (binutil(device, "ar"), package), (binutil(device, "objcopy"), package)]
     if device.runner != "native":
         wanted.append((device.runner, device.runner_package or device.runner))
     return wanted
 
 
 def _run(command: Sequence[str], folder: Path) -> None:
+    # The compiler's own temporary files go where they are cleaned up; messages are read below.
+    environment = {**os.environ, "TMPDIR": str(folder.absolute()), "LC_ALL": "C"}
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
     except subprocess.TimeoutExpired as error:
         raise EdgecError(f"took more than {TIMEOUT} s", where=command[0]) from error
     except FileNotFoundError as error:
         raise ToolchainMissing(f"'{command[0]}' is not installed", where="tool chain") from error
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()
-        reason = next((line for line in lines if "error" in line or "No space" in line), lines[-1] if lines else "")
-        raise EdgecError(f"failed with status {done.returncode}: {reason}", where=" ".join(command[:1] + [command[-1]]))
+    if done.returncode == 0:
+        return
+    text = (done.stderr or done.stdout).strip()
+    if "No space left on device" in text:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+    if NO_LIBC.search(text):
+        package = LIBC.get(command[0].split("-")[0], "libc6-dev")
+        raise ToolchainMissing("has no C library", where=command[0], hint=f"apt-get install {package}")
+    lines = text.splitlines()
+    reason = next((line for line in lines if "error" in line or "undefined" in line), lines[-1] if lines else "")
+    raise EdgecError(f"failed with status {done.returncode}: {reason}", where=f"{command[0]} {command[-1]}")
