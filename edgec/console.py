@@ -65,7 +65,8 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     with out.capture() as captured:
         out.print(table)
     # Rich pads every line to the width of the table, and the table with empty lines.
-    sys.stdout.write("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()).rstrip() + "\n\n")
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    sys.stdout.write("\n".join(lines).strip("\n") + "\n\n")
 
 
 def print_ledger(ledger: Ledger) -> None:
@@ -135,7 +136,7 @@ def progress() -> Iterator[Callable[[str, float], None]]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: float) -> None:
