@@ -1,139 +1,132 @@
-"""Models in: an nn.Module, a `.pt2` file, `path/to/file.py:factory` or `package.module:factory` becomes a Program."""
+"""Models in: an nn.Module, a `.pt2` file, `path/to/file.py:factory` or `package.module:factory` becomes a Program.
+
+    exported = export_module(module, (x,), "resnet")      # torch.export, with a dynamic batch where the model allows it
+    program = import_exported(exported, "resnet")         # checked, free of side effects, as a Program
+    import_check(program, module)                         # equal to the model on random inputs, or an EdgecError
+
+`load_model` does all of it for any form of model.
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import io
-import json
-import re
-import sys
-import warnings
-import zipfile
-from collections.abc import Sequence
+import contextlib
+import copy
+import dataclasses
+import math
+import traceback
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export.graph_signature import OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._pytree import tree_leaves
 
-from edgec import qops as qops  # .pt2 files of quantised Programs need the operators
 from edgec.errors import EdgecError
-from edgec.program import MAX_BATCH, Program
+from edgec.origin import first_line, place, user_frame
+from edgec.program import MAX_BATCH, Program, is_call
+from edgec.pt2 import load_pt2
+from edgec.quiet import quiet
+from edgec.usercode import load_function, user_code
 
-# What torch's symbolic shape expressions look like; they are parsed with sympy, which evaluates Python.
-SHAPE_EXPRESSION = re.compile(r"[A-Za-z0-9_+\-*/%(), .<>=!&|~']*")
-SHAPE_FUNCTIONS = frozenset(
-    "Symbol Integer Float Rational Add Mul Pow Mod Max Min Abs Eq Ne Ge Gt Le Lt And Or Not Piecewise ceiling floor "
-    "FloorDiv CleanDiv CeilDiv PythonMod ModularIndexing Where TruncToInt ToFloat IntTrueDiv FloatTrueDiv".split()
+aten = torch.ops.aten
+
+# Largest |difference| / largest |value| between a model and its Program: both run the same float32 kernels.
+IMPORT_TOLERANCE = 1e-5
+
+FORMS = "give a .pt2 file, file.py:factory or package.module:factory"
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+
+# Arguments that switch the randomness of an operator on; the first one that it has decides.
+SWITCHES = ("train", "training", "dropout_p")
+# These may return their operand itself, or a view of it, although their schemas do not say so.
+SILENT_VIEWS = (
+    "dropout",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "einsum",
+    "pixel_shuffle",
+    "pad",
 )
+
+TensorFunction = Callable[..., Any]
 
 
 def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: str | None = None) -> Program:
     """Read a model from any of its forms.
 
-    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` path, `file.py:factory`, `module:factory`. A
-        factory takes no arguments and returns an nn.Module or a pair (nn.Module, example inputs).
-    input_shape: for modules without example inputs, with the batch, e.g. (1, 3, 224, 224).
+    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` path, `file.py:factory`, `package.module:factory`.
+        A factory takes no arguments and returns an nn.Module, or a pair (nn.Module, example inputs), where the example
+        inputs are a tensor or a tuple of tensors. `.pt2` files are read without running code in them, see `edgec.pt2`.
+    input_shape: for a module without example inputs: the shape of its one input, batch included, e.g. (1, 3, 224, 224).
+    name: of the Program; by default that of the file, factory or class.
 
-    Raises EdgecError that names the file, the dimension, the layer or the source line.
+    The module is put in evaluation mode. The batch becomes dynamic where torch.export allows it and every input and
+    output has it as dimension 0; all other dimensions are static.
+
+    Raises EdgecError that names the file, the input, the layer or the source line.
     """
     if isinstance(model, Program):
-        program = model
-    elif isinstance(model, torch.export.ExportedProgram):
-        program = Program.from_exported(model, name or "model")
-    elif isinstance(model, nn.Module):
-        program = from_module(model, _example(model, input_shape), name or type(model).__name__.lower())
-    elif isinstance(model, (str, Path)):
-        program = _from_text(str(model), input_shape, name)
-    else:
-        raise EdgecError(
-            f"is a {type(model).__name__}", where="model", hint="give an nn.Module, a .pt2 file or file.py:factory"
-        )
-    check_weights(program)
-    return program
-
-
-def from_module(module: nn.Module, example_inputs: tuple[torch.Tensor, ...], name: str) -> Program:
-    """Export an nn.Module in eval mode, with a dynamic batch where the model allows it."""
-    module = module.eval()
-    batched = tuple(x.repeat(2, *[1] * (x.dim() - 1)) if x.dim() and x.shape[0] == 1 else x for x in example_inputs)
-    dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    attempts = [(batched, tuple({0: dim} if x.dim() else {} for x in batched)), (example_inputs, None)]
-    failure: Exception | None = None
-    for inputs, shapes in attempts:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                exported = torch.export.export(module, inputs, dynamic_shapes=shapes)
-            return Program.from_exported(exported, name)
-        except EdgecError:
-            raise
-        except Exception as error:
-            failure = error
-    assert failure is not None
-    raise EdgecError(
-        f"does not export: {_reason(failure)}",
-        where=name + _source_line(failure),
-        hint="torch.export needs control flow and shapes that do not depend on the data",
-    ) from failure
-
-
-def check_weights(program: Program) -> None:
-    """Raise EdgecError when a weight is NaN or infinite, or has a type that no kernel takes."""
-    for path, weight in program.weights().items():
-        if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) or weight.is_complex():
-            raise EdgecError(
-                f"is {str(weight.dtype).removeprefix('torch.')}",
-                where=f"weight '{path}' of {program.name}",
-                hint="convert the model to float32 with model.float() before exporting",
-            )
-        if weight.dtype.is_floating_point and not bool(torch.isfinite(weight).all()):
-            raise EdgecError(
-                "has NaN or infinite values", where=f"weight '{path}' of {program.name}", hint="check the checkpoint"
-            )
-    for spec in program.inputs:
-        if spec.dtype in ("float16", "bfloat16", "float64") or spec.dtype.startswith("complex"):
-            raise EdgecError(
-                f"is {spec.dtype}",
-                where=f"input '{spec.name}' of {program.name}",
-                hint="convert the model to float32 with model.float() before exporting",
-            )
+        check_weights(model)
+        return model
+    if isinstance(model, (str, Path)):
+        return _from_text(str(model), input_shape, name)
+    if isinstance(model, torch.export.ExportedProgram):
+        # Import edits graphs in place, and this one is the user's.
+        return _checked(copy.deepcopy(model), model.module(check_guards=False), name or "model")
+    if isinstance(model, nn.Module):
+        return _from_module(model, _example(model, input_shape), name or type(model).__name__.lower())
+    raise EdgecError(f"is a {type(model).__name__}", where="model", hint=f"give an nn.Module or {FORMS[5:]}")
 
 
 def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -> Program:
     path = Path(text)
-    if text.endswith(".pt2"):
-        if path.is_dir():
-            raise EdgecError("is a folder, not a .pt2 file", where=text)
+    if path.is_dir():
+        raise EdgecError("is a folder, not a model", where=text, hint=FORMS)
+    if path.suffix == ".pt2":
         if not path.exists():
-            raise EdgecError("no such file", where=text, hint="give a .pt2 file or file.py:factory")
-        return Program.from_exported(load_pt2(path), name or path.stem)
-    owner, colon, attribute = text.rpartition(":")
-    if not colon or not attribute.isidentifier():
-        what = "no such model" if not path.exists() else f"'{path.suffix or 'folder'}' is not a model format"
-        raise EdgecError(what, where=text, hint="give a .pt2 file, file.py:factory or package.module:factory")
-    factory = getattr(_module(owner), attribute, None)
-    if not callable(factory):
-        raise EdgecError(f"has no function '{attribute}'", where=owner)
-    try:
+            raise EdgecError("does not exist", where=text, hint=FORMS)
+        if input_shape is not None:
+            raise EdgecError("a .pt2 file has fixed input shapes", where="--input-shape", hint="leave it out")
+        exported = load_pt2(path)
+        return _checked(exported, exported.module(check_guards=False), name or path.stem)
+    owner, _, attribute = text.rpartition(":")
+    if not owner or not attribute.isidentifier():
+        raise _not_a_model(path)
+    factory = load_function(text)
+    with user_code(text):
         made = factory()
-    except Exception as error:
-        raise EdgecError(f"factory failed: {type(error).__name__}: {_reason(error)}", where=text) from error
     examples: Any = None
     if isinstance(made, tuple) and len(made) == 2:
         made, examples = made
     if not isinstance(made, nn.Module):
         raise EdgecError(
-            f"factory returned a {type(made).__name__}", where=text, hint="return an nn.Module or (module, inputs)"
+            f"returned a {type(made).__name__}", where=text, hint="return an nn.Module or (module, example inputs)"
         )
     if examples is None:
         examples = _example(made, input_shape)
     elif isinstance(examples, torch.Tensor):
         examples = (examples,)
-    return from_module(made, tuple(examples), name or attribute)
+    if not isinstance(examples, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in examples):
+        raise EdgecError(
+            "returned example inputs that are not tensors", where=text, hint="return (module, x) or (module, (x, y))"
+        )
+    return _from_module(made, tuple(examples), name or attribute)
+
+
+def _not_a_model(path: Path) -> EdgecError:
+    if not path.exists():
+        return EdgecError("does not exist", where=str(path), hint=FORMS)
+    if path.suffix in CHECKPOINTS:
+        hint = "a checkpoint has no graph: write file.py:factory that builds the model and loads it, or export a .pt2"
+    elif path.suffix == ".py":
+        hint = f"name the function that makes the model: {path}:factory"
+    else:
+        hint = FORMS
+    return EdgecError("is not a model that can be read", where=str(path), hint=hint)
 
 
 def _example(module: nn.Module, input_shape: Sequence[int] | None) -> tuple[torch.Tensor, ...]:
@@ -141,125 +134,327 @@ def _example(module: nn.Module, input_shape: Sequence[int] | None) -> tuple[torc
         raise EdgecError(
             "has no example input",
             where=type(module).__name__,
-            hint="give --input-shape, e.g. 1,3,224,224, or return (module, example inputs) from the factory",
+            hint="pass --input-shape, e.g. 1,3,224,224, or return (module, example inputs) from the factory",
         )
-    if not input_shape or min(input_shape) < 1:
-        raise EdgecError(f"'{list(input_shape)}' is not a shape", where="--input-shape", hint="give positive numbers")
-    return (torch.rand(tuple(input_shape), generator=torch.Generator().manual_seed(0)),)
+    shape = tuple(input_shape)
+    if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+        text = ",".join(map(str, shape))
+        raise EdgecError(f"'{text}' is not a shape", where="--input-shape", hint="give positive whole numbers")
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)),)
 
 
-def _module(owner: str) -> ModuleType:
-    """Import `file.py` or `package.module`."""
+def _from_module(module: nn.Module, examples: tuple[torch.Tensor, ...], name: str) -> Program:
+    with _evaluating(module):
+        program = _checked(export_module(module, examples, name), module, name)
+    # Cut the ties to the weights of the user's module, which may go on training.
+    return dataclasses.replace(program, module=program.edit())
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode, and afterwards as it was before, gradients included."""
+    modes = [(m, m.training) for m in module.modules()]
+    gradients = [(p, p.requires_grad) for p in module.parameters()]
+    module.eval()
     try:
-        if not owner.endswith(".py"):
-            if "" not in sys.path:
-                sys.path.insert(0, "")
-            return importlib.import_module(owner)
-        path = Path(owner)
-        if not path.is_file():
-            raise EdgecError("no such file", where=owner)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
-        return module
-    except EdgecError:
-        raise
-    except Exception as error:
-        raise EdgecError(f"does not import: {type(error).__name__}: {_reason(error)}", where=owner) from error
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        for parameter, needed in gradients:
+            parameter.requires_grad_(needed)
 
 
-# -- .pt2 files --------------------------------------------------------------------------------------------------------
+def _checked(exported: torch.export.ExportedProgram, original: TensorFunction, name: str) -> Program:
+    program = import_exported(exported, name)
+    check_weights(program)
+    import_check(program, original)
+    return program
 
 
-def load_pt2(path: str | Path) -> torch.export.ExportedProgram:
-    """`torch.export.load` for files that need no unpickling of arbitrary objects.
+def check_weights(program: Program) -> None:
+    """Raise EdgecError when a weight is NaN or infinite, and when a weight or input has a type that no kernel takes."""
+    for path, weight in program.weights().items():
+        where = f"weight '{path}' of {program.name}"
+        _check_type(weight.dtype, where)
+        if weight.dtype.is_floating_point and not bool(torch.isfinite(weight).all()):
+            raise EdgecError("has NaN or infinite values", where=where, hint="check the checkpoint it came from")
+    for spec in program.inputs:
+        _check_type(getattr(torch, spec.dtype), f"input '{spec.name}' of {program.name}")
 
-    The graph is JSON and weights are raw bytes, but torch 2.13 falls back to the full unpickler for weights, constants
-    and sample inputs that say so, and evaluates shape expressions. The archive is searched for these first: sample
-    inputs must load with `weights_only=True`, and shape expressions must be plain arithmetic; anything else is refused.
-    Raises EdgecError for those and for files that are not `.pt2` archives.
+
+def _check_type(dtype: torch.dtype, where: str) -> None:
+    if dtype.is_complex:
+        raise EdgecError(f"is {dtype}", where=where, hint="write the model with real numbers")
+    if dtype.is_floating_point and dtype is not torch.float32:
+        hint = "convert the model with model.float() and its inputs to float32 before exporting"
+        raise EdgecError(f"is {dtype}, kernels compute in torch.float32", where=where, hint=hint)
+
+
+def import_check(program: Program, original: TensorFunction, *, seed: int = 0) -> None:
+    """Compare a Program with the model it was made from, on random inputs; raises EdgecError when they differ.
+
+    original: called with the Program's inputs; its outputs are flattened. Floating-point inputs are uniform in 0..1,
+    drawn with `seed`, others those of the example. A dynamic batch is run with one sample and with three.
     """
+    generator = torch.Generator().manual_seed(seed)
+    for batch in (1, 3) if program.dynamic_batch else (1,):
+        inputs = tuple(
+            torch.rand(x.shape, generator=generator) if x.is_floating_point() else x
+            for x in program.batch_inputs(batch)
+        )
+        with quiet(), torch.no_grad():
+            want = tree_leaves(original(*[x.clone() for x in inputs]))
+            got = program(*[x.clone() for x in inputs])
+        for spec, a, b in zip(program.outputs, got, want, strict=True):
+            error = _relative_error(a, b)
+            if not error <= IMPORT_TOLERANCE:
+                raise EdgecError(
+                    f"output '{spec.name}' of the exported graph differs from the model's (relative error {error:.1e})",
+                    where=program.name,
+                    hint="torch.export recorded something else than the model does; does it depend on random numbers, "
+                    "on global state or on values of tensors?",
+                )
+
+
+def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """max |got - want| / max |want| over finite values; infinite when shapes or non-finite values differ."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return math.inf
+    finite = torch.isfinite(want)
+    if not torch.equal(torch.where(finite, 0, want).nan_to_num(1), torch.where(finite, 0, got).nan_to_num(1)):
+        return math.inf
+    a, b = got[finite].double(), want[finite].double()
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) if a.numel() else 0.0
+
+
+# -- nn.Module -> ExportedProgram --------------------------------------------------------------------------------------
+
+
+def export_module(
+    module: nn.Module, example_inputs: tuple[torch.Tensor, ...], name: str
+) -> torch.export.ExportedProgram:
+    """`torch.export` of a module in evaluation mode: with a dynamic batch if that works, else static.
+
+    The batch is tried with two samples, because torch.export takes a dimension of one for a constant.
+    Raises EdgecError with the reason and the line of the user's code when the module does not export.
+    """
+    for path, weight in module.named_parameters():
+        _check_type(weight.dtype, f"weight '{path}' of {name}")
+        if weight.device.type != "cpu":
+            raise EdgecError(
+                f"is on {weight.device}", where=f"weight '{path}' of {name}", hint="call model.cpu() first"
+            )
+    if example_inputs and all(x.dim() for x in example_inputs) and len({x.shape[0] for x in example_inputs}) == 1:
+        dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+        batched = tuple(x.repeat(2, *[1] * (x.dim() - 1)) if x.shape[0] == 1 else x for x in example_inputs)
+        # Whatever goes wrong here goes wrong again below, without the dynamic batch in the message.
+        with contextlib.suppress(Exception):
+            exported = _export(module, batched, tuple({0: dim} for _ in batched))
+            if _keeps_batch(exported):
+                return exported
     try:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_pickles(archive, path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.load(path)
-    except EdgecError:
-        raise
-    except OSError as error:
-        raise EdgecError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+        return _export(module, example_inputs, None)
     except Exception as error:
+        raise _export_error(module, example_inputs, name, error) from error
+
+
+def _export_error(module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str, error: Exception) -> EdgecError:
+    """Why a module does not export: often it does not even run."""
+    what, hint = "does not export", "torch.export needs shapes and branches that do not depend on the values of tensors"
+    try:
+        with quiet(), torch.no_grad():
+            module(*[x.clone() for x in inputs])
+    except Exception as failure:
+        error = failure
+        shapes = " and ".join(str(list(x.shape)) for x in inputs)
+        what = f"does not run on {'inputs' if len(inputs) > 1 else 'an input'} of shape {shapes}"
+        hint = "check --input-shape, or return (module, example inputs) from a factory"
+    line = user_frame(str(error)) or user_frame("".join(traceback.format_tb(error.__traceback__)))
+    where = f"{name} ({line})" if line else name
+    return EdgecError(f"{what}: {type(error).__name__}: {first_line(error)}", where=where, hint=hint)
+
+
+def _export(module: nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
+    # Without gradients, `with torch.no_grad()` in the model leaves no trace in the graph.
+    with quiet(), torch.no_grad():
+        return torch.export.export(module, inputs, dynamic_shapes=shapes)
+
+
+def _keeps_batch(exported: torch.export.ExportedProgram) -> bool:
+    """True when dimension 0 of every output is the batch."""
+    batch = _input_values(exported)[0].shape[0]
+    outputs = [v for v in _output_values(exported) if isinstance(v, torch.Tensor)]
+    return all(v.dim() and not isinstance(v.shape[0], int) and str(v.shape[0]) == str(batch) for v in outputs)
+
+
+def _input_values(exported: torch.export.ExportedProgram) -> list[Any]:
+    user = set(exported.graph_signature.user_inputs)
+    return [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder" and n.name in user]
+
+
+def _output_values(exported: torch.export.ExportedProgram) -> list[Any]:
+    (out,) = [n for n in exported.graph.nodes if n.op == "output"]
+    return [n.meta["val"] if isinstance(n, fx.Node) else n for n in tree_leaves(out.args[0])]
+
+
+# -- ExportedProgram -> Program ----------------------------------------------------------------------------------------
+
+
+def import_exported(exported: torch.export.ExportedProgram, name: str) -> Program:
+    """The Program of an exported graph, which is edited in place.
+
+    In-place operators become functional ones, so that no pass has to think of aliases. Raises EdgecError for graphs in
+    training mode, random numbers, control flow, shapes that depend on data, state, and anything but tensors as outputs.
+    """
+    _check_graph(exported, name)
+    with quiet(), torch.no_grad():
+        exported = _functional(exported)
+    _check_state(exported, name)
+    program = Program.from_exported(exported, name)
+    if program.dynamic_batch and not _keeps_batch(exported):
         raise EdgecError(
-            f"is not a readable .pt2 file: {_reason(error)}",
-            where=str(path),
-            hint="write it with torch.export.save of torch 2.13",
-        ) from error
+            "the batch is dynamic, but an output does not have it as dimension 0",
+            where=name,
+            hint="export with a static batch of one",
+        )
+    return program
 
 
-def _refuse_pickles(archive: zipfile.ZipFile, path: str | Path) -> None:
-    def refuse(what: str) -> EdgecError:
-        return EdgecError(
-            f"{what}, which can run code when loaded",
-            where=str(path),
-            hint="if you trust the file, load it in Python with torch.export.load and pass the result",
+def _check_graph(exported: torch.export.ExportedProgram, name: str) -> None:
+    for value in _output_values(exported):
+        if not isinstance(value, torch.Tensor):
+            raise EdgecError(f"returns {value!r} beside tensors", where=name, hint="return tensors only")
+    if not _output_values(exported):
+        raise EdgecError("returns nothing", where=name, hint="return at least one tensor")
+    for node in exported.graph.nodes:
+        if node.op == "call_function":
+            _check_node(node, name)
+
+
+def _check_node(node: fx.Node, name: str) -> None:
+    where = f"{name} ({place(node)})"
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        kind = node.target.name()
+        if not kind.startswith("wrap_with_"):
+            raise EdgecError(f"uses control flow ({kind})", where=where, hint="write it without branches and loops")
+        return
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    arguments = {a.name: a.default_value for a in node.target._schema.arguments}
+    arguments.update(zip(arguments, node.args))
+    arguments.update(node.kwargs)
+    if "batch_norm" in str(node.target) and arguments.get("training"):
+        raise EdgecError(
+            "batch norm uses statistics of the batch: the model is in training mode",
+            where=where,
+            hint="call model.eval() before exporting",
+        )
+    if torch.Tag.nondeterministic_seeded in node.target.tags:
+        switches = [arguments[s] for s in SWITCHES if s in arguments]
+        if not switches or switches[0]:
+            hint = "call model.eval() before exporting" if switches else "give the model its noise as an input"
+            raise EdgecError(f"{node.target} gives random values", where=where, hint=hint)
+    values = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+    if any(free_unbacked_symbols(v) for v in values):
+        raise EdgecError(
+            f"the shape of the result of {node.target} depends on the values of its input",
+            where=where,
+            hint="write it with masks or torch.where, which keep shapes",
         )
 
-    for entry in archive.namelist():
-        if entry.endswith("_config.json"):
-            config = json.loads(archive.read(entry))
-            for key, meta in config.get("config", {}).items():
-                if meta.get("use_pickle"):
-                    raise refuse(f"stores '{key}' as a pickle")
-        elif "/models/" in entry and entry.endswith(".json"):
-            for text in _expressions(json.loads(archive.read(entry))):
-                if not _is_arithmetic(text):
-                    raise refuse("has a shape expression that is not arithmetic")
-        elif "/sample_inputs/" in entry:
-            try:
-                torch.load(io.BytesIO(archive.read(entry)), weights_only=True)
-            except Exception:
-                raise refuse("has pickled objects among its sample inputs") from None
+
+def _check_state(exported: torch.export.ExportedProgram, name: str) -> None:
+    buffers = list(exported.graph_signature.buffers_to_mutate.values())
+    if buffers:
+        raise EdgecError(
+            f"changes its buffer '{buffers[0]}' when it runs",
+            where=name,
+            hint="make the state an input and an output of the model",
+        )
 
 
-def _is_arithmetic(text: str) -> bool:
-    """True for expressions of numbers, symbols and known functions: no attribute, no other call."""
-    calls = set(re.findall(r"([A-Za-z_]\w*)\s*\(", text))
-    attribute = re.search(r"\.\s*[A-Za-z_]", text)
-    return bool(SHAPE_EXPRESSION.fullmatch(text)) and calls <= SHAPE_FUNCTIONS and not attribute and "__" not in text
+def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Without in-place operators and without regions of `no_grad` and `autocast`."""
+    for node in exported.graph.nodes:
+        if _is_inplace(node):
+            _replace_inplace(node, exported.graph_signature.user_inputs)
+    exported.graph_module.recompile()
+    if not any(_is_inplace(n) or _is_region(n) for n in exported.graph.nodes):
+        return exported
+    exported = exported.run_decompositions({})
+    _restore_batch_norms(exported.graph_module)
+    _leave_inputs_alone(exported)
+    return exported
 
 
-def _expressions(value: Any) -> list[str]:
-    """All `expr_str` texts in a serialised graph."""
-    if isinstance(value, dict):
-        found = [v for k, v in value.items() if k == "expr_str" and isinstance(v, str)]
-        return found + [e for v in value.values() for e in _expressions(v)]
-    if isinstance(value, list):
-        return [e for v in value for e in _expressions(v)]
-    return []
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
-def _reason(error: BaseException) -> str:
-    """The line of an error's text that says what is wrong: torch puts it first, after an optional class name."""
-    for line in str(error).splitlines():
-        if line.strip():
-            return line.strip()
-    return type(error).__name__
+def _is_inplace(node: fx.Node) -> bool:
+    target = node.target
+    return node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _source_line(error: BaseException) -> str:
-    """` (file:line)` of the innermost user frame, where the traceback has one."""
-    site = (str(Path(torch.__file__).parent), str(Path(inspect.__file__).parent), str(Path(__file__).parent))
-    found = ""
-    for text in re.findall(r'File "([^"]+)", line (\d+)', str(error)):
-        if not text[0].startswith(site) and "<" not in text[0]:
-            found = f" ({text[0]}:{text[1]})"
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if not code.co_filename.startswith(site) and "<" not in code.co_filename:
-            found = f" ({code.co_filename}:{trace.tb_lineno})"
-        trace = trace.tb_next
-    return found
+def _replace_inplace(node: fx.Node, inputs: Collection[Any]) -> None:
+    """`relu_` becomes `relu` where nothing else can see the memory it writes: a result or input without views.
+
+    torch.export has already turned later uses of the operand into uses of this node.
+    """
+    target: Any = node.target
+    namespace, _, name = target._schema.name.partition("::")
+    functional = getattr(getattr(getattr(torch.ops, namespace), name[:-1], None), target._overloadname, None)
+    operand = node.args[0] if node.args else None
+    if not name.endswith("_") or functional is None or not isinstance(operand, fx.Node):
+        return
+    tensors = [a.meta["val"] for a in node.all_input_nodes]
+    same_type = all(isinstance(t, torch.Tensor) and t.dtype == tensors[0].dtype for t in tensors)
+    seen = any(u is not node and (_may_alias(u) or u > node) for u in operand.users)
+    if (
+        same_type
+        and tensors[0].dtype.is_floating_point
+        and not seen
+        and (operand.name in inputs or not _may_alias(operand))
+    ):
+        node.target = functional
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """True unless each result of the node is known to be memory of its own."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return node.op != "output"
+    schema = node.target._schema
+    silent = schema.name.removeprefix("aten::") in SILENT_VIEWS
+    return silent or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def _restore_batch_norms(module: fx.GraphModule) -> None:
+    """Retracing turns a batch norm into its native form, which returns a triple; passes know the plain one."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if not is_call(node, aten._native_batch_norm_legit_no_training.default):
+            continue
+        x, weight, bias, mean, var, momentum, eps = node.args
+        for user in list(node.users):
+            if user.args[1] != 0:
+                return
+            with graph.inserting_before(user):
+                plain = graph.call_function(
+                    aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, False)
+                )
+            plain.meta.update(node.meta, val=user.meta["val"])
+            user.replace_all_uses_with(plain)
+            graph.erase_node(user)
+        graph.erase_node(node)
+    module.recompile()
+
+
+def _leave_inputs_alone(exported: torch.export.ExportedProgram) -> None:
+    """A model that works in place on its input is as good when the input stays what it was."""
+    specs = exported.graph_signature.output_specs
+    (out,) = [n for n in exported.graph.nodes if n.op == "output"]
+    kept = [i for i, spec in enumerate(specs) if spec.kind is not OutputKind.USER_INPUT_MUTATION]
+    out.args = (tuple(out.args[0][i] for i in kept),)  # type: ignore[index]
+    specs[:] = [specs[i] for i in kept]
+    exported.graph_module.recompile()
