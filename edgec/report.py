@@ -227,7 +227,7 @@ def _view(ledger: Row, timeline: list[Row], sensitivity: list[Row], meta: Row) -
     scale = _Scale(metric_name, [m.get(key) for m in metrics for key in ("value", "reference")])
     memory = _memory(timeline, device)
     return {
-        "title": str(meta.get("name") or "model"),
+        "title": str(meta.get("name") or meta.get("model") or "model"),
         "target": str(meta.get("target") or (device or {}).get("target") or ""),
         "passes": _passes(meta.get("passes"), stages),
         "metric_name": metric_name,
@@ -242,7 +242,7 @@ def _view(ledger: Row, timeline: list[Row], sensitivity: list[Row], meta: Row) -
         "footer": [
             (key, _inline(value))
             for key, value in meta.items()
-            if key not in ("name", "target", "passes") and "seconds" not in key and value not in (None, "", [], {})
+            if key not in ("name", "model", "target", "passes") and "seconds" not in key and value not in (None, "", [], {})
         ],
     }
 
