@@ -436,14 +436,16 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
     samples = run.options.device_samples
     if samples is None:
         samples = len(run.dataset) if device.runner == "native" else EMULATED_SAMPLES
-    dataset = run.dataset.limit(samples, run.options.seed)
-    want = evaluate(program, dataset, run.metric)
+    total = len(run.dataset)
+    order = np.random.default_rng(run.options.seed).permutation(total)
+    rows = np.sort(order[: max(1, min(samples, total))])
+    dataset, want = run.dataset.take(rows), run.last.take(rows)
     # An emulator is started once per call, so it gets all samples at once.
     batch = len(dataset) if device.runner != "native" else 1
     batch = max(1, batch // program.inputs[0].shape[0]) * program.inputs[0].shape[0]
     tell = lambda done: run.progress("check device", done)  # noqa: E731
     got = evaluate(bundle.run, dataset, run.metric, batch=batch, progress=tell)
-    comparison = compare(evaluate(run.original, dataset, run.metric), got)
+    comparison = compare(run.reference.take(rows), got)
     pairs = list(zip(got.outputs, want.outputs, strict=True))
     exact = all(np.array_equal(a, b) for a, b in pairs)
     run.ledger.device = DeviceRecord.of(
