@@ -23,6 +23,7 @@ from tvm.tirx.buffer import is_buffer_var
 from edgec.errors import EdgecError
 from edgec.targets import elementary
 from edgec.targets.device import Device
+from edgec.targets.schedule import schedule
 
 RUNTIME_SYMBOL = re.compile(r"TVM|tvm|__tvm")
 UNWANTED_IR = (
@@ -56,7 +57,7 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
     """
     target = tvm.target.Target(device.llvm_target())
     functions = {
-        var.name_hint: _sequential(f).with_attr("global_symbol", var.name_hint)
+        var.name_hint: schedule(_sequential(f), device).with_attr("global_symbol", var.name_hint)
         for var, f in module.functions.items()
         if isinstance(f, tirx.PrimFunc)
     }
