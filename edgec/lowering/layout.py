@@ -25,17 +25,13 @@ AXIS = {0: 0, 1: 3, 2: 1, 3: 2}
 
 UNARY = (
     aten.relu.default,
-    aten.relu_.default,
     aten.relu6.default,
     aten.hardtanh.default,
-    aten.hardtanh_.default,
     aten.clamp.default,
     aten.hardswish.default,
-    aten.hardswish_.default,
     aten.hardsigmoid.default,
     aten.sigmoid.default,
     aten.silu.default,
-    aten.silu_.default,
     aten.gelu.default,
     aten.tanh.default,
     aten.exp.default,
@@ -51,16 +47,15 @@ UNARY = (
 )
 BINARY = (
     aten.add.Tensor,
-    aten.add_.Tensor,
     aten.sub.Tensor,
     aten.mul.Tensor,
-    aten.mul_.Tensor,
     aten.div.Tensor,
     aten.maximum.default,
     aten.minimum.default,
     edgec.qadd.default,
     edgec.qmul.default,
 )
+CONSTANT_VIEWS = (aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.squeeze.dims)
 RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims)
 
 
@@ -87,7 +82,9 @@ def held(node: Any) -> bool:
     return is_call(node, aten.permute.default) and list(node.args[1]) == TO_NCHW and len(shape_of(node)) == 4
 
 
-def _emit(module: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict | None = None) -> fx.Node:
+def _emit(
+    module: fx.GraphModule, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict | None = None
+) -> fx.Node:
     """Call on NHWC values whose NCHW view takes the place of `node`."""
     new = module.graph.call_function(target, args, kwargs or {})
     new.meta.update(val=node.meta["val"].permute(TO_NHWC), edgec_layer=layer_of(node))
@@ -110,17 +107,29 @@ def _binary(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
             converted.append(operand)
             continue
         rank = len(shape_of(operand))
-        constant = constant_of(module, operand)
+        constant = _constant(module, operand)
         if rank == 4 and constant is None:
             converted.append(nhwc(module.graph, operand))
         elif constant is not None:
-            full = constant.reshape((1,) * (4 - rank) + tuple(constant.shape)).permute(TO_NHWC).contiguous()
-            converted.append(weight_node(module, f"{operand.target}_nhwc", full))
+            path, tensor = constant
+            full = tensor.reshape((1,) * (4 - rank) + tuple(tensor.shape)).permute(TO_NHWC).contiguous()
+            converted.append(weight_node(module, f"{path}_nhwc", full))
         elif rank == 0:
             converted.append(operand)
         else:
             return None
     return _emit(module, node, node.target, (*converted, *node.args[2:]), dict(node.kwargs))
+
+
+def _constant(module: fx.GraphModule, node: Any) -> tuple[str, torch.Tensor] | None:
+    """(path, value) of a weight, also seen through reshapes; None for what is computed."""
+    value = constant_of(module, node)
+    if value is not None:
+        return str(node.target), value
+    if not is_call(node, *CONSTANT_VIEWS):
+        return None
+    inner = _constant(module, node.args[0])
+    return None if inner is None else (inner[0], inner[1].reshape(shape_of(node)))
 
 
 def _qlut(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -139,9 +148,7 @@ def _batch_norm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     shift = (0.0 if beta is None else beta) - mean * scale
     name = str(node.args[3].target).rpartition(".")[0] or node.name
     x = nhwc(module.graph, node.args[0])
-    product = module.graph.call_function(
-        aten.mul.Tensor, (x, weight_node(module, f"{name}.scale_nhwc", scale.float()))
-    )
+    product = module.graph.call_function(aten.mul.Tensor, (x, weight_node(module, f"{name}.scale_nhwc", scale.float())))
     product.meta.update(val=x.meta["val"], edgec_layer=layer_of(node))
     return _emit(module, node, aten.add.Tensor, (product, weight_node(module, f"{name}.shift_nhwc", shift.float())))
 
@@ -239,9 +246,7 @@ def _reshape(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return new
     if shape_of(node) == (n, c, h * w):
         users = list(node.users)
-        if users and all(
-            is_call(u, aten.transpose.int) and {int(a) % 3 for a in u.args[1:]} == {1, 2} for u in users
-        ):
+        if users and all(is_call(u, aten.transpose.int) and {int(a) % 3 for a in u.args[1:]} == {1, 2} for u in users):
             new = graph.call_function(aten.reshape.default, (nhwc(graph, x), [n, h * w, c]))
             new.meta.update(val=node.meta["val"].transpose(1, 2), edgec_layer=layer_of(node))
             back = graph.call_function(aten.transpose.int, (new, 1, 2))

@@ -270,5 +270,6 @@ def _module_path(node: fx.Node) -> str:
 def _source(node: fx.Node) -> str:
     """`file.py:12` of the innermost line of the user's code."""
     places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    outside = [p for p in places if "/site-packages/torch/" not in p[0] and "<eval" not in p[0] and "/edgec/" not in p[0]]
+    inside = ("/site-packages/torch/", "<eval", "/edgec/")
+    outside = [p for p in places if not any(part in p[0] for part in inside)]
     return f"{outside[-1][0]}:{outside[-1][1]}" if outside else ""

@@ -21,6 +21,13 @@ edgec = torch.ops.edgec
 TO_NHWC = [0, 2, 3, 1]
 TO_NCHW = [0, 3, 1, 2]
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
+SMOOTH = {
+    aten.hardswish.default: "hardswish",
+    aten.hardsigmoid.default: "hardsigmoid",
+    aten.sigmoid.default: "sigmoid",
+    aten.silu.default: "silu",
+    aten.tanh.default: "tanh",
+}
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -50,50 +57,49 @@ def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
         kernel = shape_of(node.args[1])[2:]  # type: ignore[arg-type]
         total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
         # PyTorch puts the odd element of 'same' padding at the end.
-        return stride, [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2], dilation, groups
+        top, left = total[0] // 2, total[1] // 2
+        return stride, [top, total[0] - top, left, total[1] - left], dilation, groups
     top, left = pair(padding)
     return stride, [top, top, left, left], dilation, groups
 
 
 def activation_of(node: fx.Node) -> tuple[str, float, float] | None:
     """(act, lo, hi) when the node is an activation that kernels apply in their epilogue."""
-    if is_call(node, aten.relu.default, aten.relu_.default):
+    if is_call(node, aten.relu.default):
         return "clip", 0.0, math.inf
-    if is_call(node, aten.relu6.default, aten.relu6_.default):
+    if is_call(node, aten.relu6.default):
         return "clip", 0.0, 6.0
-    if is_call(node, aten.hardtanh.default, aten.hardtanh_.default):
+    if is_call(node, aten.hardtanh.default):
         return "clip", float(argument(node, 1, "min_val", -1.0)), float(argument(node, 2, "max_val", 1.0))
-    if is_call(node, aten.clamp.default, aten.clamp_.default):
+    if is_call(node, aten.clamp.default):
         lo, hi = argument(node, 1, "min", None), argument(node, 2, "max", None)
         if isinstance(lo, fx.Node) or isinstance(hi, fx.Node):
             return None
         return "clip", -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi)
     if is_call(node, aten.gelu.default):
         return ("gelu", 0.0, 0.0) if argument(node, 1, "approximate", "none") == "none" else None
-    table = {
-        aten.hardswish: "hardswish",
-        aten.hardsigmoid: "hardsigmoid",
-        aten.sigmoid: "sigmoid",
-        aten.silu: "silu",
-        aten.tanh: "tanh",
-    }
-    for packet, name in table.items():
-        if is_call(node, packet.default) or (hasattr(packet, "default_") and is_call(node, packet.default_)):
-            return name, 0.0, 0.0
-    return None
+    name = SMOOTH.get(node.target)
+    return (name, 0.0, 0.0) if name is not None else None
 
 
 def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace conv2d, linear, pools and their quantised forms by region operators, in place; returns `module`."""
+    """Replace conv2d, linear, pools and their quantised forms by region operators, in place; returns `module`.
+
+    Programs have no in-place operators (see `edgec.frontend`).
+    """
     graph = module.graph
     for node in list(graph.nodes):
-        if is_call(node, *CONV2D):
+        if is_call(node, aten.view.default, aten._unsafe_view.default):
+            # A view refuses a tensor in another memory order, which its operand is about to have.
+            node.target = aten.reshape.default
+        elif is_call(node, *CONV2D):
             x, geometry = absorb_padding(node.args[0], conv_geometry(node))
             w, bias = node.args[1], argument(node, 2, "bias", None)
             last, residual, act = _follow(node)
             with graph.inserting_before(last):
                 around = None if residual is None else nhwc(graph, residual)
-                _replace(graph, edgec.conv2d_nhwc.default, (nhwc(graph, x), w, bias, around, *geometry, *act), node, last)
+                args = (nhwc(graph, x), w, bias, around, *geometry, *act)
+                _replace(graph, edgec.conv2d_nhwc.default, args, node, last)
         elif is_call(node, aten.linear.default):
             x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
             last, residual, act = _follow(node)
@@ -219,7 +225,7 @@ def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, tuple[str, float, f
     """The last node of the region that starts at `node`, its residual operand and its activation."""
     last, residual = node, None
     follower = _only_user(last)
-    if follower is not None and is_call(follower, aten.add.Tensor, aten.add_.Tensor):
+    if follower is not None and is_call(follower, aten.add.Tensor):
         a, b = follower.args[0], follower.args[1]
         other = b if a is last else a
         same_shape = isinstance(other, fx.Node) and other is not last and "val" in other.meta
