@@ -270,6 +270,8 @@ def test_arrays_of_another_layout(net: Bundle) -> None:
     for same in (np.asfortranarray(x), unaligned, x.astype(np.float64), x.astype(">f4"), x[::-1][::-1], x.tolist()):
         np.testing.assert_array_equal(net.run(same), want)
     np.testing.assert_array_equal(net.run(x[::2]), want[::2])
+    (array,) = net._check([unaligned])
+    assert array.flags.aligned
 
 
 @pytest.mark.host
@@ -365,20 +367,30 @@ def test_scalars(tmp_path: Path) -> None:
 
 @pytest.mark.host
 def test_threads_share_a_bundle(net: Bundle) -> None:
-    model = dense_model()
+    model, bundle = dense_model(), Bundle(net.path, net.manifest)
+    real, barrier = bundle._open(), threading.Barrier(4)
+    arenas: dict[int, set[int]] = {}
     failures = []
 
-    def work(seed: int) -> None:
-        x = np.random.default_rng(seed).standard_normal((3000, 4)).astype(np.float32)
-        if not np.allclose(net.run(x), model.reference(x)[0], rtol=1e-5, atol=1e-6):
-            failures.append(seed)
+    def spy(*pointers: int) -> int:
+        arenas.setdefault(threading.get_ident(), set()).add(pointers[-1])
+        return real(*pointers)
 
+    def work(seed: int) -> None:
+        barrier.wait()
+        x = np.random.default_rng(seed).standard_normal((1000, 4)).astype(np.float32)
+        if not np.allclose(bundle.run(x), model.reference(x)[0], rtol=1e-5, atol=1e-6):
+            failures.append(seed)
+        barrier.wait()
+
+    bundle._function = spy
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
+    assert [len(a) for a in arenas.values()] == [1] * 4 and len(set.union(*arenas.values())) == 4
 
 
 @pytest.mark.host
