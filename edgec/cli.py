@@ -347,11 +347,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail("no space left on the disk; free some space", EXIT_INPUT)
         if isinstance(error, (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError)):
-            return _fail(f"{error.filename}: {error.strerror}", EXIT_INPUT)
+            return _fail(f"{error.filename or 'current folder'}: {error.strerror}", EXIT_INPUT)
         return _internal(error)
     except MemoryError:
         return _fail("out of memory; use a smaller model or batch", EXIT_INPUT)
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer sees it first, and exits with 1
+            return 128 + signal.SIGPIPE
         return error.code if isinstance(error.code, int) else EXIT_INPUT
     except Exception as error:
         # Usage errors of typer: no common class over its versions, but always these two.

@@ -54,7 +54,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    if title:
+        print_line(title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
     for i in shown:
         number = i > 0 and all(not row[i] or row[i] == "-" or row[i][0] in "+-0123456789" for row in rows)
@@ -73,7 +75,8 @@ def print_ledger(ledger: Ledger) -> None:
     """The accuracy ladder, what was left alone, and the figures of the generated code."""
     from edgec.ledger import LADDER_HEADER, format_bytes
 
-    print_table(LADDER_HEADER, ledger.ladder())
+    metric = ledger.stages[0].metric.name if ledger.stages else LADDER_HEADER[1]
+    print_table([metric if name == "metric" else name for name in LADDER_HEADER], ledger.ladder())
     groups: dict[tuple[str, str], list[str]] = {}
     for skip in ledger.skipped:
         groups.setdefault((skip.what, skip.reason), []).append(skip.layer)
@@ -165,7 +168,7 @@ def _spell(value: Any) -> str:
 
 
 def _title(key: str) -> str:
-    return key.removesuffix("_bytes").replace("_", " ")
+    return "SQNR dB" if key == "sqnr_db" else key.removesuffix("_bytes").replace("_", " ")
 
 
 def _cell(key: str, value: Any) -> str:
@@ -178,7 +181,7 @@ def _cell(key: str, value: Any) -> str:
 
         return format_bytes(value) if key.endswith("bytes") else f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.1f}" if key.endswith("_db") else f"{value:.5f}"
     if isinstance(value, (list, tuple)):
         return "x".join(str(v) for v in value) if key.endswith("shape") else ", ".join(str(v) for v in value)
     return str(value)
