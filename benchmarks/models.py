@@ -40,12 +40,24 @@ CASES = (
     Case("mlperftiny_kws_dscnn", "mlperftiny_kws_mfcc.npz", "mlperftiny_kws_mfcc.npz"),
     Case("imagenet_mobilenetv1_075_224", "imagenet_samples_eval.npz", "imagenet_samples_calib.npz", *HALF),
     Case("imagenet_mobilenetv2_100_224_dq", "imagenet_samples_eval.npz", "imagenet_samples_calib.npz", *HALF),
-    Case("sr_fsrcnn_x2_y112", f"{SUPER_RESOLUTION}:fsrcnn_eval", f"{SUPER_RESOLUTION}:fsrcnn_eval", metric="psnr{border=2}"),
+    Case(
+        "sr_fsrcnn_x2_y112",
+        f"{SUPER_RESOLUTION}:fsrcnn_eval",
+        f"{SUPER_RESOLUTION}:fsrcnn_eval",
+        metric="psnr{border=2}",
+    ),
     Case("sr_vdsr_x2_y224", f"{SUPER_RESOLUTION}:vdsr_eval", f"{SUPER_RESOLUTION}:vdsr_eval", metric="psnr{border=2}"),
     Case("mlperftiny_vww_mobilenetv1_025_96", "face_images_320x240.npz", "face_images_320x240.npz"),
     Case("face_slim_320x240", "face_images_320x240.npz", "face_images_320x240.npz", *FACE),
     Case("mlperftiny_ad_autoencoder", None, None, integer=False),
-    Case("cifar10_vit_d128l4", "cifar10_test.npz", "cifar10_train5k.npz", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616), integer=False),
+    Case(
+        "cifar10_vit_d128l4",
+        "cifar10_test.npz",
+        "cifar10_train5k.npz",
+        (0.4914, 0.4822, 0.4465),
+        (0.247, 0.2435, 0.2616),
+        integer=False,
+    ),
     Case("imagenet_vit_tiny_p16_224", "imagenet_samples_eval.npz", "imagenet_samples_calib.npz", *HALF, integer=False),
 )
 

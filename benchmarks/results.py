@@ -1,6 +1,6 @@
 """Compile the shared models in fp32 and int8 and print the tables of docs/results.md.
 
-    python -m benchmarks.results [--target host --target cortex-a72] [--model NAME ...] [--device-samples N]
+python -m benchmarks.results [--target host --target cortex-a72] [--model NAME ...] [--device-samples N]
 """
 
 from __future__ import annotations
@@ -77,8 +77,20 @@ def format_row(row: dict[str, object]) -> str:
     )
 
 
-HEADER = """| model | type | target | metric | original | compiled | drop in points (95 % CI) | n | code against program | arena / bound, bytes | weights, bytes |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "model",
+    "type",
+    "target",
+    "metric",
+    "original",
+    "compiled",
+    "drop in points (95 % CI)",
+    "n",
+    "code against program",
+    "arena / bound, bytes",
+    "weights, bytes",
+)
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def main(

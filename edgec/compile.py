@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +158,7 @@ class _Run:
         ranking = ", ".join(f"{row.layer} ({row.sqnr_db:.1f} dB)" for row in worst)
         return f"worst layers: {ranking}; try keep_float=[{','.join(row.layer for row in worst)}]"
 
+
 def compile_model(
     model: Any,
     *,
@@ -218,7 +219,9 @@ def compile_model(
     )
     writer = _dumper(dump)
     evaluation, calibration = _datasets(program, data, eval, preprocess, pipeline, calibration_samples, seed)
-    run = _start(program, evaluation, calibration, metric, device, Options(max_drop, on_fail, seed, device_samples), tell)
+    run = _start(
+        program, evaluation, calibration, metric, device, Options(max_drop, on_fail, seed, device_samples), tell
+    )
     run.ledger.meta = {
         "model": program.name,
         "target": device.name,
@@ -403,7 +406,6 @@ def _build(
 ) -> Bundle:
     """Emit and build the bundle with a self-test vector taken from the evaluation data."""
     from edgec.bundle import build_bundle
-
     from edgec.targets.cpu.emit import SelfTest
 
     inputs, outputs = _sample(run, program)
@@ -483,7 +485,7 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
 
 
 def arithmetic(program: Program) -> str:
-    """"integer" when all that is computed between quantised inputs and dequantised outputs is on integers, "float"
+    """ "integer" when all that is computed between quantised inputs and dequantised outputs is on integers, "float"
     when nothing is quantised, else "mixed"."""
     import torch
 

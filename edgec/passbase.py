@@ -89,10 +89,11 @@ class Pass:
         if choices and value not in choices:
             raise EdgecError(f"'{value}' is not a choice", where=where, hint=f"use one of {', '.join(choices)}")
         low, high = entry.metadata.get("low"), entry.metadata.get("high")
+        hint = f"use a value in {'' if low is None else low}..{'' if high is None else high}"
         if low is not None and value < low:
-            raise EdgecError(f"{value} is below {low}", where=where, hint=f"use a value in {low}..{high if high is not None else ''}")
+            raise EdgecError(f"{value} is below {low}", where=where, hint=hint)
         if high is not None and value > high:
-            raise EdgecError(f"{value} is above {high}", where=where, hint=f"use a value in {low if low is not None else ''}..{high}")
+            raise EdgecError(f"{value} is above {high}", where=where, hint=hint)
 
     def run(self, program: Program, context: Context) -> Program:
         """Apply the pass; returns a new Program and leaves `program` as it was."""

@@ -70,7 +70,7 @@ class Pipeline:
         made = []
         for number, options in enumerate(table.get("pass", []), start=1):
             if not isinstance(options, dict) or "name" not in options:
-                raise EdgecError("has no name", where=f"{path}: pass {number}", hint="add name = \"...\"")
+                raise EdgecError("has no name", where=f"{path}: pass {number}", hint='add name = "..."')
             values = {k: v for k, v in options.items() if k != "name"}
             made.append(make_pass(str(options["name"]), values))
         return Pipeline(tuple(made))
@@ -133,8 +133,14 @@ def option_rows(cls: type[Pass]) -> list[OptionRow]:
         kind = hints[f.name]
         default = None if f.default is dataclasses.MISSING else f.default
         rows.append(
-            OptionRow(f.name, getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind), default,
-                      meta.get("help", ""), meta.get("unit"), span)
+            OptionRow(
+                f.name,
+                getattr(kind, "__name__", str(kind)) if not get_args(kind) else str(kind),
+                default,
+                meta.get("help", ""),
+                meta.get("unit"),
+                span,
+            )
         )
     return rows
 
@@ -152,7 +158,9 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
         values[key] = _convert(value, hints[key], f"{name}{{{key}}}")
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     if missing:
-        raise EdgecError(f"option '{missing[0]}' is missing", where=f"pass {name}", hint=f"write {name}{{{missing[0]}=…}}")
+        raise EdgecError(
+            f"option '{missing[0]}' is missing", where=f"pass {name}", hint=f"write {name}{{{missing[0]}=…}}"
+        )
     return cls(**values)
 
 

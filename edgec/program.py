@@ -394,7 +394,11 @@ def _print_node(module: fx.GraphModule, node: fx.Node) -> str:
     args = ", ".join([_print_arg(a) for a in node.args] + [f"{k}={_print_arg(v)}" for k, v in node.kwargs.items()])
     if node.op == "output":
         return f"return {args}"
-    target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", str(node.target))
+    target = (
+        str(node.target)
+        if isinstance(node.target, torch._ops.OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
+    )
     return f"%{node.name} = {target}({args}) : {_type(node)} @{layer_of(node)}"
 
 
@@ -418,4 +422,8 @@ def _type(node: fx.Node) -> str:
 
 
 def _type_of(value: Any) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+    return (
+        f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        if isinstance(value, torch.Tensor)
+        else str(value)
+    )

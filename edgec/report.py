@@ -242,7 +242,9 @@ def _view(ledger: Row, timeline: list[Row], sensitivity: list[Row], meta: Row) -
         "footer": [
             (key, _inline(value))
             for key, value in meta.items()
-            if key not in ("name", "model", "target", "passes") and "seconds" not in key and value not in (None, "", [], {})
+            if key not in ("name", "model", "target", "passes")
+            and "seconds" not in key
+            and value not in (None, "", [], {})
         ],
     }
 

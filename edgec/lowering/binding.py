@@ -47,7 +47,7 @@ class Binding:
         return self.spec.pack(device, **self.weights)
 
 
-def bind(node: fx.Node, constants: Weights) -> Binding | None:
+def bind(node: Any, constants: Weights) -> Binding | None:
     """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
     return rule(node, constants) if rule is not None else None
@@ -58,10 +58,10 @@ def _value(constants: Weights, node: Any) -> np.ndarray | None:
 
 
 def _conv_spec(
-    node: fx.Node, w: np.ndarray, geometry: Any, dtype: str, x_zp: int, epilogue: Epilogue
+    node: Any, w: np.ndarray, geometry: Any, dtype: str, x_zp: int, epilogue: Epilogue
 ) -> Conv2D | Depthwise:
     stride, padding, dilation, groups = geometry
-    _, h, width, channels = shape_of(node.args[0])  # type: ignore[arg-type]
+    _, h, width, channels = shape_of(node.args[0])
     kernel = (w.shape[2], w.shape[3])
     common: dict[str, Any] = {
         "kernel": kernel,
@@ -77,48 +77,48 @@ def _conv_spec(
     return Conv2D(h, width, channels, w.shape[0], groups=groups, **common)
 
 
-def _conv2d(node: fx.Node, constants: Weights) -> Binding:
+def _conv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, *geometry, act, lo, hi = node.args
-    weights = {"w": constants[w.name], "bias": _value(constants, bias)}  # type: ignore[union-attr]
-    epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)  # type: ignore[arg-type]
-    spec = _conv_spec(node, weights["w"], geometry, "float32", 0, epilogue)  # type: ignore[arg-type]
-    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))  # type: ignore[arg-type]
+    weights = {"w": constants[w.name], "bias": _value(constants, bias)}
+    epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
+    spec = _conv_spec(node, weights["w"], geometry, "float32", 0, epilogue)
+    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
-def _linear(node: fx.Node, constants: Weights) -> Binding:
+def _linear(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, act, lo, hi = node.args
-    weight = constants[w.name]  # type: ignore[union-attr]
+    weight = constants[w.name]
     rows = int(np.prod(shape_of(node)[:-1]))
-    epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)  # type: ignore[arg-type]
+    epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
     spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], epilogue=epilogue)
     weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias)}
-    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
-def _qconv2d(node: fx.Node, constants: Weights) -> Binding:
+def _qconv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, *geometry, x_zp, y_zp, lo, hi = node.args[:13]
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp)  # type: ignore[arg-type]
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp)
     weights = _integer_weights(constants, w, bias, m, shift)
-    return Binding(_conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue), (x,), layer_of(node), weights)  # type: ignore[arg-type]
+    return Binding(_conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue), (x,), layer_of(node), weights)
 
 
-def _qconv2d_add(node: fx.Node, constants: Weights) -> Binding:
+def _qconv2d_add(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, residual, *geometry, x_zp, y_zp, lo, hi, add = node.args
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add))  # type: ignore[arg-type,misc]
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add))
     weights = _integer_weights(constants, w, bias, m, shift)
-    spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue)  # type: ignore[arg-type]
-    return Binding(spec, (x,), layer_of(node), weights, (residual,))  # type: ignore[arg-type]
+    spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue)
+    return Binding(spec, (x,), layer_of(node), weights, (residual,))
 
 
-def _qlinear(node: fx.Node, constants: Weights) -> Binding:
+def _qlinear(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, y_zp, lo, hi = node.args
     weights = _integer_weights(constants, w, bias, m, shift)
     weight = weights["w"]
     weights["w"] = weight[:, :, None, None]
     rows = int(np.prod(shape_of(node)[:-1]))
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp)  # type: ignore[arg-type]
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp)
     spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue)
-    return Binding(spec, (x,), layer_of(node), weights)  # type: ignore[arg-type]
+    return Binding(spec, (x,), layer_of(node), weights)
 
 
 def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) -> dict[str, np.ndarray]:
@@ -127,78 +127,79 @@ def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) 
 
 def _map(node: Any) -> tuple[int, int, int]:
     """(h, w, c) of an NHWC value with one sample."""
-    return shape_of(node)[1:]  # type: ignore[return-value]
+    _, h, w, c = shape_of(node)
+    return h, w, c
 
 
-def _max_pool(node: fx.Node, constants: Weights) -> Binding:
+def _max_pool(node: Any, constants: Weights) -> Binding:
     x, kernel, stride, padding, dilation = node.args[:5]
     dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-    spec = MaxPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), dtype)  # type: ignore[arg-type]
-    return Binding(spec, (x,), layer_of(node))  # type: ignore[arg-type]
+    spec = MaxPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), dtype)
+    return Binding(spec, (x,), layer_of(node))
 
 
-def _avg_pool(node: fx.Node, constants: Weights) -> Binding:
+def _avg_pool(node: Any, constants: Weights) -> Binding:
     x, kernel, stride, padding = node.args[:4]
-    spec = AvgPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding))  # type: ignore[arg-type]
-    return Binding(spec, (x,), layer_of(node))  # type: ignore[arg-type]
+    spec = AvgPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding))
+    return Binding(spec, (x,), layer_of(node))
 
 
-def _qavg_pool(node: fx.Node, constants: Weights) -> Binding:
+def _qavg_pool(node: Any, constants: Weights) -> Binding:
     x, kernel, stride, padding, m, shift, zx, zy, lo, hi = node.args[:10]
-    requant = Requant(m, shift, zx, zy, lo, hi)  # type: ignore[arg-type]
-    geometry = (tuple(kernel), tuple(stride), tuple(padding))  # type: ignore[arg-type]
-    spec = AvgPool(*_map(x), *geometry, dtype="int8", requant=requant)  # type: ignore[arg-type]
-    return Binding(spec, (x,), layer_of(node))  # type: ignore[arg-type]
+    requant = Requant(m, shift, zx, zy, lo, hi)
+    geometry = (tuple(kernel), tuple(stride), tuple(padding))
+    spec = AvgPool(*_map(x), *geometry, dtype="int8", requant=requant)
+    return Binding(spec, (x,), layer_of(node))
 
 
-def _qmean(node: fx.Node, constants: Weights) -> Binding:
+def _qmean(node: Any, constants: Weights) -> Binding:
     """The mean over any adjacent axes is a pool over [before, reduced, after]."""
     x, dims, _, m, shift, zx, zy, lo, hi = node.args
-    shape = shape_of(x)  # type: ignore[arg-type]
-    axes = sorted(int(d) % len(shape) for d in dims)  # type: ignore[union-attr]
+    shape = shape_of(x)
+    axes = sorted(int(d) % len(shape) for d in dims)
     if axes != list(range(axes[0], axes[-1] + 1)) or int(np.prod(shape[: axes[0]])) != 1:
         raise NotImplementedError(f"mean over axes {axes} of {shape}")
     reduced = int(np.prod(shape[axes[0] : axes[-1] + 1]))
     rest = int(np.prod(shape[axes[-1] + 1 :]))
-    requant = Requant(m, shift, zx, zy, lo, hi)  # type: ignore[arg-type]
-    return Binding(Mean(1, reduced, rest, "int8", requant), (x,), layer_of(node))  # type: ignore[arg-type]
+    requant = Requant(m, shift, zx, zy, lo, hi)
+    return Binding(Mean(1, reduced, rest, "int8", requant), (x,), layer_of(node))
 
 
-def _qadd(node: fx.Node, constants: Weights) -> Binding:
+def _qadd(node: Any, constants: Weights) -> Binding:
     a, b, *add = node.args
-    spec = QAdd(shape_of(a), shape_of(b), AddEpilogue(*add))  # type: ignore[arg-type]
-    return Binding(spec, (a, b), layer_of(node))  # type: ignore[arg-type]
+    spec = QAdd(shape_of(a), shape_of(b), AddEpilogue(*add))
+    return Binding(spec, (a, b), layer_of(node))
 
 
-def _qmul(node: fx.Node, constants: Weights) -> Binding:
+def _qmul(node: Any, constants: Weights) -> Binding:
     a, b, *rest = node.args
-    return Binding(QMul(shape_of(a), shape_of(b), *rest), (a, b), layer_of(node))  # type: ignore[arg-type]
+    return Binding(QMul(shape_of(a), shape_of(b), *rest), (a, b), layer_of(node))
 
 
-def _qrescale(node: fx.Node, constants: Weights) -> Binding:
+def _qrescale(node: Any, constants: Weights) -> Binding:
     x, *rest = node.args
-    return Binding(QRescale(shape_of(x), *rest), (x,), layer_of(node))  # type: ignore[arg-type]
+    return Binding(QRescale(shape_of(x), *rest), (x,), layer_of(node))
 
 
-def _qlut(node: fx.Node, constants: Weights) -> Binding:
+def _qlut(node: Any, constants: Weights) -> Binding:
     x, table, axis = node.args
-    values = constants[table.name]  # type: ignore[union-attr]
-    shape = shape_of(x)  # type: ignore[arg-type]
-    spec = QLut(shape, values.ndim == 2, int(axis) % len(shape) if values.ndim == 2 else 0)  # type: ignore[arg-type]
-    return Binding(spec, (x,), layer_of(node), {"table": values})  # type: ignore[arg-type]
+    values = constants[table.name]
+    shape = shape_of(x)
+    spec = QLut(shape, values.ndim == 2, int(axis) % len(shape) if values.ndim == 2 else 0)
+    return Binding(spec, (x,), layer_of(node), {"table": values})
 
 
-def _quantize(node: fx.Node, constants: Weights) -> Binding:
+def _quantize(node: Any, constants: Weights) -> Binding:
     x, scale, zero_point = node.args
-    return Binding(Quantize(shape_of(x), scale, zero_point), (x,), layer_of(node))  # type: ignore[arg-type]
+    return Binding(Quantize(shape_of(x), scale, zero_point), (x,), layer_of(node))
 
 
-def _dequantize(node: fx.Node, constants: Weights) -> Binding:
+def _dequantize(node: Any, constants: Weights) -> Binding:
     x, scale, zero_point = node.args
-    return Binding(Dequantize(shape_of(x), scale, zero_point), (x,), layer_of(node))  # type: ignore[arg-type]
+    return Binding(Dequantize(shape_of(x), scale, zero_point), (x,), layer_of(node))
 
 
-RULES: dict[Any, Callable[[fx.Node, Weights], Binding]] = {
+RULES: dict[Any, Callable[[Any, Weights], Binding]] = {
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,

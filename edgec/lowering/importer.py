@@ -60,9 +60,10 @@ def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Impo
             name = f"k{len(functions)}_{binding.symbol}"
             functions[key] = importer.block_builder.add_func(function.with_attr("global_symbol", name), name)
         packed = [relax.const(np.ascontiguousarray(a), str(a.dtype)) for a in binding.pack(device)]
-        arguments = [importer.env[n] for n in binding.before] + packed + [importer.env[n] for n in binding.after]
+        arguments: Any = [importer.env[n] for n in binding.before] + packed + [importer.env[n] for n in binding.after]
         value = node.meta["val"]
-        out = relax.TensorType(tuple(int(d) for d in value.shape), str(value.dtype).removeprefix("torch."))
+        shape: Any = [int(d) for d in value.shape]
+        out = relax.TensorType(shape, str(value.dtype).removeprefix("torch."))
         call = relax.call_tir(functions[key], arguments, out)
         return importer.block_builder.emit(call, name_hint=f"edgec_call_{number}")
 

@@ -91,13 +91,13 @@ def _emit(
     return nchw(module.graph, new)
 
 
-def _unary(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _unary(module: fx.GraphModule, node: Any) -> fx.Node | None:
     if not held(node.args[0]):
         return None
     return _emit(module, node, node.target, (nhwc(module.graph, node.args[0]), *node.args[1:]), dict(node.kwargs))
 
 
-def _binary(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _binary(module: fx.GraphModule, node: Any) -> fx.Node | None:
     operands = node.args[:2]
     if not any(held(a) for a in operands) or len(shape_of(node)) != 4:
         return None
@@ -132,18 +132,19 @@ def _constant(module: fx.GraphModule, node: Any) -> tuple[str, torch.Tensor] | N
     return None if inner is None else (inner[0], inner[1].reshape(shape_of(node)))
 
 
-def _qlut(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _qlut(module: fx.GraphModule, node: Any) -> fx.Node | None:
     x, table, axis = node.args
     if not held(x):
         return None
     return _emit(module, node, node.target, (nhwc(module.graph, x), table, AXIS[int(axis) % 4]))
 
 
-def _batch_norm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _batch_norm(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """Inference batch norm as one multiplication and one addition per channel."""
     if not held(node.args[0]) or node.args[5]:
         return None
-    gamma, beta, mean, var = (None if a is None else get_weight(module, a).double() for a in node.args[1:5])
+    gamma, beta = (None if a is None else get_weight(module, a).double() for a in node.args[1:3])
+    mean, var = (get_weight(module, a).double() for a in node.args[3:5])
     scale = torch.rsqrt(var + float(node.args[7])) * (1.0 if gamma is None else gamma)
     shift = (0.0 if beta is None else beta) - mean * scale
     name = str(node.args[3].target).rpartition(".")[0] or node.name
@@ -153,7 +154,7 @@ def _batch_norm(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _emit(module, node, aten.add.Tensor, (product, weight_node(module, f"{name}.shift_nhwc", shift.float())))
 
 
-def _prelu(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _prelu(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """relu(x) - slope * relu(-x), with the slope along the last axis."""
     x, slope = node.args
     weight = constant_of(module, slope)
@@ -171,7 +172,7 @@ def _prelu(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _emit(module, node, aten.sub.Tensor, (positive, call(aten.mul.Tensor, negative, slope)))
 
 
-def _cat(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _cat(module: fx.GraphModule, node: Any) -> fx.Node | None:
     tensors = list(node.args[0])
     if len(shape_of(node)) != 4 or not any(held(t) for t in tensors):
         return None
@@ -179,7 +180,7 @@ def _cat(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _emit(module, node, node.target, ([nhwc(module.graph, t) for t in tensors], axis))
 
 
-def _pad(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _pad(module: fx.GraphModule, node: Any) -> fx.Node | None:
     x, widths = node.args[0], list(node.args[1])
     value = pad_value(node)
     if not held(x) or value is None:
@@ -192,7 +193,7 @@ def _pad(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _emit(module, node, aten.constant_pad_nd.default, (nhwc(module.graph, x), flat, value))
 
 
-def _slice(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _slice(module: fx.GraphModule, node: Any) -> fx.Node | None:
     x = node.args[0]
     if not held(x):
         return None
@@ -200,7 +201,7 @@ def _slice(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _emit(module, node, node.target, (nhwc(module.graph, x), axis, *node.args[2:]))
 
 
-def _mean(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _mean(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """`mean.dim` and `qmean`; without keepdim only the spatial mean has the same result in both layouts."""
     x, dims = node.args[0], argument(node, 1, "dim", None)
     if not held(x) or dims is None:
@@ -217,7 +218,7 @@ def _mean(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return new
 
 
-def _adaptive_average(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _adaptive_average(module: fx.GraphModule, node: Any) -> fx.Node | None:
     x = node.args[0]
     size = node.args[1]
     if not held(x) or tuple(size) != (1, 1):  # type: ignore[arg-type]
@@ -225,7 +226,7 @@ def _adaptive_average(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return _emit(module, node, aten.mean.dim, (nhwc(module.graph, x), [1, 2], True))
 
 
-def _permute(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _permute(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """An NCHW-to-NHWC permutation of a held value, ours or the model's own, is that value."""
     x, order = node.args
     if not held(x) or [int(d) % 4 for d in order] != TO_NHWC:
@@ -233,7 +234,7 @@ def _permute(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return nhwc(module.graph, x)
 
 
-def _reshape(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _reshape(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """A 1x1 map has the same memory order in both layouts; flatten(2).transpose(1, 2) is a reshape of NHWC."""
     x = node.args[0]
     if not held(x):
@@ -255,7 +256,7 @@ def _reshape(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _transpose(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+def _transpose(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """Two transpositions of the same axes cancel."""
     x = node.args[0]
     if not is_call(x, aten.transpose.int) or {int(a) % 3 for a in node.args[1:]} != {1, 2}:
@@ -265,7 +266,7 @@ def _transpose(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return x.args[0]  # type: ignore[union-attr,return-value]
 
 
-RULES: dict[Any, Callable[[fx.GraphModule, fx.Node], fx.Node | None]] = {
+RULES: dict[Any, Callable[[fx.GraphModule, Any], fx.Node | None]] = {
     **dict.fromkeys(UNARY, _unary),
     **dict.fromkeys(BINARY, _binary),
     **dict.fromkeys(PADS, _pad),

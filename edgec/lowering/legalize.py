@@ -254,7 +254,7 @@ def _grid_sampler(node: fx.Node, importer: Any) -> Any:
 def _importer_names() -> frozenset[str]:
     from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
-    return frozenset(ExportedProgramImporter().convert_map)
+    return frozenset(str(name) for name in ExportedProgramImporter().convert_map)
 
 
 def _importer_name(node: fx.Node) -> str:

@@ -75,7 +75,7 @@ def _finish(program: Program, imported: Imported, device: Device, show: Callable
     plan, kernels, fallbacks = make_plan(program, imported, device)
     show("kernels", str(kernels.module))
     show("plan", plan.text())
-    return Lowered(plan, kernels, fallbacks)
+    return Lowered(plan, kernels, tuple(fallbacks))
 
 
 def max_relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

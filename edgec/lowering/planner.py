@@ -22,9 +22,7 @@ def make_plan(program: Program, imported: Imported, device: Device) -> tuple[Pla
     module = imported.module
     prefix = symbol_prefix(program.name)
     renamed = {
-        var.name_hint: function
-        for var, function in module.functions.items()
-        if isinstance(function, tirx.PrimFunc)
+        var.name_hint: function for var, function in module.functions.items() if isinstance(function, tirx.PrimFunc)
     }
     kernels = lower_kernels(tvm.IRModule({f"{prefix}_{n}": f for n, f in renamed.items()}), device)
     reader = _Reader(program, imported, kernels, prefix)
@@ -115,6 +113,3 @@ class _Reader:
 
 def _shape(value: Any) -> tuple[int, ...]:
     return tuple(int(d) for d in value.shape.values)
-
-
-

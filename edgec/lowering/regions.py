@@ -38,14 +38,14 @@ def pair(value: Any) -> list[int]:
     return [int(value[0]), int(value[-1])]
 
 
-def argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+def argument(node: Any, position: int, name: str, default: Any) -> Any:
     """Argument of a call by position or keyword."""
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
 
 
-def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
+def conv_geometry(node: Any) -> tuple[list[int], list[int], list[int], int]:
     """(stride, padding as [top, bottom, left, right], dilation, groups) of an `aten.conv2d` call."""
     stride = pair(argument(node, 3, "stride", 1))
     padding = argument(node, 4, "padding", 0)
@@ -54,7 +54,7 @@ def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
     if padding == "valid":
         padding = 0
     if padding == "same":
-        kernel = shape_of(node.args[1])[2:]  # type: ignore[arg-type]
+        kernel = shape_of(node.args[1])[2:]
         total = [dilation[i] * (kernel[i] - 1) for i in range(2)]
         # PyTorch puts the odd element of 'same' padding at the end.
         top, left = total[0] // 2, total[1] // 2
@@ -63,7 +63,7 @@ def conv_geometry(node: fx.Node) -> tuple[list[int], list[int], list[int], int]:
     return stride, [top, top, left, left], dilation, groups
 
 
-def activation_of(node: fx.Node) -> tuple[str, float, float] | None:
+def activation_of(node: Any) -> tuple[str, float, float] | None:
     """(act, lo, hi) when the node is an activation that kernels apply in their epilogue."""
     if is_call(node, aten.relu.default):
         return "clip", 0.0, math.inf
@@ -138,9 +138,9 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def pad_value(node: fx.Node) -> float | int | None:
+def pad_value(node: Any) -> float | int | None:
     """The constant that an `aten.pad` call fills in; None for other modes and computed widths."""
-    if not all(isinstance(width, int) for width in node.args[1]):  # type: ignore[union-attr]
+    if not all(isinstance(width, int) for width in node.args[1]):
         return None
     if node.target is aten.constant_pad_nd.default:
         return argument(node, 2, "value", 0)
@@ -174,8 +174,9 @@ def nchw(graph: fx.Graph, node: fx.Node) -> fx.Node:
 
 
 def _permute(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
+    same: tuple[Any, ...] = (node, order)
     for user in node.users:
-        if is_call(user, aten.permute.default) and list(user.args[1]) == order and user.meta.get("edgec_layout"):
+        if is_call(user, aten.permute.default) and user.args == same and user.meta.get("edgec_layout"):
             return user
     # Directly behind its operand, so that every later user may share it.
     with graph.inserting_after(node):
@@ -202,7 +203,7 @@ def _plain_average(node: fx.Node) -> bool:
     )
 
 
-def _fuse_qconv(graph: fx.Graph, node: fx.Node) -> None:
+def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
     """`qconv2d`, with the `qadd` that is its only user when the other operand has the same shape."""
     x, *rest = node.args[:13]
     add = _only_user(node)
@@ -221,16 +222,18 @@ def _fuse_qconv(graph: fx.Graph, node: fx.Node) -> None:
         _replace(graph, node.target, (nhwc(graph, x), *rest, "NHWC"), node, node)
 
 
-def _follow(node: fx.Node) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float]]:
+def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float]]:
     """The last node of the region that starts at `node`, its residual operand and its activation."""
-    last, residual = node, None
+    last: fx.Node = node
+    residual: fx.Node | None = None
     follower = _only_user(last)
     if follower is not None and is_call(follower, aten.add.Tensor):
         a, b = follower.args[0], follower.args[1]
         other = b if a is last else a
-        same_shape = isinstance(other, fx.Node) and other is not last and "val" in other.meta
         if (
-            same_shape
+            isinstance(other, fx.Node)
+            and other is not last
+            and "val" in other.meta
             and follower.kwargs.get("alpha", 1) == 1
             and shape_of(other) == shape_of(last)
             and other.op != "get_attr"
