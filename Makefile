@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test quick bench lint format toolchains clean
+.PHONY: help demo test quick bench lint format docs toolchains clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,9 @@ format: $(STAMP)  ## rewrite files in the project's format
 
 bench: $(STAMP)  ## compile the shared models and print sizes, accuracies and instruction counts
 	$(BIN)/python -m benchmarks.results
+
+docs: $(STAMP)  ## write docs/reference from the docstrings
+	$(BIN)/python -m edgec.docs
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -113,7 +113,7 @@ def print_pass(record: Mapping[str, Any]) -> None:
         print_line(f"\nNeeds {needs} data.")
     if record["options"]:
         print_line()
-        print_rows([{k: "" if v is None else _spell(v) for k, v in row.items()} for row in record["options"]])
+        print_rows([{k: "" if v is None else spell(v) for k, v in row.items()} for row in record["options"]])
 
 
 def print_record(record: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ def _few(layers: Sequence[str], most: int = 4) -> str:
     return ", ".join(layers[:most]) + rest
 
 
-def _spell(value: Any) -> str:
+def spell(value: Any) -> str:
     """An option's value as it is written in a pipeline."""
     if isinstance(value, bool):
         return "true" if value else "false"
