@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tvm import tirx
+from edgec.targets.tir import tirx
 
 # Adding and subtracting it rounds a small float32 to an integer: 32-bit Arm has no vector instruction for that.
 ROUND = 1.5 * 2.0**23

@@ -11,16 +11,16 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
 from tvm.s_tir import ScheduleError
 
 from edgec.targets.device import Device
+from edgec.targets.tir import s_tir, tirx
 
 # Vectors of the last axis that are accumulated together, most first.
 VECTORS = (4, 2, 1)
 
 
-def schedule(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
+def schedule(function: Any, device: Device) -> Any:
     """Reorder the reductions of `function`; it is returned as it is when nothing matches."""
     found: list[str] = []
 
@@ -38,7 +38,7 @@ def schedule(function: tirx.PrimFunc, device: Device) -> tirx.PrimFunc:
     return result.mod["main"]
 
 
-def _reorder(schedule: s_tir.Schedule, name: str, device: Device) -> None:
+def _reorder(schedule: Any, name: str, device: Device) -> None:
     block = schedule.get_sblock(name)
     iterators = schedule.get(block).iter_vars
     loops = schedule.get_loops(block)

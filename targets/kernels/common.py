@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
-from tvm.tirx.script.builder import ir as T
 
 from edgec import integer
 from edgec.targets.device import Device
+from edgec.targets.tir import T, tirx
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 

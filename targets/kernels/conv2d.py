@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, splat, vec
+from edgec.targets.tir import T, tirx
 
 
 @dataclass(frozen=True)

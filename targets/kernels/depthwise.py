@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tvm.tirx.script.builder import ir as T
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, vec
 from edgec.targets.kernels.conv2d import accumulate, finish, pad_copy, store_vector
+from edgec.targets.tir import T
 
 
 @dataclass(frozen=True)

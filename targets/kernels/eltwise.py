@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 from edgec import integer
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import AddEpilogue, add_codes, const, loop, param, requantise
+from edgec.targets.tir import T, tirx
 
 Shape = tuple[int, ...]
 

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
 
 from edgec import integer
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import const, loop, param, ramp, requantise, vec
 from edgec.targets.kernels.conv2d import pad_copy
+from edgec.targets.tir import T, tirx
 
 
 @dataclass(frozen=True)

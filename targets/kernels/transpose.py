@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm.tirx.script.builder import ir as T
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import loop, param
+from edgec.targets.tir import T
 
 # Elements per side of the square that is read along one axis and written along the other: both sides then use whole
 # cache lines several times before they are evicted.

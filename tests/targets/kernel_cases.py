@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from edgec.targets.device import Device, load_device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
-from tests.targets.kernel_runner import Call, spec_call
+from tests.targets.kernel_runner import Call, assert_close, run_calls, spec_call
 
 FLOAT_ACTIVATIONS = ("none", "clip", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
 
@@ -138,3 +139,10 @@ def layer_call(spec: Conv2D | Depthwise, seed: int, device: Device, inplace: boo
     after = [values["residual"]] if spec.residual else []
     position = spec.inplace[0] if inplace and spec.inplace else None
     return spec_call(spec, device, [values["x"]], expected, after, position, **weights), expected
+
+
+def check_layers(specs: Sequence[tuple[Conv2D | Depthwise, int]], device: Device, inplace: bool) -> None:
+    """Compile and run all templates in one program; integers must be equal, floats close."""
+    cases = [layer_call(spec, seed, device, inplace) for spec, seed in specs]
+    for (got,), (_, expected) in zip(run_calls([call for call, _ in cases], device), cases, strict=True):
+        assert_close(got, expected)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
-from tvm import tirx
 
 from edgec.targets.codegen import build_object, lower_kernels, undefined_symbols
 from edgec.targets.device import load_device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import T, param, ramp
+from edgec.targets.kernels.common import param, ramp
+from edgec.targets.tir import T, tirx
 from tests.targets.kernel_runner import Call, require, run_calls
 
 VALUES = np.concatenate(

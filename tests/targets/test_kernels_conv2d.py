@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from edgec import integer
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
-from tests.targets.kernel_cases import convolutions, floats, host, layer_call, operands
+from tests.targets.kernel_cases import check_layers, convolutions, floats, host, operands
 from tests.targets.kernel_runner import assert_close, run, spec_call
 
 pytestmark = pytest.mark.host
-SWEEP = settings(max_examples=30, deadline=None, derandomize=True)
+SWEEP = settings(max_examples=6, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize("lanes", (4, 8, 16))
@@ -23,10 +23,9 @@ def test_edge_sizes(dtype: str, lanes: int) -> None:
     device = host(lanes)
 
     @SWEEP
-    @given(convolutions(dtype, lanes), st.booleans())
-    def check(case: tuple[Conv2D, int], inplace: bool) -> None:
-        call, expected = layer_call(*case, device, inplace)
-        assert_close(run(call, device), expected)
+    @given(st.lists(convolutions(dtype, lanes), min_size=1, max_size=8), st.booleans())
+    def check(specs: list[tuple[Conv2D, int]], inplace: bool) -> None:
+        check_layers(specs, device, inplace)
 
     check()
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
-from tests.targets.kernel_cases import depthwise, host, layer_call, operands
-from tests.targets.kernel_runner import assert_close, run
+from tests.targets.kernel_cases import check_layers, depthwise, host, operands
 
 
 @pytest.mark.host
@@ -20,11 +19,10 @@ from tests.targets.kernel_runner import assert_close, run
 def test_edge_sizes(dtype: str, lanes: int) -> None:
     device = host(lanes)
 
-    @settings(max_examples=30, deadline=None, derandomize=True)
-    @given(depthwise(dtype, lanes), st.booleans())
-    def check(case: tuple[Depthwise, int], inplace: bool) -> None:
-        call, expected = layer_call(*case, device, inplace)
-        assert_close(run(call, device), expected)
+    @settings(max_examples=6, deadline=None, derandomize=True)
+    @given(st.lists(depthwise(dtype, lanes), min_size=1, max_size=8), st.booleans())
+    def check(specs: list[tuple[Depthwise, int]], inplace: bool) -> None:
+        check_layers(specs, device, inplace)
 
     check()
 

@@ -16,7 +16,7 @@ from tests.targets.kernel_cases import add_epilogue, code_range, codes, host
 from tests.targets.kernel_runner import run, run_calls, spec_call
 
 pytestmark = pytest.mark.host
-SWEEP = settings(max_examples=25, deadline=None, derandomize=True)
+SWEEP = settings(max_examples=15, deadline=None, derandomize=True)
 ALL_CODES = np.arange(-128, 128, dtype=np.int8)
 
 # Scalars, channel vectors, per-sample channels, whole maps, and sizes around the vector width.
@@ -104,7 +104,8 @@ def test_quantize(exponent: float, zero_point: int, seed: int) -> None:
     special = np.array([0.0, -0.0, 1e-45, np.inf, -np.inf, 3e38, -3e38], np.float32)
     noise = rng.standard_normal(400).astype(np.float32) * np.float32(50 * scale)
     x = np.concatenate([*near, special, noise])
-    expected = integer.quantize(x, scale, zero_point)
+    with np.errstate(over="ignore"):
+        expected = integer.quantize(x, scale, zero_point)
     spec = Quantize(x.shape, scale, zero_point)
     np.testing.assert_array_equal(run(spec_call(spec, host(), [x], expected)), expected)
 

@@ -15,8 +15,8 @@ from edgec.targets.kernels.common import AddEpilogue
 from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean
 from edgec.targets.kernels.transpose import Transpose
-from tests.targets.kernel_cases import codes, convolutions, depthwise, floats, layer_call
-from tests.targets.kernel_runner import Call, assert_close, require, run_calls, spec_call
+from tests.targets.kernel_cases import check_layers, codes, convolutions, depthwise, floats
+from tests.targets.kernel_runner import assert_close, require, run_calls, spec_call
 from tests.targets.test_kernels_pool import requant
 
 pytestmark = pytest.mark.qemu
@@ -25,12 +25,6 @@ DEVICES = ("cortex-a53", "cortex-a72", "cortex-x2", "cortex-a7")
 LANES = 4
 # One example is a whole batch, so shrinking would recompile everything each time. The first example is all minimal.
 BATCH = settings(max_examples=3, deadline=None, derandomize=True, phases=[Phase.generate])
-
-
-def check(cases: list[tuple[Call, np.ndarray]], name: str) -> None:
-    got = run_calls([call for call, _ in cases], load_device(name))
-    for (result,), (_, expected) in zip(got, cases, strict=True):
-        assert_close(result, expected)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -42,7 +36,8 @@ def test_convolutions(kind: Any, dtype: str, name: str) -> None:
     @BATCH
     @given(st.lists(kind(dtype, LANES), min_size=16, max_size=16))
     def batch(specs: list[tuple[Any, int]]) -> None:
-        check([layer_call(*case, load_device(name), number % 2 == 0) for number, case in enumerate(specs)], name)
+        check_layers(specs[::2], load_device(name), inplace=True)
+        check_layers(specs[1::2], load_device(name), inplace=False)
 
     batch()
 
@@ -77,8 +72,7 @@ def test_pools_elementwise_and_transposes(name: str) -> None:
         (Quantize(ties.shape, 0.0231, 3), [ties * np.float32(0.0231)], {}),
         (Dequantize(a.shape, 0.0231, 3), [a], {}),
     ]
-    ready = []
-    for spec, inputs, weights in cases:
-        expected = spec.reference(*inputs, **weights)
-        ready.append((spec_call(spec, device, inputs, expected, **weights), expected))
-    check(ready, name)
+    results = [spec.reference(*inputs, **weights) for spec, inputs, weights in cases]
+    calls = [spec_call(c[0], device, c[1], expected, **c[2]) for c, expected in zip(cases, results, strict=True)]
+    for (got,), expected in zip(run_calls(calls, device), results, strict=True):
+        assert_close(got, expected)
