@@ -6,7 +6,6 @@ every one of them and moves the bundle into place at the end, when all checks ha
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgec.errors import EdgecError, GateFailed
+from edgec.lowering import STEPS
 from edgec.passbase import Context, Needs, Pass, Skip
 from edgec.pipeline import Pipeline
 
@@ -197,17 +197,18 @@ def compile_model(
 
     Raises EdgecError (bad input), GateFailed (drop too large), ToolchainMissing. Nothing is left at `output` then.
     """
-    from edgec.bundle import Bundle, staging
+    from edgec.bundle import Bundle, install, refuse_existing, seal, staging
     from edgec.data import Preprocess
     from edgec.frontend import load_model
     from edgec.registry import get_device
 
     tell = progress or (lambda stage, done: None)
     pipeline = Pipeline.of(passes)
+    _known_stage(stop_after, pipeline)
     device = get_device(target)
     destination = Path(output) if output is not None else None
     if destination is not None:
-        _refuse_existing(destination, force)
+        refuse_existing(destination, force)
         from edgec.targets.cpu.toolchain import require_toolchain
 
         require_toolchain(device)
@@ -241,11 +242,8 @@ def compile_model(
         if stop_after == step.name:
             return CompileResult(run.ledger, None, program)
 
-    from edgec.lowering.lower import STEPS, lower
+    from edgec.lowering.lower import lower
 
-    if stop_after is not None and stop_after not in STEPS:
-        choices = ", ".join([p.name for p in pipeline.passes] + list(STEPS))
-        raise EdgecError(f"'{stop_after}' is not a stage", where="--stop-after", hint=f"use one of {choices}")
     tell("lower", 0.0)
     lowered = lower(program, device, dump=writer)
     for skip in lowered.fallbacks:
@@ -254,7 +252,6 @@ def compile_model(
         run.ledger.skipped = list(run.context.skipped)
         return CompileResult(run.ledger, None, program)
 
-    _parent(destination)
     with staging(destination) as folder:
         staged = folder / "bundle"
         tell("build", 0.0)
@@ -263,11 +260,17 @@ def compile_model(
         _device_check(run, bundle, program, lowered, device)
         run.ledger.skipped = list(run.context.skipped)
         _write_reports(run, lowered, program, staged)
-        if destination.exists():
-            shutil.rmtree(destination)
-        staged.rename(destination)
+        # The reports hold times, so they differ between equal compiles; everything else is sealed by its digest.
+        seal(staged, ["program.pt2"])
+        install(staged, destination)
     tell("done", 1.0)
     return CompileResult(run.ledger, Bundle.load(destination), program)
+
+
+def _known_stage(stop_after: str | None, pipeline: Pipeline) -> None:
+    stages = dict.fromkeys([*(p.name for p in pipeline.passes), *STEPS])
+    if stop_after is not None and stop_after not in stages:
+        raise EdgecError(f"'{stop_after}' is not a stage", where="--stop-after", hint=f"use one of {', '.join(stages)}")
 
 
 # -- stages ------------------------------------------------------------------------------------------------------------
@@ -354,24 +357,6 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """max |got - want| / max |want|; NaN when either has one."""
     scale = float(np.abs(want).max(initial=0.0))
     return float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / (scale or 1.0)
-
-
-def _refuse_existing(destination: Path, force: bool) -> None:
-    if destination.exists() and not force:
-        raise EdgecError("output exists", where=str(destination), hint="choose another folder or give --force")
-    if destination.exists() and not (destination.is_dir() and (destination / "manifest.json").exists()):
-        raise EdgecError(
-            "output exists and is not a bundle", where=str(destination), hint="--force only replaces bundles"
-        )
-
-
-def _parent(destination: Path) -> None:
-    """Create the folder the bundle goes into."""
-    parent = destination.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EdgecError(f"cannot be created: {error.strerror}", where=str(parent)) from error
 
 
 def _dumper(folder: str | Path | None) -> Callable[[str, Any], None]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from edgec.errors import EdgecError
+from edgec.lowering import STEPS as STEPS
 from edgec.lowering.importer import Imported, import_graph, legalize_relax
 from edgec.lowering.layout import channels_last
 from edgec.lowering.legalize import legalize, unsupported
@@ -19,8 +20,6 @@ from edgec.plan import Plan
 from edgec.program import Program, propagate
 from edgec.targets.codegen import LoweredKernels
 from edgec.targets.device import Device
-
-STEPS = ("regions", "layout", "legalize", "import", "kernels", "plan")
 
 
 @dataclass(frozen=True)
