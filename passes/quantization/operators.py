@@ -182,6 +182,8 @@ def classify(module: fx.GraphModule, node: fx.Node) -> tuple[Kind | None, str]:
         return _average(node)
     if is_call(node, *SPLITTERS):
         return Kind.SHARE, ""
+    if is_call(node, operator.getitem) and not is_call(node.args[0], *SPLITTERS):
+        return None, "has no int8 form"
     if is_call(node, aten.dropout.default, aten.feature_dropout.default) and node.args[2]:
         return None, "is in training mode"
     if is_call(node, *IDENTITIES, *MOVES, aten.max_pool2d.default):
@@ -246,6 +248,14 @@ def _function(module: fx.GraphModule, node: fx.Node) -> tuple[Kind | None, str]:
     if is_call(node, aten.prelu.default) and constant_of(module, node.args[1]) is None:
         return None, "slopes are computed, not stored"
     return Kind.TABLE, ""
+
+
+def has_channel_tables(node: fx.Node) -> bool:
+    """True when the function of one code differs along axis 1."""
+    if is_call(node, aten.prelu.default):
+        slopes = node.args[1]
+        return isinstance(slopes, fx.Node) and slopes.meta["val"].numel() > 1
+    return is_call(node, aten.batch_norm.default)
 
 
 def _batch_norm(module: fx.GraphModule, node: fx.Node) -> tuple[Kind | None, str]:
@@ -349,10 +359,24 @@ IN_PLACE = {
 
 
 def make_functional(module: fx.GraphModule) -> None:
-    """Replace in-place calls whose operand nobody else reads by calls that return a new tensor, in place.
+    """Replace in-place calls whose effect only their own result shows by calls that return a new tensor, in place.
 
-    In-place calls on tensors with other readers stay as they are, because a reader may see the change.
+    The others stay as they are: someone may read the change through their operand or a view of it.
     """
+    views = (*MOVES, *IDENTITIES)
     for node in module.graph.nodes:
-        if is_call(node, *IN_PLACE) and len(operand(node).users) == 1 and operand(node).op == "call_function":
-            node.target = IN_PLACE[node.target]
+        if is_call(node, *IN_PLACE) and node.users:
+            changed = operand(node)
+            if changed.op == "call_function" and len(changed.users) == 1 and not is_call(changed, *views):
+                node.target = IN_PLACE[node.target]
+
+
+def changes_in_place(node: fx.Node, tensor: fx.Node) -> bool:
+    """True when the call `node` writes into its argument `tensor`."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    entries = node.target._schema.arguments
+    return any(
+        entry.alias_info is not None and entry.alias_info.is_write and value is tensor
+        for entry, value in zip(entries, node.args, strict=False)
+    )

@@ -1,0 +1,231 @@
+"""Decide which nodes of a graph become int8, and which node's range each of them needs.
+
+Convolutions and linear layers are int8 wherever they can be. Everything else only where it pays:
+
+* Averages, clips and data movement behind an int8 tensor, because they shrink it or are free.
+* Activations directly behind a layer.
+* Other element-wise calls and concatenations when an int8 tensor comes in and their result reaches a layer; sums also
+  when a layer's only reader adds it to another int8 tensor. So the box decoding of a detector and the like, which lead
+  to no layer, stay float. So do sums that a layer norm or group norm reads: the residual stream of a transformer has a
+  few channels of much larger range, which one scale per tensor cannot serve.
+* Data movement in front of layers, so that the smaller int8 tensor is moved.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from edgec.passes.quantization.operators import (
+    CONV2D,
+    IDENTITIES,
+    MOVES,
+    SPLITTERS,
+    Kind,
+    aten,
+    changes_in_place,
+    classify,
+    has_channel_tables,
+    is_float,
+    op_name,
+)
+from edgec.program import is_call, layer_of, shape_of
+
+
+@dataclass
+class Annotation:
+    """kinds: the int8 nodes. fused: producer -> the clip that is part of it. tied: producer -> the concatenation whose
+    scale it takes over. skipped: (layer, operator, reason) of what stays float.
+    """
+
+    kinds: dict[fx.Node, Kind] = field(default_factory=dict)
+    fused: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    tied: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def is_int8(self, node: object) -> bool:
+        return node in self.kinds
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """The node whose value the int8 kernel of `node` produces: the clip that is part of it, or itself."""
+        return self.fused.get(node, node)
+
+    def producer(self, node: fx.Node) -> fx.Node:
+        """The inverse of `result`."""
+        first = node.args[0] if node.args else None
+        return first if isinstance(first, fx.Node) and self.fused.get(first) is node else node
+
+    def observed(self, node: fx.Node) -> fx.Node:
+        """The node whose range gives `node` its codes; itself for float nodes that are quantised for a consumer."""
+        node = self.producer(node)
+        kind = self.kinds.get(node)
+        if kind in (Kind.SHARE, Kind.CLIP, Kind.SCALE):
+            return self.observed(operand_nodes(node)[0])
+        if node in self.tied:
+            return self.observed(self.tied[node])
+        return self.result(node)
+
+    def channel_axis(self, node: fx.Node) -> int | None:
+        """1 when every channel of a layer's result may have its own scale, else None.
+
+        That is so when its only reader looks its codes up in a table per channel (PReLU): the table then undoes the
+        scales, and the layer has a multiplier per channel anyway.
+        """
+        readers = list(node.users)
+        alone = self.kinds.get(node) is Kind.LAYER and node not in self.fused and len(readers) == 1
+        if not alone or self.kinds.get(readers[0]) is not Kind.TABLE or not has_channel_tables(readers[0]):
+            return None
+        return 1 if is_call(node, *CONV2D) or len(shape_of(node)) == 2 else None
+
+    def boundary(self, graph: fx.Graph) -> list[fx.Node]:
+        """The float nodes that int8 nodes read, in graph order."""
+        read = {x for node in self.kinds for x in operand_nodes(node) if not self.is_int8(x) and x.op != "get_attr"}
+        return [n for n in graph.nodes if n in read]
+
+
+def operand_nodes(node: fx.Node) -> list[fx.Node]:
+    """The tensors that an int8 form of `node` reads as codes: for layers and tables only the first argument."""
+    first = node.args[0]
+    if isinstance(first, (list, tuple)):
+        return [x for x in first if isinstance(x, fx.Node)]
+    if is_call(node, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
+        return [x for x in node.args[:2] if isinstance(x, fx.Node) and is_float(x) and not _is_stored_number(x)]
+    return [first] if isinstance(first, fx.Node) else []
+
+
+def _is_stored_number(node: fx.Node) -> bool:
+    return node.op == "get_attr" and node.meta["val"].numel() == 1
+
+
+def annotate(module: fx.GraphModule, keep_float: Callable[[str], bool]) -> Annotation:
+    """Annotate a graph. `keep_float(layer name)` tells which layers the user wants left alone."""
+    candidates, reasons = _candidates(module, keep_float)
+    reaches = _reaching_layers(module, candidates)
+    found = Annotation()
+    for node in module.graph.nodes:
+        kind = candidates.get(node)
+        if kind is not None and _pays(node, kind, candidates, reaches, found):
+            found.kinds[node] = kind
+    _fuse_clips(found)
+    _tie_concatenations(found)
+    for node in module.graph.nodes:
+        if is_float(node) and node.op == "call_function" and not found.is_int8(node):
+            if is_call(node, *MOVES, *IDENTITIES):
+                continue  # computes nothing
+            reason = reasons.get(node, "no int8 layer on both sides: int8 would only add conversions")
+            found.skipped.append((layer_of(node), op_name(node), reason))
+    return found
+
+
+def _candidates(
+    module: fx.GraphModule, keep_float: Callable[[str], bool]
+) -> tuple[dict[fx.Node, Kind], dict[fx.Node, str]]:
+    kinds: dict[fx.Node, Kind] = {}
+    reasons: dict[fx.Node, str] = {}
+    for node in module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        kind, reason = classify(module, node)
+        if is_call(node, *CONV2D) and any(is_call(u, aten.batch_norm.default) for u in node.users):
+            kind, reason = None, "a batch norm follows: run fold-bn first"
+        if kind is not None and any(changes_in_place(user, node) for user in node.users):
+            kind, reason = None, "is changed in place"
+        if kind in (Kind.PAIR, Kind.CONCAT) and _is_normalised(node):
+            kind, reason = None, "is normalised afterwards: one scale does not serve a residual stream"
+        moves = is_call(node, *MOVES, *IDENTITIES, *SPLITTERS)
+        if kind is not None and not moves and keep_float(layer_of(node)):
+            kind, reason = None, "kept float by keep_float"
+        if kind is None:
+            reasons[node] = reason
+        else:
+            kinds[node] = kind
+    for node in list(kinds):
+        if is_call(node, *SPLITTERS) and any(user not in kinds for user in node.users):
+            del kinds[node]  # a list of codes cannot be read as a list of reals
+    return kinds, reasons
+
+
+def _is_normalised(node: fx.Node) -> bool:
+    """True when a norm over features reads `node`, directly or after data movement."""
+    norms = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default)
+    return any(is_call(u, *norms) or (is_call(u, *MOVES) and _is_normalised(u)) for u in node.users)
+
+
+def _reaching_layers(module: fx.GraphModule, candidates: dict[fx.Node, Kind]) -> set[fx.Node]:
+    """Nodes from which a path of int8 candidates leads into a layer."""
+    reaching: set[fx.Node] = set()
+    for node in reversed(module.graph.nodes):
+        for user in node.users:
+            kind = candidates.get(user)
+            if kind is not None and node in operand_nodes(user) and (kind is Kind.LAYER or user in reaching):
+                reaching.add(node)
+    return reaching
+
+
+def _pays(node: fx.Node, kind: Kind, candidates: dict[fx.Node, Kind], reaches: set[fx.Node], found: Annotation) -> bool:
+    operands = operand_nodes(node)
+    coded = [x for x in operands if found.is_int8(x)]
+    if kind is Kind.LAYER:
+        return True
+    if kind is Kind.SHARE:
+        return bool(coded) or (not is_call(node, operator.getitem) and _only_feeds_layers(node, candidates))
+    if not coded:
+        return False
+    if kind in (Kind.POOL, Kind.CLIP, Kind.SCALE) or node in reaches:
+        return True
+    behind_layer = any(_is_lone_layer(x, found) for x in coded)
+    if kind is Kind.TABLE:
+        return behind_layer
+    if kind is Kind.PAIR:
+        return behind_layer and all(found.is_int8(x) or _has_int8_reader(x, found) for x in operands)
+    return False
+
+
+def _only_feeds_layers(node: fx.Node, candidates: dict[fx.Node, Kind]) -> bool:
+    """True when every reader of `node` reads codes: layers, at the end of data movements or directly."""
+    for user in node.users:
+        kind = candidates.get(user)
+        if kind is Kind.LAYER and node in operand_nodes(user):
+            continue
+        if kind is Kind.SHARE and _only_feeds_layers(user, candidates):
+            continue
+        return False
+    return bool(node.users)
+
+
+def _is_lone_layer(node: fx.Node, found: Annotation) -> bool:
+    """True for a layer's result, clipped or not, with one reader."""
+    if len(node.users) != 1:
+        return False
+    kind = found.kinds.get(node)
+    if kind is Kind.CLIP:
+        return _is_lone_layer(operand_nodes(node)[0], found)
+    return kind is Kind.LAYER
+
+
+def _has_int8_reader(node: fx.Node, found: Annotation) -> bool:
+    return any(found.is_int8(user) and node in operand_nodes(user) for user in node.users)
+
+
+def _fuse_clips(found: Annotation) -> None:
+    """Clips whose operand nobody else reads become part of the kernel that computes the operand."""
+    computed = (Kind.LAYER, Kind.POOL, Kind.PAIR)
+    for node, kind in found.kinds.items():
+        before = operand_nodes(node)[0] if kind is Kind.CLIP else None
+        if before is not None and len(before.users) == 1 and found.kinds.get(before) in computed:
+            found.fused[before] = node
+
+
+def _tie_concatenations(found: Annotation) -> None:
+    """Operands that only a concatenation reads are produced with its scale, so that it only copies."""
+    computed = (Kind.LAYER, Kind.POOL, Kind.PAIR, Kind.TABLE, Kind.CONCAT)
+    for node, kind in found.kinds.items():
+        if kind is not Kind.CONCAT:
+            continue
+        for before in operand_nodes(node):
+            producer = found.producer(before)
+            if len(before.users) == 1 and found.kinds.get(producer) in computed:
+                found.tied[producer] = node

@@ -1,0 +1,213 @@
+"""Post-training int8 quantisation with integer-only arithmetic."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from edgec.data import Dataset
+from edgec.errors import EdgecError
+from edgec.passbase import Context, Needs, Pass, option
+from edgec.passes.quantization.annotate import Annotation, annotate
+from edgec.passes.quantization.bias_correction import correct_biases
+from edgec.passes.quantization.calibrate import ChannelMean, Watcher, batches, calibrate
+from edgec.passes.quantization.convert import Converter
+from edgec.passes.quantization.equalize import equalize_module
+from edgec.passes.quantization.operators import CONV2D, SATURATION, Kind, make_functional, op_name
+from edgec.passes.quantization.squant import squant_codes
+from edgec.program import Program, is_call, layer_of, output_nodes
+from edgec.quantparams import (
+    OBSERVERS,
+    ChannelMinMax,
+    MinMax,
+    Observer,
+    QParams,
+    affine,
+    affine_channels,
+    make_observer,
+    quantize_weights,
+)
+
+# Range of a tensor that was zero for every calibration sample.
+DEAD_RANGE = (-1.0, 1.0)
+# Bias correction keeps the tensors between two layers in memory for this many samples.
+CORRECTION_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Int8Summary:
+    """What the pass did: layers (convolutions and linear) by name, and how the ranges were found."""
+
+    observer: str
+    samples: int
+    quantised: tuple[str, ...]
+    kept_float: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class QuantizeInt8(Pass):
+    """int8 weights and activations, int32 accumulators, requantisation by a fixed-point multiplier and a shift.
+
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference";
+    Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference: A whitepaper".
+
+    Weights are symmetric, per output channel; activations asymmetric, per tensor. Ranges come from one run over the
+    calibration samples. Inputs and outputs of the model stay float32. Run `fold-bn` first.
+    """
+
+    name: ClassVar[str] = "quantize-int8"
+    needs: ClassVar[Needs] = Needs.CALIBRATION
+
+    observer: str = option("mse", "how the range of an activation is chosen", choices=OBSERVERS)
+    percentile: float = option(
+        99.99, "share of values inside the range, for observer=percentile", unit="%", low=50, high=100
+    )
+    rounding: str = option(
+        "squant",
+        "weights to the nearest code, or balanced so that errors cancel (SQuant)",
+        choices=("squant", "nearest"),
+    )
+    per_channel: bool = option(True, "one weight scale per output channel instead of one per layer")
+    equalize: bool = option(False, "cross-layer equalisation before calibration")
+    bias_correction: bool = option(False, "remove the mean error of every layer on the calibration samples")
+    keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
+    calibration_samples: int = option(256, "at most this many calibration samples are used", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.keep_float, str) or not all(isinstance(p, str) for p in self.keep_float):
+            raise EdgecError(
+                f"{self.keep_float!r} is not a list of layer names",
+                where=f"{self.name}{{keep_float}}",
+                hint="write keep_float=[conv1,fc] or, in Python, keep_float=('conv1', 'fc')",
+            )
+        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+
+    def run(self, program: Program, context: Context) -> Program:
+        if context.calibration is None:
+            raise EdgecError("needs calibration data", where=f"pass {self.name}", hint="give --data FILE")
+        samples = context.calibration.limit(self.calibration_samples, context.seed)
+        module = program.edit()
+        module.graph.eliminate_dead_code()
+        make_functional(module)
+        self._check_patterns(module)
+        annotation = annotate(module, self._keeps)
+        for skip in annotation.skipped:
+            context.skip(*skip)
+        summary = self._summary(module, annotation, len(samples))
+        if not summary.quantised:
+            return program
+        if self.equalize:
+            equalize_module(module, context.skip)
+        observed = self._observe(program, module, annotation, samples, context)
+        subset = samples.limit(CORRECTION_SAMPLES, context.seed)
+        means = self._layer_means(program, module, annotation, subset) if self.bias_correction else {}
+        rounding = squant_codes if self.rounding == "squant" else quantize_weights
+        converter = Converter(module, annotation, observed, self.per_channel, rounding)
+        records = converter.convert()
+        module.graph.eliminate_dead_code()
+        if means:
+            targets = {layer.name: means[node].mean for layer, node in converter.layers.items()}
+            correct_biases(module, records, targets, batches(program, subset))
+        names = {str(n.target) if n.op == "get_attr" else n.name for n in module.graph.nodes}
+        kept = {k: v for k, v in {**program.annotations, **records}.items() if k in names}
+        return program.replace(module, {**kept, self.name: summary})
+
+    def _keeps(self, layer: str) -> bool:
+        return any(_matches(layer, pattern) for pattern in self.keep_float)
+
+    def _check_patterns(self, module: fx.GraphModule) -> None:
+        layers = sorted({layer_of(n) for n in module.graph.nodes if n.op == "call_function"})
+        for pattern in self.keep_float:
+            if not any(_matches(layer, pattern) for layer in layers):
+                near = difflib.get_close_matches(pattern, layers, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"layers are {', '.join(layers[:5])}, ..."
+                raise EdgecError(f"no layer is called '{pattern}'", where=f"{self.name}{{keep_float}}", hint=hint)
+
+    def _summary(self, module: fx.GraphModule, annotation: Annotation, samples: int) -> Int8Summary:
+        quantised = [layer_of(n) for n, kind in annotation.kinds.items() if kind is Kind.LAYER]
+        kept = [layer for layer, what, _ in annotation.skipped if what in ("conv2d", "linear")]
+        return Int8Summary(self.observer, samples, tuple(quantised), tuple(kept))
+
+    def _observe(
+        self,
+        program: Program,
+        module: fx.GraphModule,
+        annotation: Annotation,
+        samples: Dataset,
+        context: Context,
+    ) -> dict[fx.Node, QParams]:
+        """Run the calibration samples; the parameters of every tensor whose range matters."""
+        nodes = dict.fromkeys(annotation.observed(n) for n in annotation.kinds)
+        nodes.update(dict.fromkeys(annotation.boundary(module.graph)))
+        exact = set(output_nodes(module))
+        observers: dict[fx.Node, Observer] = {}
+        channels: dict[fx.Node, ChannelMinMax] = {}
+        for node in nodes:
+            if node.op == "get_attr":
+                continue
+            axis = annotation.channel_axis(node)
+            if axis is not None:
+                channels[node] = ChannelMinMax(axis)
+                continue
+            plain = node.op == "placeholder" or node in exact
+            observer = MinMax() if plain else make_observer(self.observer, self.percentile)
+            limits = _useful_range(node, annotation)
+            observers[node] = observer if limits is None else _Saturating(observer, *limits)
+        watched: dict[fx.Node, list[Watcher]] = {n: [o] for n, o in {**observers, **channels}.items()}
+        calibrate(module, batches(program, samples), watched)
+        found = {node: self._params(node, observer, context) for node, observer in observers.items()}
+        for node, extremes in channels.items():
+            found[node] = affine_channels(*extremes.range(), extremes.axis, f"{layer_of(node)}: min-max per channel")
+        return found
+
+    def _layer_means(
+        self, program: Program, module: fx.GraphModule, annotation: Annotation, samples: Dataset
+    ) -> dict[fx.Node, ChannelMean]:
+        """Mean output per channel of every layer that becomes int8, before its clip."""
+        layers = [n for n, kind in annotation.kinds.items() if kind is Kind.LAYER]
+        means = {n: ChannelMean(1 if is_call(n, *CONV2D) else -1) for n in layers}
+        calibrate(module, batches(program, samples), {n: [m] for n, m in means.items()})
+        return means
+
+    def _params(self, node: fx.Node, observer: Observer, context: Context) -> QParams:
+        source = f"{layer_of(node)}: {observer.name}"
+        low, high = observer.range()
+        if low == high == 0.0:
+            context.skip(
+                layer_of(node), op_name(node), "was zero for every calibration sample: its codes carry nothing"
+            )
+            low, high = DEAD_RANGE
+        return affine(low, high, source)
+
+
+class _Saturating(Observer):
+    """Feeds another observer with values limited to where they make a difference."""
+
+    def __init__(self, inner: Observer, low: float, high: float) -> None:
+        self.inner, self.low, self.high = inner, low, high
+        self.name = inner.name
+
+    def update(self, values: torch.Tensor) -> None:
+        self.inner.update(values.clamp(self.low, self.high))
+
+    def range(self) -> tuple[float, float]:
+        return self.inner.range()
+
+
+def _useful_range(node: fx.Node, annotation: Annotation) -> tuple[float, float] | None:
+    """The inputs that its only reader tells apart, if that is a saturating function."""
+    readers = list(node.users)
+    if len(readers) == 1 and annotation.kinds.get(readers[0]) is Kind.TABLE:
+        return SATURATION.get(readers[0].target)
+    return None
+
+
+def _matches(layer: str, pattern: str) -> bool:
+    """True for the layer itself, a layer inside it, or a pattern that fits."""
+    return layer == pattern or layer.startswith(f"{pattern}.") or fnmatch.fnmatchcase(layer, pattern)
