@@ -5,8 +5,6 @@ Many of these models compile without the rule as well, to code that is wrong: on
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
