@@ -71,10 +71,31 @@ def channels_last(module: fx.GraphModule) -> fx.GraphModule:
         if new is not None:
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+    for node in list(graph.nodes):
+        if is_call(node, edgec.qmean.default):
+            _first_axes(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def _first_axes(graph: fx.Graph, node: fx.Node) -> None:
+    """Move the axes of an integer mean to the front, where its kernel wants them, unless only ones are before them."""
+    x, dims, _, *rest = node.args
+    shape = shape_of(x)  # type: ignore[arg-type]
+    axes = sorted(int(d) % len(shape) for d in dims)  # type: ignore[union-attr]
+    if axes == list(range(axes[0], axes[-1] + 1)) and all(n == 1 for n in shape[: axes[0]]):
+        return
+    order = [*axes, *(i for i in range(len(shape)) if i not in axes)]
+    with graph.inserting_before(node):
+        moved = graph.call_function(aten.permute.default, (x, order))
+        mean = graph.call_function(node.target, (moved, list(range(len(axes))), False, *rest))  # type: ignore[arg-type]
+        new = graph.call_function(aten.reshape.default, (mean, list(shape_of(node))))
+    value = x.meta["val"].permute(order)  # type: ignore[union-attr]
+    for made, result in ((moved, value), (mean, value.sum(list(range(len(axes))))), (new, node.meta["val"])):
+        made.meta.update(val=result, edgec_layer=layer_of(node))
+    node.replace_all_uses_with(new)
 
 
 def held(node: Any) -> bool:

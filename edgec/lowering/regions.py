@@ -99,7 +99,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(last):
                 around = None if residual is None else nhwc(graph, residual)
                 args = (nhwc(graph, x), w, bias, around, *geometry, *act)
-                _replace(graph, edgec.conv2d_nhwc.default, args, node, last)
+                _replace(graph, edgec.conv2d_nhwc.default, args, node, last, residual=3)
         elif is_call(node, aten.linear.default):
             x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
             last, residual, act = _follow(node)
@@ -114,16 +114,19 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 args = (nhwc(graph, node.args[0]), *node.args[1:9], "NHWC")
                 _replace(graph, node.target, args, node, node)
         elif is_call(node, edgec.qmax_pool2d.default) and argument(node, 6, "layout", "NCHW") == "NCHW":
+            kernel, stride, padding, dilation = node.args[1:5]
+            padding = ceil_padding(node, kernel, stride, padding, dilation)
             with graph.inserting_before(node):
-                args = (nhwc(graph, node.args[0]), *node.args[1:6], "NHWC")
+                args = (nhwc(graph, node.args[0]), kernel, stride, padding, dilation, False, "NHWC")
                 _replace(graph, node.target, args, node, node)
-        elif is_call(node, aten.max_pool2d.default) and not argument(node, 5, "ceil_mode", False):
+        elif is_call(node, aten.max_pool2d.default):
             kernel = pair(node.args[1])
             stride = pair(argument(node, 2, "stride", None) or kernel)
             top, left = pair(argument(node, 3, "padding", 0))
             dilation = pair(argument(node, 4, "dilation", 1))
+            padding = ceil_padding(node, kernel, stride, [top, top, left, left], dilation)
             with graph.inserting_before(node):
-                args = (nhwc(graph, node.args[0]), kernel, stride, [top, top, left, left], dilation)
+                args = (nhwc(graph, node.args[0]), kernel, stride, padding, dilation)
                 _replace(graph, edgec.max_pool2d_nhwc.default, args, node, node)
         elif is_call(node, aten.avg_pool2d.default) and _plain_average(node):
             kernel = pair(node.args[1])
@@ -147,6 +150,16 @@ def pad_value(node: Any) -> float | int | None:
     if argument(node, 2, "mode", "constant") != "constant":
         return None
     return argument(node, 3, "value", None) or 0
+
+
+def ceil_padding(node: fx.Node, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[int]:
+    """Padding of a max pool with which every window of the result fits: more at the end when `ceil_mode` rounded up."""
+    merged = list(padding)
+    for axis in range(2):
+        size, out = shape_of(node.args[0])[2 + axis], shape_of(node)[2 + axis]  # type: ignore[arg-type]
+        reach = (out - 1) * stride[axis] + dilation[axis] * (kernel[axis] - 1) + 1
+        merged[2 * axis + 1] = max(merged[2 * axis + 1], reach - size - merged[2 * axis])
+    return merged
 
 
 def absorb_padding(x: Any, geometry: tuple[list[int], list[int], list[int], int]) -> tuple[Any, Any]:
@@ -185,12 +198,33 @@ def _permute(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
     return new
 
 
-def _replace(graph: fx.Graph, target: Any, args: tuple[Any, ...], first: fx.Node, last: fx.Node) -> fx.Node:
-    """Emit an NHWC call in the place of the NCHW nodes `first` .. `last`."""
-    new = graph.call_function(target, args)
-    new.meta.update(val=last.meta["val"].permute(TO_NHWC), edgec_layer=layer_of(first))
+def _replace(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], first: fx.Node, last: fx.Node, residual: int = 0
+) -> None:
+    """Emit an NHWC call in the place of the NCHW nodes `first` .. `last`; `residual` is the place of that operand.
+
+    Kernels take one sample: a larger batch, which a static model or a reshape makes, is computed one by one.
+    """
+    value = last.meta["val"].permute(TO_NHWC)
+
+    def call(operator: Any, arguments: tuple[Any, ...], result: Any) -> fx.Node:
+        new = graph.call_function(operator, arguments)
+        new.meta.update(val=result, edgec_layer=layer_of(first))
+        return new
+
+    if value.shape[0] == 1:
+        new = call(target, args, value)
+    else:
+        parts = []
+        for i in range(value.shape[0]):
+            one = list(args)
+            for place in sorted({0, residual}):
+                if args[place] is not None:
+                    sample = args[place].meta["val"][i : i + 1]
+                    one[place] = call(aten.slice.Tensor, (args[place], 0, i, i + 1), sample)
+            parts.append(call(target, tuple(one), value[i : i + 1]))
+        new = call(aten.cat.default, (parts, 0), value)
     last.replace_all_uses_with(nchw(graph, new))
-    return new
 
 
 def _plain_average(node: fx.Node) -> bool:
@@ -216,7 +250,7 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
             with graph.inserting_before(add):
                 weights, geometry = rest[:4], rest[4:]
                 args = (nhwc(graph, x), *weights, nhwc(graph, other), *geometry, [ma, mb, f, za, zb, zy, lo, hi])
-                _replace(graph, edgec.qconv2d_add.default, args, node, add)
+                _replace(graph, edgec.qconv2d_add.default, args, node, add, residual=5)
             return
     with graph.inserting_before(node):
         _replace(graph, node.target, (nhwc(graph, x), *rest, "NHWC"), node, node)

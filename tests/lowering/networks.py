@@ -124,6 +124,13 @@ def mean_classifier(m: Net, x: torch.Tensor) -> torch.Tensor:
     return m.fc(m.conv(x).mean((2, 3)))
 
 
+def patches(m: Net, x: torch.Tensor) -> torch.Tensor:
+    """Four samples out of one."""
+    y = x.reshape(x.shape[0] * 4, 3, 4, 4)
+    y = m.stem(y)
+    return m.pool(F.relu(m.conv(y) + y)).reshape(x.shape[0], -1)
+
+
 def dense_block(m: Net, x: torch.Tensor) -> torch.Tensor:
     y = m.a(x)
     z = torch.cat([y, m.b(y)], 1)
@@ -236,8 +243,8 @@ _add(
     MAP,
     lambda: chain(conv(3, 4), nn.MaxPool2d(2, ceil_mode=True), conv(4, 4)),
     conv2d_nhwc=2,
-    max_pool2d=1,
-    permute=4,
+    max_pool2d_nhwc=1,
+    permute=2,
 )
 _add(
     "avg_pool", MAP, lambda: chain(conv(3, 4), nn.AvgPool2d(2), conv(4, 4)), conv2d_nhwc=2, avg_pool2d_nhwc=1, permute=2
@@ -390,6 +397,17 @@ _add(
     conv2d_nhwc=1,
     reshape=1,
     linear_act=1,
+    permute=2,
+)
+_add(
+    "patches",
+    (1, 3, 8, 8),
+    lambda: Net(patches, stem=conv(3, 4), conv=conv(4, 4, groups=4), pool=nn.MaxPool2d(2)),
+    conv2d_nhwc=8,
+    max_pool2d_nhwc=4,
+    slice=16,
+    cat=3,
+    reshape=2,
     permute=2,
 )
 _add(

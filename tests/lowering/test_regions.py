@@ -155,7 +155,9 @@ def test_linear_residual_and_activation() -> None:
     [
         (nn.MaxPool2d(2), True),
         (nn.MaxPool2d((3, 2), (2, 1), (1, 0), (1, 2)), True),
-        (nn.MaxPool2d(2, ceil_mode=True), False),
+        (nn.MaxPool2d(2, ceil_mode=True), True),
+        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), True),
+        (nn.MaxPool2d(2, (3, 2), dilation=(1, 3), ceil_mode=True), True),
         (nn.AvgPool2d(3, 2, 1), True),
         (nn.AvgPool2d(3, 2, 1, count_include_pad=False), False),
         (nn.AvgPool2d(3, count_include_pad=False), True),
