@@ -98,7 +98,7 @@ def model() -> tuple[nn.Module, torch.Tensor]:
     return network.eval(), torch.zeros(1, 1, 8, 8)
 
 
-def train() -> DigitsNet:
+def train(epochs: int = EPOCHS) -> DigitsNet:
     """Train from scratch: the same weights every time on one machine, in a few seconds."""
     images, labels = (torch.from_numpy(a) for a in training_data())
     generator = torch.Generator().manual_seed(SEED)
@@ -106,9 +106,9 @@ def train() -> DigitsNet:
         torch.manual_seed(SEED)
         network = DigitsNet()
     optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
-    steps = EPOCHS * -(-len(images) // BATCH)
+    steps = epochs * -(-len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(images), generator=generator).split(BATCH):
             optimizer.zero_grad()
             cross_entropy(network(images[rows]), labels[rows]).backward()
