@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from edgec import regions as regions  # registers the operators looked up below
+from edgec.errors import EdgecError
 from edgec.program import layer_of, shape_of
 from edgec.targets.device import Device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
@@ -22,7 +23,9 @@ from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from edgec.targets.kernels.transpose import Transpose
 
+aten = torch.ops.aten
 edgec = torch.ops.edgec
 
 Weights = Mapping[str, np.ndarray]
@@ -152,17 +155,45 @@ def _qavg_pool(node: Any, constants: Weights) -> Binding:
     return Binding(spec, (x,), layer_of(node))
 
 
-def _qmean(node: Any, constants: Weights) -> Binding:
-    """The mean over any adjacent axes is a pool over [before, reduced, after]."""
-    x, dims, _, m, shift, zx, zy, lo, hi = node.args
+def _permute(node: Any, constants: Weights) -> Binding | None:
+    """None for stored tensors, which are permuted at compile time, and where only axes of one element move."""
+    x, order = node.args
     shape = shape_of(x)
-    axes = sorted(int(d) % len(shape) for d in dims)
+    axes = [int(axis) % len(shape) for axis in order]
+    moved = [axis for axis in axes if shape[axis] != 1]
+    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+    if x.name in constants or moved == sorted(moved) or dtype not in ("float32", "int8"):
+        return None
+    return Binding(Transpose(shape, tuple(axes), dtype), (x,), layer_of(node))
+
+
+def _mean(node: Any, constants: Weights) -> Binding | None:
+    """None where the mean is not one over adjacent axes of one sample, which is what the pooling kernel takes."""
+    x = node.args[0]
+    window = _reduced(shape_of(x), node.args[1])
+    if x.name in constants or window is None or str(node.meta["val"].dtype) != "torch.float32":
+        return None
+    return Binding(Mean(1, *window), (x,), layer_of(node))
+
+
+def _reduced(shape: tuple[int, ...], dims: Any) -> tuple[int, int] | None:
+    """(elements averaged, elements behind them) for adjacent axes with nothing but ones before them."""
+    axes = sorted(int(d) % len(shape) for d in dims or range(len(shape)))
     if axes != list(range(axes[0], axes[-1] + 1)) or int(np.prod(shape[: axes[0]])) != 1:
-        raise NotImplementedError(f"mean over axes {axes} of {shape}")
-    reduced = int(np.prod(shape[axes[0] : axes[-1] + 1]))
-    rest = int(np.prod(shape[axes[-1] + 1 :]))
-    requant = Requant(m, shift, zx, zy, lo, hi)
-    return Binding(Mean(1, reduced, rest, "int8", requant), (x,), layer_of(node))
+        return None
+    return int(np.prod(shape[axes[0] : axes[-1] + 1])), int(np.prod(shape[axes[-1] + 1 :]))
+
+
+def _qmean(node: Any, constants: Weights) -> Binding:
+    x, dims, _, m, shift, zx, zy, lo, hi = node.args
+    window = _reduced(shape_of(x), dims)
+    if window is None:
+        raise EdgecError(
+            f"int8 mean over axes {list(dims)} of {shape_of(x)} has no kernel",
+            where=f"layer {layer_of(node)}",
+            hint=f"keep it in float: keep_float=[{layer_of(node)}]",
+        )
+    return Binding(Mean(1, *window, "int8", Requant(m, shift, zx, zy, lo, hi)), (x,), layer_of(node))
 
 
 def _qadd(node: Any, constants: Weights) -> Binding:
@@ -199,7 +230,9 @@ def _dequantize(node: Any, constants: Weights) -> Binding:
     return Binding(Dequantize(shape_of(x), scale, zero_point), (x,), layer_of(node))
 
 
-RULES: dict[Any, Callable[[Any, Weights], Binding]] = {
+RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
+    aten.permute.default: _permute,
+    aten.mean.dim: _mean,
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,

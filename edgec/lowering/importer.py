@@ -22,7 +22,6 @@ from tvm.relax.frontend.torch import from_exported_program
 from edgec.errors import EdgecError
 from edgec.lowering.binding import RULES, Binding, bind
 from edgec.lowering.legalize import convert_map
-from edgec.program import layer_of
 from edgec.targets.device import Device
 
 # The relative order of a variable name survives every Relax pass used here, so a call finds its layer by name.
@@ -32,9 +31,30 @@ TAG = re.compile(r"^edgec_call_(\d+)")
 VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
 
 
+def _permute(node: Any, importer: Any) -> Any:
+    x, order = node.args
+    shape: Any = [int(d) for d in node.meta["val"].shape]
+    moved = [axis for axis in order if int(x.meta["val"].shape[axis]) != 1]
+    if moved == sorted(moved):
+        return relax.op.reshape(importer.env[x], shape)
+    return relax.op.permute_dims(importer.env[x], list(order))
+
+
+def _mean(node: Any, importer: Any) -> Any:
+    x, dims = importer.env[node.args[0]], node.args[1]
+    return relax.op.mean(x, dims, keepdims=bool(node.args[2]) if len(node.args) > 2 else False)
+
+
+# What operators with a kernel of ours become where the kernel does not fit.
+RELAX: dict[Any, Callable[[Any, Any], Any]] = {
+    torch.ops.aten.permute.default: _permute,
+    torch.ops.aten.mean.dim: _mean,
+}
+
+
 @dataclass(frozen=True)
 class Imported:
-    """`module`: Relax main over call_tir; `bindings`: our kernel calls by tag number; `symbols`: gv name -> Binding."""
+    """`module`: Relax main over call_tir; `bindings`: our kernel calls by tag number."""
 
     module: tvm.IRModule
     bindings: dict[int, Binding]
@@ -51,7 +71,8 @@ def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Impo
 
     def convert(node: fx.Node, importer: Any) -> Any:
         binding = bind(node, constants)
-        assert binding is not None, node.target
+        if binding is None:
+            return importer.block_builder.emit(RELAX[node.target](node, importer))
         number = len(bindings)
         bindings[number] = binding
         key = binding.spec.key()
@@ -105,10 +126,3 @@ def _constants(exported: torch.export.ExportedProgram) -> dict[str, np.ndarray]:
     found = {name: exported.state_dict.get(path, exported.constants.get(path)) for name, path in table.items()}
     lifted = {name: exported.constants[path] for name, path in signature.inputs_to_lifted_tensor_constants.items()}
     return {k: v.detach().contiguous().numpy() for k, v in {**found, **lifted}.items() if isinstance(v, torch.Tensor)}
-
-
-def layer_of_call(binding: Binding | None) -> str:
-    return binding.layer if binding is not None else ""
-
-
-__all__ = ["Imported", "import_graph", "legalize_relax", "layer_of", "layer_of_call"]
