@@ -42,8 +42,9 @@ format: $(STAMP)  ## rewrite files in the project's format
 	$(BIN)/ruff check --fix edgec passes targets tests examples benchmarks
 	$(BIN)/ruff format edgec passes targets tests examples benchmarks
 
-bench: $(STAMP)  ## compile the shared models and print sizes, accuracies and instruction counts
-	$(BIN)/python -m benchmarks.results
+bench: $(STAMP)  ## print sizes and instruction counts, then accuracies of the shared models
+	$(BIN)/python -W ignore -m benchmarks.instructions
+	$(BIN)/python -W ignore -m benchmarks.results
 
 docs: $(STAMP)  ## write docs/reference from the docstrings
 	$(BIN)/python -m edgec.docs
