@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SUPER_RESOLUTION = f"{ROOT / 'examples' / 'super_resolution.py'}"
+VISUAL_WAKE_WORDS = "benchmarks.data:visual_wake_words"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
@@ -47,7 +48,7 @@ CASES = (
         metric="psnr{border=2}",
     ),
     Case("sr_vdsr_x2_y224", f"{SUPER_RESOLUTION}:vdsr_eval", f"{SUPER_RESOLUTION}:vdsr_eval", metric="psnr{border=2}"),
-    Case("mlperftiny_vww_mobilenetv1_025_96", "face_images_320x240.npz", "face_images_320x240.npz"),
+    Case("mlperftiny_vww_mobilenetv1_025_96", VISUAL_WAKE_WORDS, VISUAL_WAKE_WORDS),
     Case("face_slim_320x240", "face_images_320x240.npz", "face_images_320x240.npz", *FACE),
     Case("mlperftiny_ad_autoencoder", None, None, integer=False),
     Case(
