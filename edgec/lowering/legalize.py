@@ -8,8 +8,6 @@ known to the importer is reported all at once, with the place in the model it ca
 from __future__ import annotations
 
 import functools
-import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +16,8 @@ import torch
 from torch import fx
 
 from edgec import regions as regions  # registers the operators that pass through
+from edgec.lowering.decompositions import decompositions
+from edgec.origin import module_path, source_line
 from edgec.program import is_call
 
 aten = torch.ops.aten
@@ -38,9 +38,10 @@ KEEP = (
     aten.upsample_bilinear2d.vec,
 )
 
-# The importer has them, but they become calls of TVM's run time, which is not on the device, or of nothing.
+# The importer has them, but they become calls of TVM's run time, which is not on the device, or something else.
 UNLOWERED = frozenset(
     [
+        "_upsample_bilinear2d_aa.default",
         "argsort.default",
         "bernoulli.p",
         "bucketize.Tensor",
@@ -58,6 +59,21 @@ UNLOWERED = frozenset(
         "topk.default",
     ]
 )
+
+SUGGESTIONS = {
+    "_fft_r2c": "write the transform as a product with the matrix of sines and cosines",
+    "_fft_c2r": "write the transform as a product with the matrix of sines and cosines",
+    "_fft_c2c": "write the transform as a product with the matrix of sines and cosines",
+    "view_as_complex": "keep real and imaginary parts in two tensors",
+    "complex": "keep real and imaginary parts in two tensors",
+    "cumprod": "take the exponential of a cumulative sum of logarithms",
+    "median": "sort, then select",
+    "kthvalue": "sort, then select",
+    "nonzero": "use a mask and torch.where, which keep shapes",
+    "masked_select": "use a mask and torch.where, which keep shapes",
+    "_upsample_bilinear2d_aa": "resize without antialias, or average first",
+    "as_strided": "use slices and reshapes",
+}
 
 
 def legalize(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -82,15 +98,16 @@ def convert_map() -> dict[str, Callable[[fx.Node, Any], Any]]:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """An operator that nothing here compiles, and where it stands in the user's model."""
+    """An operator that nothing here compiles, where it stands in the user's model, and what to write instead."""
 
     op: str
     layer: str
     source: str
+    suggestion: str = ""
 
     def __str__(self) -> str:
         place = ", ".join(p for p in (f"layer {self.layer}" if self.layer else "", self.source) if p)
-        return f"{self.op} ({place})" if place else self.op
+        return (f"{self.op} ({place})" if place else self.op) + (f": {self.suggestion}" if self.suggestion else "")
 
 
 def unsupported(exported: torch.export.ExportedProgram) -> list[Unsupported]:
@@ -101,218 +118,138 @@ def unsupported(exported: torch.export.ExportedProgram) -> list[Unsupported]:
         if node.op != "call_function" or getattr(node.target, "namespace", "") == "edgec":
             continue
         name = _importer_name(node)
-        if name not in known:
+        problem = _wrong_import(node)
+        if name not in known or problem:
             label = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
-            layer = node.meta.get("custom", {}).get("edgec_layer") or _module_path(node)
-            found[Unsupported(label, layer, _source(node))] = None
+            layer = node.meta.get("custom", {}).get("edgec_layer") or module_path(node)
+            suggestion = problem or SUGGESTIONS.get(name.partition(".")[0].removesuffix("_"), "")
+            found[Unsupported(label, layer, source_line(node), suggestion)] = None
     return list(found)
 
 
-# -- decompositions ----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    return {
-        aten.max.dim: lambda x, dim, keepdim=False: (torch.amax(x, dim, keepdim), torch.argmax(x, dim, keepdim)),
-        aten.min.dim: lambda x, dim, keepdim=False: (torch.amin(x, dim, keepdim), torch.argmin(x, dim, keepdim)),
-        aten.any.default: lambda x: _any(x, list(range(x.dim()))),
-        aten.any.dim: _any,
-        aten.any.dims: lambda x, dim=None, keepdim=False: _any(x, dim or list(range(x.dim())), keepdim),
-        aten.sort.default: lambda x, dim=-1, descending=False: _smallest(x, x.shape[dim], dim, descending),
-        aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: _smallest(x, x.shape[dim], dim, descending),
-        aten.topk.default: lambda x, k, dim=-1, largest=True, sorted=True: _smallest(x, k, dim, largest),
-        aten.cumsum.default: _cumsum,
-        aten.scaled_dot_product_attention.default: _attention,
-        aten.adaptive_max_pool2d.default: _adaptive_max_pool,
-        aten.col2im.default: _fold,
-        aten._cdist_forward.default: _cdist,
-        aten.fake_quantize_per_tensor_affine_cachemask.default: _fake_quantize,
-        aten.fake_quantize_per_channel_affine_cachemask.default: _fake_quantize_channels,
-        aten.scatter_reduce.two: _scatter_reduce,
-    }
+def _wrong_import(node: fx.Node) -> str:
+    """Why a call of an operator that the importer has comes out wrong; empty for all others."""
+    pools = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+    if is_call(node, *pools) and any(user.args[1] == 1 for user in node.users):
+        return "the positions of the maxima cannot be compiled"
+    if is_call(node, aten.scatter.src, aten.scatter.value):
+        x, dim, index = _val(node.args[0]), int(node.args[1]), _val(node.args[2])  # type: ignore[arg-type]
+        if any(i != dim % x.dim() and index.shape[i] != x.shape[i] for i in range(x.dim())):
+            return "the index must have the shape of the tensor but for the axis of the scatter"
+    return ""
 
 
 def _table() -> Any:
     table = torch.export.default_decompositions()
-    for operator, function in _decompositions().items():
-        table[operator] = function
     for operator in KEEP:
         if operator in table:
             del table[operator]
+    for operator, function in decompositions().items():
+        table[operator] = function
     return table
-
-
-def _any(x: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
-    flag = x if x.dtype == torch.bool else x != 0
-    return torch.amax(flag.to(torch.float32), dim, keepdim) > 0.5
-
-
-def _smallest(x: torch.Tensor, k: int, dim: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k smallest (or largest) values in order, and where they are: TVM's own sort is a function of its run time.
-
-    The rank of an element is the number of elements that come before it.
-    """
-    if x.dim() == 0:
-        return x, torch.zeros_like(x, dtype=torch.int64)
-    x = x.movedim(dim, -1)
-    here, other = x.unsqueeze(-1), x.unsqueeze(-2)
-    place = torch.arange(x.shape[-1])
-    earlier = (other == here) & (place < place.unsqueeze(-1))
-    rank = ((other > here if largest else other < here) | earlier).to(torch.float32).sum(-1)
-    hit = rank.unsqueeze(-2) == torch.arange(k).unsqueeze(-1)
-    order = torch.argmax(hit.to(torch.float32), -1)
-    return torch.gather(x, -1, order).movedim(-1, dim), order.movedim(-1, dim)
-
-
-def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Every sum over its own prefix: TVM's scan needs its run time."""
-    if dtype is None:
-        dtype = x.dtype if x.dtype.is_floating_point else torch.int64
-    if x.dim() == 0:
-        return x.to(dtype)
-    x = x.to(dtype).movedim(dim, -1)
-    place = torch.arange(x.shape[-1])
-    prefix = torch.where(place <= place.unsqueeze(-1), x.unsqueeze(-2), torch.zeros((), dtype=dtype))
-    return prefix.sum(-1, dtype=dtype).movedim(-1, dim)
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """Attention of any rank, mask and scale: TVM's takes rank 4 and float masks, and ignores the scale."""
-    if enable_gqa:
-        key, value = (_repeat_heads(x, query.shape[-3]) for x in (key, value))
-    if is_causal:
-        rows, columns = (torch.arange(x.shape[-2]) for x in (query, key))
-        attn_mask = columns <= rows.unsqueeze(-1)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if attn_mask is None:
-        return torch.softmax(scores, -1) @ value
-    if attn_mask.dtype != torch.bool:
-        return torch.softmax(scores + attn_mask, -1) @ value
-    # Large rather than infinite: the weights of a row that is masked completely are zero, not NaN.
-    weights = torch.softmax(torch.where(attn_mask, scores, torch.full((), -1e30)), -1)
-    return torch.where(attn_mask, weights, torch.zeros(())) @ value
-
-
-def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    shape = list(x.shape)
-    groups = heads // shape[-3]
-    wide = x.unsqueeze(-3).expand(*shape[:-2], groups, *shape[-2:])
-    return wide.reshape(*shape[:-3], heads, *shape[-2:])
-
-
-def _adaptive_max_pool(x: torch.Tensor, size: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, positions in the flat map), one window at a time."""
-    height, width = x.shape[-2:]
-    values, places = [], []
-    for top, bottom in _windows(height, size[0]):
-        for left, right in _windows(width, size[1]):
-            flat = x[..., top:bottom, left:right].flatten(-2)
-            values.append(torch.amax(flat, -1))
-            at = torch.argmax(flat, -1)
-            rows = torch.div(at, right - left, rounding_mode="floor")
-            places.append(rows * (width - (right - left)) + at + top * width + left)
-    shape = (*x.shape[:-2], *size)
-    return torch.stack(values, -1).reshape(shape), torch.stack(places, -1).reshape(shape)
-
-
-def _windows(size: int, count: int) -> list[tuple[int, int]]:
-    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
-
-
-def _fold(x: torch.Tensor, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> torch.Tensor:
-    """Columns to image: a transposed convolution that puts every element at its place in the window."""
-    window = kernel[0] * kernel[1]
-    reach = [dilation[i] * (kernel[i] - 1) + 1 for i in range(2)]
-    grid = [(size[i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
-    rest = [size[i] + 2 * padding[i] - reach[i] - (grid[i] - 1) * stride[i] for i in range(2)]
-    channels = x.shape[-2] // window
-    maps = x.reshape(-1, channels * window, *grid)
-    weight = torch.eye(window).reshape(window, 1, *kernel).repeat(channels, 1, 1, 1)
-    image = torch.conv_transpose2d(maps, weight, None, stride, padding, rest, channels, dilation)
-    return image.reshape(*x.shape[:-2], channels, *size)
-
-
-def _cdist(a: torch.Tensor, b: torch.Tensor, p: float, mode: int | None = None) -> torch.Tensor:
-    difference = a.unsqueeze(-2) - b.unsqueeze(-3)
-    if p == 1:
-        return difference.abs().sum(-1)
-    if p == 2:
-        return difference.square().sum(-1).sqrt()
-    if p == math.inf:
-        return difference.abs().amax(-1)
-    return NotImplemented
-
-
-def _fake_quantize(x: torch.Tensor, scale: float, zero: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
-    q = torch.round(x * (1.0 / scale)) + zero
-    return (torch.clamp(q, lo, hi) - zero) * scale, (q >= lo) & (q <= hi)
-
-
-def _fake_quantize_channels(
-    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, axis: int, lo: int, hi: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
-    scale, zero = scale.reshape(shape), zero.reshape(shape).to(x.dtype)
-    q = torch.round(x * (1.0 / scale)) + zero
-    return (torch.clamp(q, lo, hi) - zero) * scale, (q >= lo) & (q <= hi)
-
-
-def _scatter_reduce(
-    x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, include_self: bool = True
-) -> torch.Tensor:
-    """Every element of the result over all sources: there are no atomic updates to rely on."""
-    neutral = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "amax": -math.inf, "amin": math.inf}[reduce]
-    rest = [i for i in range(x.dim()) if i != dim % max(x.dim(), 1)]
-    if reduce == "prod" or not x.dtype.is_floating_point or any(index.shape[i] != x.shape[i] for i in rest):
-        return NotImplemented
-    src = src[tuple(slice(0, n) for n in index.shape)]
-    own, index, src = (t.movedim(dim, -1) for t in (x, index, src))
-    hit = index.unsqueeze(-2) == torch.arange(own.shape[-1]).unsqueeze(-1)
-    parts = torch.where(hit, src.unsqueeze(-2), torch.full((), neutral))
-    count = hit.to(torch.float32).sum(-1)
-    if reduce == "amax":
-        result = torch.maximum(own, parts.amax(-1)) if include_self else parts.amax(-1)
-    elif reduce == "amin":
-        result = torch.minimum(own, parts.amin(-1)) if include_self else parts.amin(-1)
-    else:
-        result = own + parts.sum(-1) if include_self else parts.sum(-1)
-        if reduce == "mean":
-            result = result / (count + 1.0 if include_self else count.clamp(min=1.0))
-    if not include_self:
-        result = torch.where(count > 0.5, result, own)
-    return result.movedim(-1, dim)
 
 
 # -- graph rewrites ----------------------------------------------------------------------------------------------------
 
 
+# Operators of two operands that the importer builds with the type of the first one.
+ARITHMETIC = (aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.pow, aten.remainder, aten.fmod)
+COMPARISONS = (aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge)
+BOOLEAN: dict[Any, Any] = {aten.add.Tensor: aten.logical_or.default, aten.mul.Tensor: aten.logical_and.default}
+DIVISIONS = (aten.floor_divide.default, aten.div.Tensor_mode)
+LAYER_NORMS = (aten.layer_norm.default, aten.native_layer_norm.default)
+
+
 def _rewrite(module: fx.GraphModule) -> None:
+    """Repair the arguments that the importer misreads."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if is_call(node, aten.floor_divide.default, aten.div.Tensor_mode):
-            # The importer reads a Python number as an int32.
-            if isinstance(node.args[1], (int, float)):
-                with graph.inserting_before(node):
-                    dtype = {"dtype": _val(node.args[0]).dtype, "device": "cpu"}
-                    node.update_arg(1, _call(graph, aten.full.default, ([], node.args[1]), dtype))
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in (aten.add, aten.sub, aten.rsub):
+            _explicit_alpha(graph, node)
+        if packet in ARITHMETIC or packet in COMPARISONS:
+            _common_type(graph, node)
+        if is_call(node, *DIVISIONS):
+            _typed_divisor(graph, node)
         elif is_call(node, aten.index.Tensor):
             _legal_index(graph, node)
+        elif is_call(node, aten.clamp.default):
+            _both_limits(node)
+        elif is_call(node, *LAYER_NORMS):
+            _explicit_affine(graph, node)
     graph.lint()
     module.recompile()
+
+
+def _explicit_alpha(graph: fx.Graph, node: fx.Node) -> None:
+    """x + alpha y: the importer leaves alpha out."""
+    alpha: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
+    if alpha == 1:
+        return
+    x, y = node.args[0], node.args[1]
+    with graph.inserting_before(node):
+        scaled = _call(graph, aten.mul.Tensor, (y, alpha)) if isinstance(y, fx.Node) else y * alpha  # type: ignore[operator]
+    node.args = (x, scaled)
+    node.kwargs = {k: v for k, v in node.kwargs.items() if k != "alpha"}
+
+
+def _common_type(graph: fx.Graph, node: fx.Node) -> None:
+    """Integers with a fraction, and booleans: the importer rounds the number to the type of the tensor."""
+    operands: list[Any] = [_val(a) if isinstance(a, fx.Node) else a for a in node.args[:2]]
+    tensors = [isinstance(v, torch.Tensor) for v in operands]
+    if len(operands) < 2 or not any(tensors) or not all(isinstance(v, (torch.Tensor, int, float)) for v in operands):
+        return
+    kind = torch.result_type(*operands)
+    if kind == torch.bool and node.target in BOOLEAN:
+        node.target = BOOLEAN[node.target]
+        return
+    if kind == torch.bool:
+        kind = torch.int32
+    elif is_call(node, aten.div.Tensor, aten.div.Scalar) and not kind.is_floating_point:
+        kind = torch.float32
+    with graph.inserting_before(node):
+        for position in range(2):
+            if tensors[position] and operands[position].dtype != kind:
+                node.update_arg(position, _cast(graph, node.args[position], kind))
+
+
+def _typed_divisor(graph: fx.Graph, node: fx.Node) -> None:
+    """A number becomes a tensor of the dividend's type; the importer would take it for int32."""
+    x: Any = node.args[0]
+    y: Any = node.args[1]
+    if isinstance(x, fx.Node) and isinstance(y, (int, float)):
+        with graph.inserting_before(node):
+            kind = torch.result_type(_val(x), y)
+            if _val(x).dtype != kind:
+                node.update_arg(0, _cast(graph, x, kind))
+            node.update_arg(1, _call(graph, aten.full.default, ([], y), {"dtype": kind}))
+
+
+def _both_limits(node: fx.Node) -> None:
+    """A limit that is missing would become an infinite integer."""
+    kind = _val(node).dtype
+    low, high = (node.args[i] if len(node.args) > i else node.kwargs.get(k) for i, k in ((1, "min"), (2, "max")))
+    if not kind.is_floating_point:
+        limits = torch.iinfo(kind)
+        node.args = (node.args[0], limits.min if low is None else low, limits.max if high is None else high)
+        node.kwargs = {}
+
+
+def _cast(graph: fx.Graph, node: Any, kind: torch.dtype) -> fx.Node:
+    return _call(graph, aten._to_copy.default, (node,), {"dtype": kind})
+
+
+def _explicit_affine(graph: fx.Graph, node: fx.Node) -> None:
+    """Layer norm without weight or bias: the importer wants both."""
+    x, shape, weight, bias, *rest = (*node.args, *[None] * (4 - len(node.args)))
+    with graph.inserting_before(node):
+        if weight is None:
+            weight = _call(graph, aten.full.default, (list(shape), 1.0))  # type: ignore[call-overload]
+        if bias is None:
+            bias = _call(graph, aten.full.default, (list(shape), 0.0))  # type: ignore[call-overload]
+    node.args = (x, shape, weight, bias, *rest)
 
 
 def _legal_index(graph: fx.Graph, node: fx.Node) -> None:
@@ -432,16 +369,3 @@ def _importer_names() -> frozenset[str]:
 def _importer_name(node: fx.Node) -> str:
     """The key under which TVM's importer looks an operator up."""
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""
-
-
-def _source(node: fx.Node) -> str:
-    """`file.py:12` of the innermost line of the user's code."""
-    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    inside = ("/site-packages/torch/", "<eval", "/edgec/")
-    outside = [p for p in places if not any(part in p[0] for part in inside)]
-    return f"{outside[-1][0]}:{outside[-1][1]}" if outside else ""

@@ -1,0 +1,407 @@
+"""Operators that TVM's importer lacks or converts wrongly, written with operators that it converts correctly.
+
+Each function has the signature of its operator; one that returns NotImplemented leaves the operator as it is. All are
+exact up to the order of float32 sums, and none needs TVM's run time, which is not on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+# Products along an axis are written out up to this length.
+MAX_FACTORS = 64
+# Klambauer et al., "Self-Normalizing Neural Networks"; TVM's constants are shorter.
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+
+
+@functools.cache
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    return {
+        aten.max.dim: lambda x, dim, keepdim=False: (torch.amax(x, dim, keepdim), torch.argmax(x, dim, keepdim)),
+        aten.min.dim: lambda x, dim, keepdim=False: (torch.amin(x, dim, keepdim), torch.argmin(x, dim, keepdim)),
+        aten.any.default: lambda x: _any(x, list(range(x.dim()))),
+        aten.any.dim: _any,
+        aten.any.dims: lambda x, dim=None, keepdim=False: _any(x, dim or list(range(x.dim())), keepdim),
+        aten.sort.default: lambda x, dim=-1, descending=False: _smallest(x, x.shape[dim], dim, descending),
+        aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: _smallest(x, x.shape[dim], dim, descending),
+        aten.topk.default: lambda x, k, dim=-1, largest=True, sorted=True: _smallest(x, k, dim, largest),
+        aten.cumsum.default: _cumsum,
+        aten.scaled_dot_product_attention.default: _attention,
+        aten.adaptive_max_pool2d.default: _adaptive_max_pool,
+        aten.col2im.default: _fold,
+        aten._cdist_forward.default: _cdist,
+        aten.fake_quantize_per_tensor_affine_cachemask.default: _fake_quantize,
+        aten.fake_quantize_per_channel_affine_cachemask.default: _fake_quantize_channels,
+        aten.scatter_reduce.two: _scatter_reduce,
+        aten.scatter_add.default: lambda x, dim, index, src: _scatter_reduce(x, dim, index, src, "sum"),
+        aten.index_add.default: _index_add,
+        aten.index_copy.default: _index_copy,
+        aten.index_put.default: _index_put,
+        aten._unsafe_index_put.default: _index_put,
+        aten.unfold.default: _unfold,
+        aten.bucketize.Tensor: _bucketize,
+        aten.searchsorted.Tensor: _searchsorted,
+        aten.prod.dim_int: _product,
+        aten.var_mean.correction: _var_mean,
+        aten.avg_pool2d.default: _avg_pool,
+        aten.native_group_norm.default: _group_norm,
+        aten.upsample_nearest2d.vec: _upsample_nearest,
+        aten.upsample_bilinear2d.vec: _upsample_bilinear,
+        aten.selu.default: lambda x: SELU_SCALE * torch.where(x > 0, x, SELU_ALPHA * torch.expm1(x)),
+        aten.rrelu_with_noise_functional.default: _rrelu,
+        aten.hypot.default: lambda x, y: torch.sqrt(x * x + y * y),
+        aten.exp2.default: lambda x: torch.exp(x * math.log(2.0)),
+        aten.dist.default: lambda x, y, p=2: torch.linalg.vector_norm(x - y, float(p)),
+    }
+
+
+def _any(x: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
+    flag = x if x.dtype == torch.bool else x != 0
+    return torch.amax(flag.to(torch.float32), dim, keepdim) > 0.5
+
+
+def _smallest(x: torch.Tensor, k: int, dim: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k smallest (or largest) values in order, and where they are: TVM's own sort is a function of its run time.
+
+    The rank of an element is the number of elements that come before it.
+    """
+    if x.dim() == 0:
+        return x, torch.zeros_like(x, dtype=torch.int64)
+    x = x.movedim(dim, -1)
+    here, other = x.unsqueeze(-1), x.unsqueeze(-2)
+    place = torch.arange(x.shape[-1])
+    earlier = (other == here) & (place < place.unsqueeze(-1))
+    rank = ((other > here if largest else other < here) | earlier).to(torch.float32).sum(-1)
+    hit = rank.unsqueeze(-2) == torch.arange(k).unsqueeze(-1)
+    order = torch.argmax(hit.to(torch.float32), -1)
+    return torch.gather(x, -1, order).movedim(-1, dim), order.movedim(-1, dim)
+
+
+def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Every sum over its own prefix: TVM's scan needs its run time."""
+    if dtype is None:
+        dtype = x.dtype if x.dtype.is_floating_point else torch.int64
+    if x.dim() == 0:
+        return x.to(dtype)
+    x = x.to(dtype).movedim(dim, -1)
+    place = torch.arange(x.shape[-1])
+    prefix = torch.where(place <= place.unsqueeze(-1), x.unsqueeze(-2), torch.zeros((), dtype=dtype))
+    return prefix.sum(-1, dtype=dtype).movedim(-1, dim)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Attention of any rank, mask and scale: TVM's takes rank 4 and float masks, and ignores the scale."""
+    if enable_gqa:
+        key, value = (_repeat_heads(x, query.shape[-3]) for x in (key, value))
+    if is_causal:
+        rows, columns = (torch.arange(x.shape[-2]) for x in (query, key))
+        attn_mask = columns <= rows.unsqueeze(-1)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if attn_mask is None:
+        return torch.softmax(scores, -1) @ value
+    if attn_mask.dtype != torch.bool:
+        return torch.softmax(scores + attn_mask, -1) @ value
+    # Large rather than infinite: the weights of a row that is masked completely are zero, not NaN.
+    weights = torch.softmax(torch.where(attn_mask, scores, torch.full((), -1e30)), -1)
+    return torch.where(attn_mask, weights, torch.zeros(())) @ value
+
+
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    shape = list(x.shape)
+    groups = heads // shape[-3]
+    wide = x.unsqueeze(-3).expand(*shape[:-2], groups, *shape[-2:])
+    return wide.reshape(*shape[:-3], heads, *shape[-2:])
+
+
+def _adaptive_max_pool(x: torch.Tensor, size: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, positions in the flat map), one window at a time."""
+    height, width = x.shape[-2:]
+    values, places = [], []
+    for top, bottom in _windows(height, size[0]):
+        for left, right in _windows(width, size[1]):
+            flat = x[..., top:bottom, left:right].flatten(-2)
+            values.append(torch.amax(flat, -1))
+            at = torch.argmax(flat, -1)
+            rows = torch.div(at, right - left, rounding_mode="floor")
+            places.append(rows * (width - (right - left)) + at + top * width + left)
+    shape = (*x.shape[:-2], *size)
+    return torch.stack(values, -1).reshape(shape), torch.stack(places, -1).reshape(shape)
+
+
+def _windows(size: int, count: int) -> list[tuple[int, int]]:
+    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+
+
+def _fold(x: torch.Tensor, size: Any, kernel: Any, dilation: Any, padding: Any, stride: Any) -> torch.Tensor:
+    """Columns to image: a transposed convolution that puts every element at its place in the window."""
+    window = kernel[0] * kernel[1]
+    reach = [dilation[i] * (kernel[i] - 1) + 1 for i in range(2)]
+    grid = [(size[i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in range(2)]
+    rest = [size[i] + 2 * padding[i] - reach[i] - (grid[i] - 1) * stride[i] for i in range(2)]
+    channels = x.shape[-2] // window
+    maps = x.reshape(-1, channels * window, *grid)
+    weight = torch.eye(window).reshape(window, 1, *kernel).repeat(channels, 1, 1, 1)
+    image = torch.conv_transpose2d(maps, weight, None, stride, padding, rest, channels, dilation)
+    return image.reshape(*x.shape[:-2], channels, *size)
+
+
+def _cdist(a: torch.Tensor, b: torch.Tensor, p: float, mode: int | None = None) -> torch.Tensor:
+    difference = a.unsqueeze(-2) - b.unsqueeze(-3)
+    if p == 1:
+        return difference.abs().sum(-1)
+    if p == 2:
+        return difference.square().sum(-1).sqrt()
+    if p == math.inf:
+        return difference.abs().amax(-1)
+    if p == 0:
+        return (difference != 0).to(a.dtype).sum(-1)
+    return difference.abs().pow(p).sum(-1).pow(1 / p)
+
+
+def _fake_quantize(x: torch.Tensor, scale: float, zero: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+    q = torch.round(x * (1.0 / scale)) + zero
+    return (torch.clamp(q, lo, hi) - zero) * scale, (q >= lo) & (q <= hi)
+
+
+def _fake_quantize_channels(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, axis: int, lo: int, hi: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = [-1 if i == axis % x.dim() else 1 for i in range(x.dim())]
+    scale, zero = scale.reshape(shape), zero.reshape(shape).to(x.dtype)
+    q = torch.round(x * (1.0 / scale)) + zero
+    return (torch.clamp(q, lo, hi) - zero) * scale, (q >= lo) & (q <= hi)
+
+
+def _scatter_reduce(
+    x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, include_self: bool = True
+) -> torch.Tensor:
+    """Every element of the result over all sources: there are no atomic updates to rely on."""
+    neutral = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "amax": -math.inf, "amin": math.inf}[reduce]
+    rest = [i for i in range(x.dim()) if i != dim % max(x.dim(), 1)]
+    if reduce == "prod" or not x.dtype.is_floating_point or any(index.shape[i] != x.shape[i] for i in rest):
+        return NotImplemented
+    src = src[tuple(slice(0, n) for n in index.shape)]
+    own, index, src = (t.movedim(dim, -1) for t in (x, index, src))
+    hit = index.unsqueeze(-2) == torch.arange(own.shape[-1]).unsqueeze(-1)
+    parts = torch.where(hit, src.unsqueeze(-2), torch.full((), neutral))
+    count = hit.to(torch.float32).sum(-1)
+    if reduce == "amax":
+        result = torch.maximum(own, parts.amax(-1)) if include_self else parts.amax(-1)
+    elif reduce == "amin":
+        result = torch.minimum(own, parts.amin(-1)) if include_self else parts.amin(-1)
+    else:
+        result = own + parts.sum(-1) if include_self else parts.sum(-1)
+        if reduce == "mean":
+            result = result / (count + 1.0 if include_self else count.clamp(min=1.0))
+    if not include_self:
+        result = torch.where(count > 0.5, result, own)
+    return result.movedim(-1, dim)
+
+
+def _index_add(
+    x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, *, alpha: float = 1
+) -> torch.Tensor:
+    if not x.dtype.is_floating_point:
+        return NotImplemented
+    hit = (index == torch.arange(x.shape[dim]).unsqueeze(-1)).to(x.dtype)
+    added = source.movedim(dim, -1) @ hit.transpose(0, 1)
+    return x + alpha * added.movedim(-1, dim)
+
+
+def _index_copy(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    if not x.dtype.is_floating_point:
+        return NotImplemented
+    hit = (index == torch.arange(x.shape[dim]).unsqueeze(-1)).to(x.dtype)
+    moved = source.movedim(dim, -1) @ hit.transpose(0, 1)
+    return torch.where(hit.sum(-1) > 0.5, moved, x.movedim(dim, -1)).movedim(-1, dim)
+
+
+def _index_put(
+    x: torch.Tensor, indices: Any, values: torch.Tensor, accumulate: bool = False, unsafe: bool = False
+) -> torch.Tensor:
+    """One boolean mask: a choice. Integer indices: TVM wants one for every axis; here each element looks for its value.
+
+    Where several values go to one element and are not added up, the last one wins.
+    """
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if len(given) == 1 and indices[given[0]].dtype == torch.bool:
+        mask = indices[given[0]]
+        if accumulate or values.numel() != 1:
+            return NotImplemented
+        mask = mask.reshape(*[1] * given[0], *mask.shape, *[1] * (x.dim() - given[0] - mask.dim()))
+        return torch.where(mask, values.reshape(()).to(x.dtype), x)
+    if not x.dtype.is_floating_point or any(indices[i].dtype == torch.bool for i in given):
+        return NotImplemented
+    order = [*given, *[i for i in range(x.dim()) if i not in given]]
+    shape = torch.broadcast_shapes(*[indices[i].shape for i in given])
+    rows, place = 1, torch.zeros(shape, dtype=torch.int64)
+    for axis in given:
+        size = x.shape[axis]
+        index = indices[axis].to(torch.int64)
+        place = place * size + torch.where(index < 0, index + size, index)
+        rows *= size
+    moved = x.permute(order)
+    rest = list(moved.shape[len(given) :])
+    together = given == list(range(given[0], given[-1] + 1))
+    if together and given[0] > 0:
+        # The axes of the indices stand where the first indexed axis was: bring those of `values` to the front.
+        whole = [*x.shape[: given[0]], *shape, *x.shape[given[-1] + 1 :]]
+        axes = range(given[0], given[0] + len(shape))
+        values = values.expand(whole).movedim(list(axes), list(range(len(shape))))
+    flat = values.expand(*shape, *rest).reshape(place.numel(), -1)
+    own = moved.reshape(rows, -1)
+    hit = place.reshape(1, -1) == torch.arange(rows).unsqueeze(-1)
+    if accumulate:
+        new = own + hit.to(x.dtype) @ flat
+    else:
+        number = torch.arange(1, place.numel() + 1)
+        last = torch.where(hit, number, torch.zeros((), dtype=torch.int64)).amax(-1, keepdim=True)
+        new = torch.where(last > 0, (last == number).to(x.dtype) @ flat, own)
+    back = [order.index(i) for i in range(x.dim())]
+    return new.reshape(moved.shape).permute(back)
+
+
+def _unfold(x: torch.Tensor, dim: int, size: int, step: int) -> torch.Tensor:
+    """Windows of an axis, as one more axis at the end."""
+    dim = dim % x.dim()
+    count = (x.shape[dim] - size) // step + 1
+    place = (torch.arange(count).unsqueeze(-1) * step + torch.arange(size)).reshape(-1)
+    parts = torch.index_select(x, dim, place)
+    return parts.reshape(*x.shape[:dim], count, size, *x.shape[dim + 1 :]).movedim(dim + 1, -1)
+
+
+def _bucketize(
+    x: torch.Tensor, boundaries: torch.Tensor, *, out_int32: bool = False, right: bool = False
+) -> torch.Tensor:
+    """The number of boundaries below x, or not above it."""
+    below = boundaries <= x.unsqueeze(-1) if right else boundaries < x.unsqueeze(-1)
+    return below.to(torch.float32).sum(-1).to(torch.int32 if out_int32 else torch.int64)
+
+
+def _searchsorted(
+    boundaries: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if sorter is not None:
+        return NotImplemented
+    return _bucketize(x, boundaries.unsqueeze(-2), out_int32=out_int32, right=right or side == "right")
+
+
+def _product(x: torch.Tensor, dim: int, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    if x.dim() == 0 or x.shape[dim] > MAX_FACTORS:
+        return NotImplemented
+    if dtype is None:
+        dtype = x.dtype if x.dtype.is_floating_point else torch.int64
+    first, *rest = x.to(dtype).split(1, dim)
+    result = functools.reduce(torch.mul, rest, first)
+    return result if keepdim else result.squeeze(dim)
+
+
+def _var_mean(
+    x: torch.Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    axes = list(range(x.dim())) if dim is None else dim
+    correction = 1 if correction is None else correction
+    return torch.var(x, axes, correction=correction, keepdim=keepdim), torch.mean(x, axes, keepdim)
+
+
+def _avg_pool(
+    x: torch.Tensor,
+    kernel: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> torch.Tensor:
+    """TVM does not look at the divisor."""
+    if divisor_override is None or ceil_mode:
+        return NotImplemented
+    area = kernel[0] * kernel[-1]
+    return torch.nn.functional.avg_pool2d(x, kernel, stride or kernel, padding) * (area / divisor_override)
+
+
+def _group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    n: int,
+    c: int,
+    area: int,
+    groups: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    flat = x.reshape(n, groups, c // groups * area)
+    mean = flat.mean(-1, keepdim=True)
+    centred = flat - mean
+    scale = torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    shape = [c, *[1] * (x.dim() - 2)]
+    result = (centred * scale).reshape(x.shape)
+    if weight is not None:
+        result = result * weight.reshape(shape)
+    if bias is not None:
+        result = result + bias.reshape(shape)
+    return result, mean.squeeze(-1), scale.squeeze(-1)
+
+
+def _upsample_nearest(x: torch.Tensor, size: Any, factors: Any) -> torch.Tensor:
+    """TVM's resize agrees with PyTorch for whole factors; else rows and columns are picked one by one."""
+    height, width = size or [math.floor(x.shape[2 + i] * factors[i]) for i in range(2)]
+    if height % x.shape[2] == 0 and width % x.shape[3] == 0:
+        return NotImplemented
+    for axis, count in ((2, height), (3, width)):
+        ratio = 1 / factors[axis - 2] if factors else x.shape[axis] / count
+        place = (torch.arange(count, dtype=torch.float32) * ratio).to(torch.int64).clamp(max=x.shape[axis] - 1)
+        x = torch.index_select(x, axis, place)
+    return x
+
+
+def _upsample_bilinear(x: torch.Tensor, size: Any, corners: bool, factors: Any) -> torch.Tensor:
+    """TVM takes the ratio of the sizes; PyTorch the factor that was given, which differs when sizes are rounded."""
+    height, width = size or [math.floor(x.shape[2 + i] * factors[i]) for i in range(2)]
+    rounded = factors and (x.shape[2] * factors[0] != height or x.shape[3] * factors[1] != width)
+    if corners or not rounded:
+        return NotImplemented
+    for axis, count in ((2, height), (3, width)):
+        n = x.shape[axis]
+        place = ((torch.arange(count, dtype=torch.float32) + 0.5) * (1 / factors[axis - 2]) - 0.5).clamp(min=0.0)
+        low = place.to(torch.int64).clamp(max=n - 1)
+        weight = (place - low).reshape(-1, *[1] * (3 - axis))
+        first, second = (torch.index_select(x, axis, i) for i in (low, (low + 1).clamp(max=n - 1)))
+        x = first + (second - first) * weight
+    return x
+
+
+def _rrelu(
+    x: torch.Tensor,
+    noise: Any,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outside training the slope is the middle of its range."""
+    return torch.where(x > 0, x, x * ((lower + upper) / 2)), noise
