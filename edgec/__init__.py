@@ -30,7 +30,20 @@ _PUBLIC = {
     "load_model": "edgec.frontend",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "Bundle",
+    "EdgecError",
+    "GateFailed",
+    "Pass",
+    "Pipeline",
+    "Program",
+    "ToolchainMissing",
+    "__version__",
+    "compile_model",
+    "load_bundle",
+    "load_data",
+    "load_model",
+]
 
 if TYPE_CHECKING:
     from edgec.bundle import Bundle as Bundle
