@@ -109,9 +109,9 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             last.replace_all_uses_with(new)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
-        elif is_call(node, edgec.qavg_pool2d.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
+        elif is_call(node, edgec.qavg_pool2d.default) and argument(node, 10, "layout", "NCHW") == "NCHW":
             with graph.inserting_before(node):
-                args = (nhwc(graph, node.args[0]), *node.args[1:9], "NHWC")
+                args = (nhwc(graph, node.args[0]), *node.args[1:10], "NHWC")
                 _replace(graph, node.target, args, node, node)
         elif is_call(node, edgec.qmax_pool2d.default) and argument(node, 6, "layout", "NCHW") == "NCHW":
             kernel, stride, padding, dilation = node.args[1:5]
