@@ -224,7 +224,11 @@ class Program:
         """Write the Program as a `.pt2` file that `torch.export.load` reads."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.export.save(self.export(), path)
+            exported = self.export()
+            for node in exported.graph.nodes:
+                # Addresses of graphs in this process: they differ between equal files.
+                node.meta.pop("from_node", None)
+            torch.export.save(exported, path)
 
 
 # -- helpers for passes ------------------------------------------------------------------------------------------------

@@ -64,7 +64,10 @@ SHAPE_SYNTAX = (
 TREES = ("builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
 # Free text that torch keeps as text: it never reaches the generated Python source other than as a quoted literal.
-TEXT = ("as_string", "as_strings", "stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
+TEXT = (
+    *("as_string", "as_strings", "stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom"),
+    "from_node",
+)
 VALUE_TABLES = ("tensor_values", "sym_int_values", "sym_float_values", "sym_bool_values")
 PLAIN = re.compile(r"[\w .,:/@+\-]*")
 
