@@ -148,11 +148,14 @@ class MinMax(Observer):
 
     def update(self, values: torch.Tensor) -> None:
         if values.numel():
-            low, high = values.aminmax()
-            self.low, self.high = min(self.low, low.item()), max(self.high, high.item())
+            low, high = (bound.item() for bound in values.aminmax())
+            if math.isnan(low) or math.isnan(self.low):
+                self.low = self.high = math.nan  # stays, so that the caller hears of it
+            else:
+                self.low, self.high = min(self.low, low), max(self.high, high)
 
     def range(self) -> tuple[float, float]:
-        return (self.low, self.high) if self.low <= self.high else (0.0, 0.0)
+        return (0.0, 0.0) if self.low > self.high else (self.low, self.high)
 
 
 class ChannelMinMax:

@@ -79,6 +79,8 @@ class Converter:
                     node.args = (self.codes[operand(node)], *node.args[1:])
                 else:
                     self._read_reals(node)
+        for node in reversed(self.annotation.kinds):  # torch would keep an unused dropout
+            self.graph.erase_node(node)
         return self.records
 
     # -- borders -------------------------------------------------------------------------------------------------------

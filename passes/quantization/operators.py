@@ -51,6 +51,8 @@ FUNCTIONS = (
     aten.softplus.default,
     aten.abs.default,
     aten.neg.default,
+    aten.rsub.Scalar,
+    aten.pow.Tensor_Scalar,
 )
 
 # Inputs outside these limits give the limit's value, within 1/1000 of the output range: their codes may saturate.

@@ -143,13 +143,12 @@ class QuantizeInt8(Pass):
         context: Context,
     ) -> dict[fx.Node, QParams]:
         """Run the calibration samples; the parameters of every tensor whose range matters."""
-        nodes = dict.fromkeys(annotation.observed(n) for n in annotation.kinds)
-        nodes.update(dict.fromkeys(annotation.boundary(module.graph)))
+        ranged = {annotation.observed(n) for n in annotation.kinds} | set(annotation.boundary(module.graph))
         exact = set(output_nodes(module))
         observers: dict[fx.Node, Observer] = {}
         channels: dict[fx.Node, ChannelMinMax] = {}
-        for node in nodes:
-            if node.op == "get_attr":
+        for node in module.graph.nodes:
+            if node not in ranged or node.op == "get_attr":
                 continue
             axis = annotation.channel_axis(node)
             if axis is not None:

@@ -110,18 +110,23 @@ class LayerByLayer(fx.Interpreter):
             padded = F.pad(value, (left, right, top, bottom))
             return F.conv2d(padded, weights, biases, given["stride"], 0, given["dilation"], given["groups"])
         if n.target is edgec.qadd.default:
-            other = self._reals(n.args[1])
-            return value + (other if given["mb"] > 0 else -other)
+            # The factor of torch.add(alpha=...) is part of the multiplier.
+            alpha = given["mb"] * 2.0 ** -given["f"] * self._scale(n) / self._scale(n.args[1])
+            return value + round(alpha, 3) * self._reals(n.args[1])
         if n.target is edgec.qmul.default:
             return value * self._reals(n.args[1])
         if n.target is edgec.qrescale.default:
             return value
+        # So is the divisor of an average.
+        count = round(self._scale(x) / (self._scale(n) * given["m"] * 2.0 ** -given["shift"]))
         if n.target is edgec.qmean.default:
-            return value.mean(given["dim"], given["keepdim"])
-        if n.target is edgec.qavg_pool2d.default:
-            top, bottom, left, right = given["padding"]
-            return F.avg_pool2d(F.pad(value, (left, right, top, bottom)), given["kernel"], given["stride"])
-        return None
+            return value.sum(given["dim"], given["keepdim"]) / count
+        top, bottom, left, right = given["padding"]
+        padded = F.pad(value, (left, right, top, bottom))
+        return F.avg_pool2d(padded, given["kernel"], given["stride"], divisor_override=count)
+
+    def _scale(self, node: Any) -> float:
+        return self.records[str(node.target) if node.op == "get_attr" else node.name].per_tensor[0]
 
     def _layer(self, x: Any, w: Any, bias: Any) -> tuple[torch.Tensor, torch.Tensor]:
         record = self.records[str(w.target)]
