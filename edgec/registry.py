@@ -62,13 +62,14 @@ def load_pass(name: str) -> type[Pass]:
     entries = pass_entries()
     if name not in entries:
         raise _unknown("pass", name, list(entries), "pipeline")
-    module, _, attribute = entries[name].target.partition(":")
+    module, _, path = entries[name].target.partition(":")
     try:
-        loaded = getattr(importlib.import_module(module), attribute)
+        loaded: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
     except Exception as error:
         if entries[name].source == "edgec":
             raise
-        raise EdgecError(f"does not load: {error}", where=f"pass '{name}' of {entries[name].source}") from error
+        where = f"pass '{name}' of {entries[name].source}"
+        raise EdgecError(f"does not load: {type(error).__name__}: {error}", where=where) from error
     from edgec.passbase import Pass
 
     if not (isinstance(loaded, type) and issubclass(loaded, Pass)) or loaded.name != name:
@@ -94,7 +95,7 @@ def device_entries() -> dict[str, str]:
 
 
 def get_device(name: str) -> Device:
-    """The device of that name. Raises EdgecError for an unknown name."""
+    """The device of that name. Raises EdgecError for an unknown name and for a plug-in that does not load."""
     from edgec.targets.device import Device, load_device
 
     entries = device_entries()
@@ -103,13 +104,18 @@ def get_device(name: str) -> Device:
     if entries[name] == "edgec":
         return load_device(name)
     (point,) = [p for p in _points("edgec.targets") if p.name == name]
-    loaded: Any = point.load()
-    device = loaded if isinstance(loaded, Device) else loaded()
-    if not isinstance(device, Device):
+    where = f"target '{name}' of {entries[name]}"
+    try:
+        loaded: Any = point.load()
+        device = loaded if isinstance(loaded, Device) else loaded()
+    except Exception as error:
+        raise EdgecError(f"does not load: {type(error).__name__}: {error}", where=where) from error
+    if not isinstance(device, Device) or device.name != name:
         raise EdgecError(
-            f"{point.value} gives a {type(device).__name__}",
-            where=f"target '{name}' of {entries[name]}",
-            hint="an entry point of edgec.targets gives an edgec.targets.device.Device",
+            f"{point.value} is not a Device named '{name}'",
+            where=where,
+            hint="an entry point of edgec.targets gives an edgec.targets.device.Device with that `name`, "
+            "or a function that returns one",
         )
     return device
 

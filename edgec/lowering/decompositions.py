@@ -46,6 +46,9 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.index_put.default: _index_put,
         aten._unsafe_index_put.default: _index_put,
         aten.unfold.default: _unfold,
+        aten.median.dim: lambda x, dim, keepdim=False: _kth_value(x, (x.shape[dim] + 1) // 2, dim, keepdim),
+        aten.kthvalue.default: _kth_value,
+        aten.one_hot.default: _one_hot,
         aten.bucketize.Tensor: _bucketize,
         aten.searchsorted.Tensor: _searchsorted,
         aten.prod.dim_int: _product,
@@ -82,6 +85,15 @@ def _smallest(x: torch.Tensor, k: int, dim: int, largest: bool) -> tuple[torch.T
     hit = rank.unsqueeze(-2) == torch.arange(k).unsqueeze(-1)
     order = torch.argmax(hit.to(torch.float32), -1)
     return torch.gather(x, -1, order).movedim(-1, dim), order.movedim(-1, dim)
+
+
+def _kth_value(x: torch.Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    values, places = (t.narrow(dim, k - 1, 1) for t in _smallest(x, k, dim, largest=False))
+    return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
+
+
+def _one_hot(x: torch.Tensor, classes: int = -1) -> torch.Tensor:
+    return NotImplemented if classes < 1 else (x.unsqueeze(-1) == torch.arange(classes)).to(torch.int64)
 
 
 def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:

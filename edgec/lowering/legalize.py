@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -67,8 +67,7 @@ SUGGESTIONS = {
     "view_as_complex": "keep real and imaginary parts in two tensors",
     "complex": "keep real and imaginary parts in two tensors",
     "cumprod": "take the exponential of a cumulative sum of logarithms",
-    "median": "sort, then select",
-    "kthvalue": "sort, then select",
+    "median": "give it an axis",
     "nonzero": "use a mask and torch.where, which keep shapes",
     "masked_select": "use a mask and torch.where, which keep shapes",
     "_upsample_bilinear2d_aa": "resize without antialias, or average first",
@@ -188,7 +187,7 @@ def _explicit_alpha(graph: fx.Graph, node: fx.Node) -> None:
     alpha: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
     if alpha == 1:
         return
-    x, y = node.args[0], node.args[1]
+    x, y, *_ = cast(tuple[Any, ...], node.args)
     with graph.inserting_before(node):
         scaled = _call(graph, aten.mul.Tensor, (y, alpha)) if isinstance(y, fx.Node) else y * alpha  # type: ignore[operator]
     node.args = (x, scaled)
