@@ -205,7 +205,7 @@ BAD = {
         "pass quantize-int8: unknown option 'observr'",
     ),
     "bad pass option": ((*COMPILE, "--passes", "quantize-int8{observer=x}"), "'x' is not a choice; use one of min-max"),
-    "broken pipeline": ((*COMPILE, "--passes", "fold-bn{"), "pipeline: "),
+    "broken pipeline": ((*COMPILE, "--passes", "fold-bn{"), "pipeline, column 9: "),
     "two pipelines": ((*COMPILE, "--passes", "fold-bn", "--recipe", "recipe.toml"), "--recipe: given together"),
     "broken recipe": ((*COMPILE, "--recipe", "broken.toml"), "broken.toml: is not TOML"),
     "no such recipe": ((*COMPILE, "--recipe", "no.toml"), "no.toml: cannot be read"),
