@@ -61,7 +61,7 @@ def load_pass(name: str) -> type[Pass]:
     """The class of a pass. Raises EdgecError for an unknown name and for a plug-in that does not load."""
     entries = pass_entries()
     if name not in entries:
-        raise _unknown("pass", name, list(entries), "pipeline")
+        raise _unknown("pass", name, list(entries), None)
     module, _, path = entries[name].target.partition(":")
     try:
         loaded: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
@@ -134,7 +134,7 @@ def _clash(kind: str, name: str, first: str, second: str) -> EdgecError:
     )
 
 
-def _unknown(kind: str, name: str, known: list[str], where: str) -> EdgecError:
+def _unknown(kind: str, name: str, known: list[str], where: str | None) -> EdgecError:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(known)}"
     return EdgecError(f"unknown {kind} '{name}'", where=where, hint=hint)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
 
 from edgec.passbase import Context, Pass
-from edgec.program import Program, constant_of, get_weight, is_call, layer_of, shape_of, weight_node
+from edgec.program import Program, constant_of, is_call, layer_of, shape_of, weight_node
 
 aten = torch.ops.aten
 
 # Operator -> output channel axis of its weight.
-FOLDABLE = {
+FOLDABLE: dict[Any, int] = {
     aten.conv1d.default: 0,
+    aten.conv1d.padding: 0,
     aten.conv2d.default: 0,
     aten.conv2d.padding: 0,
     aten.conv3d.default: 0,
@@ -23,6 +24,8 @@ FOLDABLE = {
     aten.conv_transpose1d.default: 1,
     aten.conv_transpose2d.input: 1,
 }
+# Layers that can take up a batch norm in front of them, if they do not pad.
+FORWARD = (aten.conv1d.default, aten.conv2d.default, aten.linear.default)
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,10 @@ class FoldBN(Pass):
     """Fold inference batch norms into the convolution or linear layer before them.
 
     W' = W * gamma / sqrt(var + eps) per output channel, b' = beta + (b - mean) * gamma / sqrt(var + eps), computed in
-    float64. A batch norm folds when the layer before it feeds nothing else; any other stays and is reported. A linear
-    layer on [N, L, C] is left alone, because its batch norm runs over axis 1.
+    float64. A batch norm folds when the layer before it feeds nothing else. One that follows no such layer folds into
+    the layer after it, if it feeds nothing else and that layer pads nothing: the zeros that a convolution pads are not
+    what the batch norm makes of zero. Any other stays and is reported. A linear layer on [N, L, C] is left alone,
+    because its batch norm runs over axis 1.
 
     Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
     """
@@ -43,51 +48,107 @@ class FoldBN(Pass):
         module = program.edit()
         for node in list(module.graph.nodes):
             if is_call(node, aten.batch_norm.default):
-                reason = _fold(module, node)
-                if reason:
+                reason = _fold_back(module, node)
+                if reason and not _fold_forward(module, node):
                     context.skip(layer_of(node), "batch norm not folded", reason)
         return program.replace(module)
 
 
-def _fold(module: fx.GraphModule, norm: fx.Node) -> str | None:
-    """Fold one batch norm; returns why not, or None when done."""
+def _fold_back(module: fx.GraphModule, norm: fx.Node) -> str | None:
+    """Fold one batch norm into the layer before it; returns why not, or None when done."""
     layer = norm.args[0]
-    if norm.args[5]:
-        return "it uses batch statistics (the model is in training mode)"
+    affine = _affine(module, norm)
+    if affine is None:
+        return "its statistics are computed, not stored"
     if not isinstance(layer, fx.Node) or layer.target not in FOLDABLE:
         return "it does not follow a convolution or linear layer"
     if len(layer.users) > 1:
         return f"layer {layer_of(layer)} also feeds other layers"
-    if is_call(layer, aten.linear.default) and len(shape_of(layer)) != 2:
+    if not _over_channels(layer, norm):
         return "its channel axis is not the linear layer's output axis"
-    weight = constant_of(module, layer.args[1])
-    bias_node = layer.args[2] if len(layer.args) > 2 else layer.kwargs.get("bias")
-    bias = constant_of(module, bias_node)
-    if weight is None or (bias_node is not None and bias is None):
+    stored = _stored(module, layer)
+    if stored is None:
         return "the weight of the layer before it is computed, not stored"
-    gamma, beta, mean, var = (None if a is None else get_weight(module, a).double() for a in norm.args[1:5])  # type: ignore[arg-type]
-    assert mean is not None and var is not None
-    scale = torch.rsqrt(var + float(norm.args[7]))  # type: ignore[arg-type]
-    if gamma is not None:
-        scale = scale * gamma
-    start = -mean if bias is None else bias.double() - mean
-    shift = start * scale + (0.0 if beta is None else beta)
+    weight, bias = stored
+    scale, shift = affine
     folded = _scale_outputs(weight.double(), scale, layer)
-    path = str(layer.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
-    with module.graph.inserting_before(layer):
-        new_weight = weight_node(module, f"{path}.folded.weight", folded.to(weight.dtype))
-        new_bias = weight_node(module, f"{path}.folded.bias", shift.to(weight.dtype))
-    layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
-    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+    _set_weights(module, layer, folded, shift if bias is None else bias.double() * scale + shift)
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return None
 
 
+def _fold_forward(module: fx.GraphModule, norm: fx.Node) -> bool:
+    """Fold one batch norm into the layer after it, W (s x + t) = (W s) x + W t; returns whether that was possible."""
+    affine = _affine(module, norm)
+    layer = next(iter(norm.users))
+    if affine is None or len(norm.users) > 1 or layer.target not in FORWARD or layer.args[0] is not norm:
+        return False
+    stored = _stored(module, layer)
+    if stored is None or _pads(layer) or not _over_channels(layer, norm):
+        return False
+    weight, bias = stored
+    rows, per_group, *window = weight.shape
+    groups = int(layer.args[6]) if len(layer.args) > 6 else 1  # type: ignore[arg-type]
+    # [groups, 1, inputs of a group, 1, 1] against [groups, outputs of a group, inputs of a group, kh, kw]
+    scale, shift = (v.reshape(groups, 1, per_group, *[1] * len(window)) for v in affine)
+    grouped = weight.double().reshape(groups, rows // groups, per_group, *window)
+    added = (grouped * shift).flatten(2).sum(2).reshape(rows)
+    _set_weights(
+        module, layer, (grouped * scale).reshape(weight.shape), added if bias is None else bias.double() + added
+    )
+    layer.replace_input_with(norm, norm.args[0])  # type: ignore[arg-type]
+    module.graph.erase_node(norm)
+    return True
+
+
+def _affine(module: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(scale, shift) per channel in float64 of a batch norm, or None when it is not constant."""
+    gamma, beta, mean, var = (constant_of(module, a) for a in norm.args[1:5])
+    computed = any(
+        given is not None and known is None for given, known in zip(norm.args[1:5], (gamma, beta, mean, var))
+    )
+    if norm.args[5] or computed or mean is None or var is None:
+        return None
+    scale = torch.rsqrt(var.double() + float(norm.args[7]))  # type: ignore[arg-type]
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = -mean.double() * scale
+    return scale, shift if beta is None else shift + beta.double()
+
+
+def _stored(module: fx.GraphModule, layer: fx.Node) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """(weight, bias) of a layer, or None when one of them is computed."""
+    _, kernel, *rest = cast(tuple[Any, ...], layer.args)
+    bias_node = rest[0] if rest else layer.kwargs.get("bias")
+    weight, bias = constant_of(module, kernel), constant_of(module, bias_node)
+    return None if weight is None or (bias_node is not None and bias is None) else (weight, bias)
+
+
+def _set_weights(module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Give a layer new float32 weights, next to the ones it had."""
+    path = str(layer.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+    with module.graph.inserting_before(layer):
+        new_weight = weight_node(module, f"{path}.folded.weight", weight.float())
+        new_bias = weight_node(module, f"{path}.folded.bias", bias.float())
+    layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
+    layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}
+
+
+def _over_channels(layer: fx.Node, norm: fx.Node) -> bool:
+    """Batch norm runs over axis 1, a linear layer over the last one."""
+    return not is_call(layer, aten.linear.default) or len(shape_of(norm)) == 2
+
+
+def _pads(layer: fx.Node) -> bool:
+    padding = layer.args[4] if len(layer.args) > 4 else layer.kwargs.get("padding", 0)
+    widths = [padding] if isinstance(padding, int) else list(padding)  # type: ignore[call-overload]
+    return not is_call(layer, aten.linear.default) and any(widths)
+
+
 def _scale_outputs(weight: torch.Tensor, scale: torch.Tensor, layer: fx.Node) -> torch.Tensor:
     """Multiply each output channel; a transposed convolution stores [in, out / groups, ...] per group."""
-    axis = FOLDABLE[layer.target]
-    if axis == 0:
+    if FOLDABLE[layer.target] == 0:
         return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     groups = int(layer.args[6]) if len(layer.args) > 6 else 1  # type: ignore[arg-type]
     rows, per_group, *window = weight.shape
