@@ -1,6 +1,6 @@
 """Compile the shared models in fp32 and int8 and print the tables of docs/results.md.
 
-python -m benchmarks.results [--target host --target cortex-a72] [--model NAME ...] [--device-samples N]
+python -m benchmarks.results [--target host --target cortex-a72] [--model NAME ...] [--samples N] [--device-samples N]
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from benchmarks.models import CASES, Case, shared_folder
 PASSES = {"fp32": "", "int8": "fold-bn, quantize-int8"}
 
 
-def measure(case: Case, kind: str, target: str, shared: Path, device_samples: int | None) -> dict[str, object]:
-    """Compile one model once and return a row of figures; an error becomes the row's text."""
+def measure(
+    case: Case, kind: str, target: str, shared: Path, device_samples: int | None, samples: int | None = None
+) -> dict[str, object]:
+    """Compile one model once and return a row of figures; an error becomes the row's text.
+
+    samples: evaluate on the first so many only; device_samples: run so many of them through the generated code.
+    """
     from edgec import EdgecError, compile_model
 
     with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +33,7 @@ def measure(case: Case, kind: str, target: str, shared: Path, device_samples: in
                 target=target,
                 passes=PASSES[kind],
                 data=case.source(shared, case.data),
-                eval=case.source(shared, case.evaluation),
+                eval=_first(case.source(shared, case.evaluation), samples),
                 mean=case.mean,
                 std=case.std,
                 input_scale=case.input_scale,
@@ -62,6 +67,10 @@ def measure(case: Case, kind: str, target: str, shared: Path, device_samples: in
         "float_kept": sum(1 for s in ledger["skipped"] if s["what"] not in ("untuned kernel",)),
         "untuned": sum(1 for s in ledger["skipped"] if s["what"] == "untuned kernel"),
     }
+
+
+def _first(source: str | None, samples: int | None) -> str | None:
+    return source if source is None or samples is None else f"{source}[0:{samples}]"
 
 
 def format_row(row: dict[str, object]) -> str:
@@ -98,6 +107,7 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="only these models")] = None,
     kind: Annotated[list[str] | None, typer.Option(help="fp32, int8")] = None,
     device_samples: Annotated[int | None, typer.Option(help="samples through the generated code")] = None,
+    samples: Annotated[int | None, typer.Option(help="evaluate on the first N samples only")] = None,
     save: Annotated[Path | None, typer.Option(help="also write the rows as JSON lines")] = None,
 ) -> None:
     """Measure and print."""
@@ -113,7 +123,7 @@ def main(
             if which == "int8" and not case.integer:
                 continue
             for name in target or ["host", "cortex-a72"]:
-                row = measure(case, which, name, shared, device_samples)
+                row = measure(case, which, name, shared, device_samples, samples)
                 typer.echo(format_row(row))
                 if save is not None:
                     with save.open("a") as file:
