@@ -51,7 +51,7 @@ def program(name: str) -> Program:
 
 
 @functools.cache
-def calibration(name: str, n: int = 8) -> Dataset:
+def calibration(name: str, n: int = 64) -> Dataset:
     return random_data(program(name).inputs, n, seed=1)
 
 
