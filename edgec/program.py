@@ -174,10 +174,10 @@ class Program:
         kept = MappingProxyType(dict(self.annotations if annotations is None else annotations))
         if module is None:
             return dataclasses.replace(self, annotations=kept)
-        module.graph.eliminate_dead_code()
-        module.delete_all_unused_submodules()
-        _drop_unused_weights(module)
         try:
+            module.graph.eliminate_dead_code()
+            module.delete_all_unused_submodules()
+            _drop_unused_weights(module)
             module.graph.lint()
             module.recompile()
             propagate(module, self.example_inputs)
@@ -201,7 +201,11 @@ class Program:
             shapes = tuple({0: dim} for _ in inputs)
         for node in self.graph.nodes:
             # torch.export copies this field, and no other of ours, to the new graph and into .pt2 files.
-            node.meta["custom"] = {"edgec_layer": layer_of(node), **self._grid(node)}
+            node.meta["custom"] = {
+                "edgec_layer": layer_of(node),
+                "edgec_origin": origin_of(node),
+                **self._grid(node),
+            }
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -271,6 +275,15 @@ def code_grid(program: Program, node: fx.Node) -> tuple[float, int] | None:
         return record.scale, record.zero_point
     kept = node.meta.get("custom", {})
     return (kept["scale"], kept["zero_point"]) if "scale" in kept else None
+
+
+def origin_of(node: fx.Node) -> str:
+    """The node of the original Program whose value this node stands for, by name.
+
+    A pass that puts one node in the place of several (a folded batch norm, a convolution with its activation) sets
+    `meta["edgec_origin"]` of the new node to the origin of the last of them, so that equal things are compared.
+    """
+    return node.meta.get("edgec_origin") or node.meta.get("custom", {}).get("edgec_origin") or node.name
 
 
 def is_call(node: Any, *targets: Any) -> bool:
