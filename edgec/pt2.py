@@ -1,9 +1,9 @@
 """Reading `.pt2` files without running anything that they contain.
 
-`torch.export.load` of torch 2.13 trusts its file: it unpickles weights and constants that say so, custom objects
-always, and sample inputs when they do not load as plain tensors; it loads shared libraries from `data/aotinductor`;
-an operator named `torch.x.y` is any attribute of the torch package; names of tensors and guards become Python source;
-shape expressions go to sympy, which evaluates Python; and tree specifications import modules by name.
+`torch.export.load` of torch 2.13 trusts its file. It unpickles weights and constants that say so, custom objects even
+when they do not, and sample inputs when they are not plain tensors. It loads shared libraries from `data/aotinductor`.
+Names of tensors and guards become Python source; shape expressions go to sympy, which evaluates Python; and the types
+in tree specifications are imported by name. All of these run code of the file's author (`tests/test_pt2.py` does).
 
 So an archive is first held against what `torch.export.save` writes for a model of plain tensors. What passes is copied
 to memory, without pickles and guards, and that copy is what torch reads. Everything else is refused: whoever trusts
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._export.serde.schema import SCHEMA_VERSION
 
 from edgec import qops as qops  # registers the operators of quantised Programs
 from edgec.errors import EdgecError
@@ -83,6 +84,7 @@ def load_pt2(path: str | Path) -> torch.export.ExportedProgram:
     for name, pattern in CONFIGS.items():
         kept[name] = _checked_config(_json(entries, name, where), pattern, kept, where)
     model = _json(entries, MODEL, where)
+    _check_version(model, where)
     _check(model, "", where)
     kept[MODEL] = json.dumps({**model, "guards_code": []}).encode()
     kept[SAMPLE_INPUTS] = b""
@@ -103,16 +105,19 @@ def _read(path: Path, where: str) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             found = {}
+            names = {info.filename.partition("/")[2] for info in archive.infolist()}
+            if "serialized_exported_program.json" in archive.namelist():
+                raise EdgecError(
+                    "was written by torch 2.7 or older", where=where, hint="export the model again with torch 2.13"
+                )
+            if any(name.startswith("data/aotinductor/") for name in names):
+                raise EdgecError(
+                    "is a compiled AOTInductor package", where=where, hint="write the model with torch.export.save"
+                )
+            if MODEL not in names:
+                raise _unreadable(f"there is no '{MODEL}' in it", where)
             for info in archive.infolist():
                 name = info.filename.partition("/")[2]
-                if info.filename == "serialized_exported_program.json":
-                    raise EdgecError(
-                        "was written by torch 2.7 or older", where=where, hint="export the model again with torch 2.13"
-                    )
-                if name.startswith("data/aotinductor/"):
-                    raise EdgecError(
-                        "is a compiled AOTInductor package", where=where, hint="write the model with torch.export.save"
-                    )
                 if DROPPED.fullmatch(name):
                     continue
                 if not (KEPT.fullmatch(name) or name in CONFIGS or name == MODEL):
@@ -137,6 +142,16 @@ def _json(entries: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         pass
     raise _unreadable(f"'{name}' is not JSON of a model", where)
+
+
+def _check_version(model: dict[str, Any], where: str) -> None:
+    version = model.get("schema_version")
+    major = version.get("major") if isinstance(version, dict) else None
+    if major != SCHEMA_VERSION[0]:
+        raise _unreadable(
+            f"it has version {major} of the format, not {SCHEMA_VERSION[0]} (torch {model.get('torch_version', '?')})",
+            where,
+        )
 
 
 def _checked_config(table: dict[str, Any], pattern: str, kept: dict[str, bytes], where: str) -> bytes:
