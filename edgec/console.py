@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 # Wide enough for every table when nobody looks at it: a pipe never wraps lines.
 PIPE_WIDTH = 240
+# Blanks between two columns of a table.
+COLUMN_GAP = 3
+# What the ladder does without first; all of it is in the report.
+LADDER_EXPENDABLE = ("params", "MACs", "cosine", "agreement", "SQNR")
 
 
 def console() -> Console:
@@ -48,8 +52,16 @@ def print_rows(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> N
     print_table([_title(key) for key in columns], cells, title)
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table of ready texts; a column of numbers is set to the right, an empty column is left out."""
+def print_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    title: str | None = None,
+    expendable: Sequence[str] = (),
+) -> None:
+    """A table of ready texts; a column of numbers is set to the right, an empty column is left out.
+
+    expendable: columns that a narrow terminal does without, the first one first.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -57,13 +69,16 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
     if title:
         print_line(title)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out = console()
     shown = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    for name in expendable:
+        if sum(max(len(header[i]), *(len(row[i]) for row in rows)) + COLUMN_GAP for i in shown) > out.width:
+            shown = [i for i in shown if header[i] != name]
     for i in shown:
         number = i > 0 and all(not row[i] or row[i] == "-" or row[i][0] in "+-0123456789" for row in rows)
         table.add_column(header[i], justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(row[i]) for i in shown))
-    out = console()
     with out.capture() as captured:
         out.print(table)
     # Rich pads every line to the width of the table, and the table with empty lines.
@@ -76,7 +91,11 @@ def print_ledger(ledger: Ledger) -> None:
     from edgec.ledger import LADDER_HEADER, format_bytes
 
     metric = ledger.stages[0].metric.name if ledger.stages else LADDER_HEADER[1]
-    print_table([metric if name == "metric" else name for name in LADDER_HEADER], ledger.ladder())
+    # Named after its metric, in a way that no other column is.
+    header = [metric if name == "metric" and metric not in LADDER_HEADER else name for name in LADDER_HEADER]
+    print_table(header, ledger.ladder(), expendable=LADDER_EXPENDABLE)
+    if ledger.stages:
+        print_line(f"metric  {metric} on {ledger.stages[0].metric.n:,} samples")
     groups: dict[tuple[str, str], list[str]] = {}
     for skip in ledger.skipped:
         groups.setdefault((skip.what, skip.reason), []).append(skip.layer)
