@@ -14,9 +14,9 @@ from edgec.data import Dataset, Preprocess, load_data, random_data
 from edgec.errors import EdgecError
 from edgec.frontend import load_model
 from edgec.lowering.lower import lower
-from edgec.program import Program, code_grid, layer_of
+from edgec.program import Program, code_grid, origin_of
 from edgec.registry import get_device
-from edgec.sensitivity import LayerDifference, compare_outputs, layer_outputs, sample_inputs
+from edgec.sensitivity import OUTPUT, LayerDifference, LayerValue, compare_outputs, layer_outputs, sample_inputs
 
 SAMPLES = 8
 
@@ -61,7 +61,7 @@ class _Side:
     program: Program
     bundle: Bundle | None = None
 
-    def outputs(self, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    def outputs(self, inputs: tuple[torch.Tensor, ...]) -> dict[str, LayerValue]:
         if self.bundle is None:
             return layer_outputs(self.program, inputs)
         return device_outputs(self.program, self.bundle.manifest["target"], inputs)
@@ -74,11 +74,11 @@ def _side(spec: Any, input_shape: tuple[int, ...] | None) -> _Side:
     return _Side(load_model(spec, input_shape=input_shape))
 
 
-def device_outputs(program: Program, target: str, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """The real-valued output of each kernel call of the generated code, by layer name.
+def device_outputs(program: Program, target: str, inputs: tuple[torch.Tensor, ...]) -> dict[str, LayerValue]:
+    """The real value of each kernel call of the generated code, by origin.
 
     The code is built again from the Program with a copy of every result; kernels, memory plan and order are those of
-    the bundle. Integer results are read with the grid of the layer's last node.
+    the bundle. Integer results are read with the grid of the Program's node.
     """
     device = get_device(target)
     lowered = lower(program, device)
@@ -89,29 +89,30 @@ def device_outputs(program: Program, target: str, inputs: tuple[torch.Tensor, ..
         results = bundle.run(*[x.numpy() for x in inputs])
     names = [p.name for p in traced.plan.outputs]
     by_name = dict(zip(names, results, strict=True))
-    found: dict[str, torch.Tensor] = {}
+    tensors = [n for n in program.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    shapes = {origin_of(n): tuple(n.meta["val"].shape[1:]) for n in tensors}
+    found: dict[str, LayerValue] = {}
     for number, step in enumerate(lowered.plan.steps):
         values = torch.from_numpy(by_name[f"step{number}"])
-        if not step.layer:
-            continue
         if values.dtype == torch.int8:
-            if step.layer not in grids:
+            if step.origin not in grids:
                 continue
-            scale, zero = grids[step.layer]
+            scale, zero = grids[step.origin]
             values = (values.to(torch.float32) - zero) * scale
-        # Kernels work channels last.
-        found[step.layer] = values.permute(0, 3, 1, 2) if values.dim() == 4 else values
-    count = len(program.outputs)
-    if count:
-        found["output"] = torch.from_numpy(by_name[names[count - 1]])
+        # Kernels on maps work channels last.
+        if values.dim() == 4 and tuple(values.permute(0, 3, 1, 2).shape[1:]) == shapes.get(step.origin):
+            values = values.permute(0, 3, 1, 2)
+        found[step.origin] = LayerValue(step.layer, values)
+    found[OUTPUT] = LayerValue(OUTPUT, torch.from_numpy(by_name[names[0]]))
     return found
 
 
 def _grids(program: Program) -> dict[str, tuple[float, int]]:
-    """Scale and zero point of the last integer node of each layer."""
+    """Scale and zero point of every integer value."""
     found = {}
     for node in program.graph.nodes:
         grid = code_grid(program, node)
-        if grid is not None and node.op == "call_function":
-            found[layer_of(node)] = grid
+        value = node.meta.get("val")
+        if grid is not None and isinstance(value, torch.Tensor) and value.dtype == torch.int8:
+            found[origin_of(node)] = grid
     return found

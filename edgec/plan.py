@@ -71,6 +71,7 @@ class Step:
     macs: int
     tuned: bool
     outputs: int = 1
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,7 @@ class PlanBuilder:
         inplace: Iterable[int] = (),
         scratch: Sequence[int] = (),
         outputs: int = 1,
+        origin: str = "",
     ) -> None:
         """Append a call; the last `outputs` of `args` are written.
 
@@ -291,7 +293,7 @@ class PlanBuilder:
             name = f"s{len(self._tensors)}"
             self._tensors[name] = ("uint8", (size,), "scratch")
             extra.append(name)
-        self._steps.append(Step(symbol, (*args, *extra), layer, op or symbol, macs, tuned, outputs))
+        self._steps.append(Step(symbol, (*args, *extra), layer, op or symbol, macs, tuned, outputs, origin))
 
     def add_output(self, name: str, buffer: str, shape: Sequence[int], dtype: str) -> None:
         """Declare that `buffer` is returned. A buffer that is an input, a constant, a view or already returned is

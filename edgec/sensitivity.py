@@ -1,7 +1,7 @@
 """Where two Programs, or two bundles, part: layer by layer, on the same samples.
 
-Layers are matched by the user's layer name (`layer_of`), which every pass keeps, so that a float convolution and the
-integer convolution that replaced it are compared with each other.
+Values are matched by the node of the original model that they stand for (`origin_of`), which every pass keeps: an int8
+convolution with batch norm and activation inside it is compared with the result of the float activation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from edgec.program import Program, code_grid, is_call, layer_of, output_nodes
+from edgec.program import Program, code_grid, is_call, layer_of, origin_of, output_nodes
 
 if TYPE_CHECKING:
     from edgec.data import Dataset
@@ -39,18 +39,27 @@ class LayerDifference:
         }
 
 
-def layer_outputs(program: Program, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-    """The real-valued output of every layer, by layer name; integer codes are dequantised with their QParams.
+@dataclass(frozen=True)
+class LayerValue:
+    """The real value of one node, and the user's name of the layer that computes it."""
 
-    A layer made of several nodes (convolution, batch norm, activation have names of their own) keeps its last one.
-    """
+    layer: str
+    value: torch.Tensor
+
+
+# Key of a model's first output, whatever node it stands for.
+OUTPUT = "output"
+
+
+def layer_outputs(program: Program, inputs: tuple[torch.Tensor, ...]) -> dict[str, LayerValue]:
+    """The real value of every node, by origin, in graph order; integer codes are read with their grid."""
     recorder = _Recorder(program)
     recorder.run(*inputs)
     return recorder.found
 
 
 def compare_layers(a: Program, b: Program, dataset: Dataset, samples: int = SAMPLES) -> list[LayerDifference]:
-    """One row per layer that both Programs have, in the order of `a`, and one for the output."""
+    """One row per value that both Programs have, in the order of `a`, and one for the output."""
     inputs = sample_inputs(dataset, samples)
     return compare_outputs(layer_outputs(a, inputs), layer_outputs(b, inputs))
 
@@ -61,13 +70,13 @@ def sample_inputs(dataset: Dataset, samples: int = SAMPLES) -> tuple[torch.Tenso
     return tuple(torch.from_numpy(x) for x in arrays)
 
 
-def compare_outputs(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[LayerDifference]:
-    """One row per layer that both sides have with the same shape, in the order of `left`."""
+def compare_outputs(left: Mapping[str, LayerValue], right: Mapping[str, LayerValue]) -> list[LayerDifference]:
+    """One row per value that both sides have in the same shape, in the order of `left`, named by `right`."""
     rows = []
-    for layer, want in left.items():
-        got = right.get(layer)
-        if got is not None and got.shape == want.shape:
-            rows.append(LayerDifference(layer, *fidelity(want, got)))
+    for origin, want in left.items():
+        got = right.get(origin)
+        if got is not None and got.value.shape == want.value.shape:
+            rows.append(LayerDifference(got.layer, *fidelity(want.value, got.value)))
     return rows
 
 
@@ -79,7 +88,7 @@ def worst_layers(a: Program, b: Program, dataset: Dataset) -> list[LayerDifferen
     for row in rows:
         entering.append((row.sqnr_db - min(before, 100.0), row))
         before = row.sqnr_db
-    return [row for _, row in sorted(entering, key=lambda item: item[0]) if row.layer != "output"]
+    return [row for _, row in sorted(entering, key=lambda item: item[0]) if row.layer != OUTPUT]
 
 
 def fidelity(want: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
@@ -93,13 +102,13 @@ def fidelity(want: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph and keeps the last tensor of each layer."""
+    """Runs the graph and keeps the real value of each node."""
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
         self.program = program
-        self.results = set(output_nodes(program.module))
-        self.found: dict[str, torch.Tensor] = {}
+        self.result = output_nodes(program.module)[0]
+        self.found: dict[str, LayerValue] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with torch.no_grad():
@@ -107,14 +116,14 @@ class _Recorder(fx.Interpreter):
         if n.op == "call_function" and isinstance(value, torch.Tensor):
             real = self._real(n, value)
             if real is not None:
-                self.found[layer_of(n)] = real
-                if n in self.results:
-                    self.found["output"] = self.found.pop("output", real)
+                self.found[origin_of(n)] = LayerValue(layer_of(n), real)
+            if n is self.result and value.dtype.is_floating_point:
+                self.found[OUTPUT] = LayerValue(OUTPUT, value)
         return value
 
     def _real(self, node: fx.Node, value: torch.Tensor) -> torch.Tensor | None:
         if value.dtype.is_floating_point:
-            return None if is_call(node, edgec.dequantize.default) and node not in self.results else value
+            return None if is_call(node, edgec.dequantize.default) else value
         grid = code_grid(self.program, node)
         if value.dtype == torch.int8 and grid is not None:
             return (value.to(torch.float32) - grid[1]) * grid[0]

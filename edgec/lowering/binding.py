@@ -6,6 +6,7 @@ TVM; `edgec.lowering.importer` turns a `Binding` into a call.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch import fx
 
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.errors import EdgecError
-from edgec.program import layer_of, shape_of
+from edgec.program import layer_of, origin_of, shape_of
 from edgec.targets.device import Device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
@@ -33,13 +34,17 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Binding:
-    """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output."""
+    """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output.
+
+    origin: the node of the user's model whose value the call computes (see `origin_of`).
+    """
 
     spec: Any
     before: tuple[fx.Node, ...]
     layer: str
     weights: Mapping[str, np.ndarray | None] = field(default_factory=dict)
     after: tuple[fx.Node, ...] = ()
+    origin: str = ""
 
     @property
     def symbol(self) -> str:
@@ -53,7 +58,8 @@ class Binding:
 def bind(node: Any, constants: Weights) -> Binding | None:
     """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays."""
     rule = RULES.get(node.target) if node.op == "call_function" else None
-    return rule(node, constants) if rule is not None else None
+    binding = rule(node, constants) if rule is not None else None
+    return None if binding is None else dataclasses.replace(binding, origin=origin_of(node))
 
 
 def _value(constants: Weights, node: Any) -> np.ndarray | None:

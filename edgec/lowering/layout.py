@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from edgec.lowering.regions import PADS, TO_NCHW, TO_NHWC, argument, nchw, nhwc, pad_value
-from edgec.program import constant_of, get_weight, is_call, layer_of, shape_of, weight_node
+from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -108,7 +108,7 @@ def _emit(
 ) -> fx.Node:
     """Call on NHWC values whose NCHW view takes the place of `node`."""
     new = module.graph.call_function(target, args, kwargs or {})
-    new.meta.update(val=node.meta["val"].permute(TO_NHWC), edgec_layer=layer_of(node))
+    new.meta.update(val=node.meta["val"].permute(TO_NHWC), edgec_layer=layer_of(node), edgec_origin=origin_of(node))
     return nchw(module.graph, new)
 
 
@@ -235,7 +235,7 @@ def _mean(module: fx.GraphModule, node: Any) -> fx.Node | None:
     if axes != [1, 2]:
         return None
     new = module.graph.call_function(node.target, (nhwc(module.graph, x), axes, False, *rest), dict(node.kwargs))
-    new.meta.update(val=node.meta["val"], edgec_layer=layer_of(node))
+    new.meta.update(val=node.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(node))
     return new
 
 
@@ -264,7 +264,7 @@ def _reshape(module: fx.GraphModule, node: Any) -> fx.Node | None:
     graph = module.graph
     if h == w == 1:
         new = graph.call_function(aten.reshape.default, (nhwc(graph, x), list(shape_of(node))))
-        new.meta.update(val=node.meta["val"], edgec_layer=layer_of(node))
+        new.meta.update(val=node.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(node))
         return new
     if shape_of(node) == (n, c, h * w):
         users = list(node.users)

@@ -17,7 +17,7 @@ from edgec.lowering.planner import make_plan
 from edgec.lowering.regions import fuse_regions
 from edgec.passbase import Skip
 from edgec.plan import Plan
-from edgec.program import Program, propagate
+from edgec.program import Program, origin_of, propagate
 from edgec.targets.codegen import LoweredKernels
 from edgec.targets.device import Device
 
@@ -62,6 +62,8 @@ def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step,
     inputs = program.batch_inputs(1)
     module = program.edit()
     propagate(module, inputs)
+    for node in module.graph.nodes:
+        node.meta["edgec_origin"] = origin_of(node)
     staged = Program(program.name, module, inputs, False, program.annotations)
     for step, rewrite in (("regions", fuse_regions), ("layout", channels_last)):
         rewrite(module)

@@ -107,6 +107,7 @@ class _Reader:
             inplace=ours.spec.inplace if ours else (),
             scratch=self.kernels.scratch[symbol],
             outputs=len(outputs),
+            origin=ours.origin if ours else "",
         )
         return tuple(outputs) if tuple_out else outputs[0]
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from edgec import regions as region_ops  # noqa: F401  (registers the operators)
-from edgec.program import is_call, layer_of, shape_of
+from edgec.program import is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -105,7 +105,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             last, residual, act = _follow(node)
             with graph.inserting_before(last):
                 new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
-            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node))
+            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
             last.replace_all_uses_with(new)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
@@ -194,7 +194,12 @@ def _permute(graph: fx.Graph, node: fx.Node, order: list[int]) -> fx.Node:
     # Directly behind its operand, so that every later user may share it.
     with graph.inserting_after(node):
         new = graph.call_function(aten.permute.default, (node, order))
-    new.meta.update(val=node.meta["val"].permute(order), edgec_layer=layer_of(node), edgec_layout=True)
+    new.meta.update(
+        val=node.meta["val"].permute(order),
+        edgec_layer=layer_of(node),
+        edgec_origin=f"{origin_of(node)}, permuted",
+        edgec_layout=True,
+    )
     return new
 
 
@@ -209,7 +214,7 @@ def _replace(
 
     def call(operator: Any, arguments: tuple[Any, ...], result: Any) -> fx.Node:
         new = graph.call_function(operator, arguments)
-        new.meta.update(val=result, edgec_layer=layer_of(first))
+        new.meta.update(val=result, edgec_layer=layer_of(first), edgec_origin=origin_of(last))
         return new
 
     if value.shape[0] == 1:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from edgec.passbase import Context, Pass
-from edgec.program import Program, constant_of, is_call, layer_of, shape_of, weight_node
+from edgec.program import Program, constant_of, is_call, layer_of, origin_of, shape_of, weight_node
 
 aten = torch.ops.aten
 
@@ -73,6 +73,7 @@ def _fold_back(module: fx.GraphModule, norm: fx.Node) -> str | None:
     scale, shift = affine
     folded = _scale_outputs(weight.double(), scale, layer)
     _set_weights(module, layer, folded, shift if bias is None else bias.double() * scale + shift)
+    layer.meta["edgec_origin"] = origin_of(norm)
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return None

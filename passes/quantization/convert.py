@@ -33,7 +33,7 @@ from edgec.passes.quantization.operators import (
     spatial_padding,
     upsample_factors,
 )
-from edgec.program import constant_of, get_weight, is_call, layer_of, shape_of, weight_node
+from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
 from edgec.quantparams import QParams, affine, quantize_weights, symmetric_scales
 
 edgec = torch.ops.edgec
@@ -385,7 +385,7 @@ class Converter:
         """A call whose value stands for that of `origin`; it belongs to the same layer of the user's model."""
         made = self.graph.create_node("call_function", target, args, kwargs or {}, name or f"{origin.name}_q")
         result = self.annotation.result(origin)
-        made.meta.update(edgec_layer=layer_of(origin), edgec_origin=result.name)
+        made.meta.update(edgec_layer=layer_of(origin), edgec_origin=origin_of(result))
         return made
 
     def _store(self, name: str, tensor: torch.Tensor) -> fx.Node:

@@ -23,7 +23,7 @@ from edgec.passes.quantization.operators import (
     operand,
     spatial_padding,
 )
-from edgec.program import Program, constant_of, is_call, layer_of, shape_of
+from edgec.program import Program, constant_of, is_call, layer_of, origin_of, shape_of
 
 SWEEPS = 40
 CONVERGED = 1e-3
@@ -68,6 +68,10 @@ def equalize_module(module: fx.GraphModule, report: Report) -> list[Pair]:
     report(layer, operator, reason) is told about layers that are joined by something that does not let factors through.
     """
     pairs = list(find_pairs(module, report))
+    for pair in pairs:
+        # What flows between the two layers is scaled: it no longer stands for a value of the original.
+        for node in _between(pair):
+            node.meta["edgec_origin"] = f"{origin_of(node)}, equalised"
     for _ in range(SWEEPS):
         if not max((_equalize(module, pair) for pair in pairs), default=0.0) > CONVERGED:
             break
@@ -125,6 +129,14 @@ def _weight_readers(module: fx.GraphModule) -> dict[str, int]:
         if node.op == "get_attr":
             counts[str(node.target)] = counts.get(str(node.target), 0) + len(node.users)
     return counts
+
+
+def _between(pair: Pair) -> Iterator[fx.Node]:
+    """The first layer and everything up to the second one."""
+    node = pair.first
+    while node is not pair.second:
+        yield node
+        node = next(iter(node.users))
 
 
 def _owns_weights(module: fx.GraphModule, layer: fx.Node, readers: dict[str, int]) -> bool:
