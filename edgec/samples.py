@@ -31,13 +31,17 @@ def sample_shape(spec: TensorSpec) -> tuple[int, ...]:
 def numpy_dtype(spec: TensorSpec) -> np.dtype[Any]:
     """Raises EdgecError for a dtype that NumPy lacks (bfloat16)."""
     try:
-        return np.dtype(spec.dtype)
+        dtype = np.dtype(spec.dtype)
     except TypeError:
+        dtype = None
+    # Once ml_dtypes is loaded, which onnx and TVM do, NumPy knows the name.
+    if dtype is None or dtype.isbuiltin != 1:
         raise EdgecError(
             f"dtype {spec.dtype} cannot be fed from data",
             where=f"input '{spec.name}'",
             hint="export the model with float32 inputs",
-        ) from None
+        )
+    return dtype
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------------
