@@ -5,6 +5,8 @@ Many of these models compile without the rule as well, to code that is wrong: on
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgec.frontend import load_model
 from edgec.lowering.legalize import convert_map, legalize, unsupported
+from edgec.passbase import Context
+from edgec.registry import load_pass
+from tests import zoo
 
 pytestmark = pytest.mark.pure
 
@@ -245,3 +251,57 @@ def test_rule(name: str) -> None:
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str) -> None:
     check(*ATTENTION[name])
+
+
+# -- what legalisation leaves alone ------------------------------------------------------------------------------------
+
+
+def called(exported: torch.export.ExportedProgram) -> Counter[str]:
+    return Counter(str(n.target) for n in exported.graph.nodes if n.op == "call_function")
+
+
+def test_operators_of_edgec_pass_through() -> None:
+    context = Context(calibration=zoo.calibration("residual"))
+    folded = load_pass("fold-bn")().run(zoo.program("residual"), context)
+    exported = load_pass("quantize-int8")().run(folded, context).export(batch=1)
+    ours = {name: n for name, n in called(exported).items() if name.startswith("edgec.")}
+    assert ours["edgec.qconv2d.default"] == 4
+    legal = called(legalize(exported))
+    assert {name: n for name, n in legal.items() if name.startswith("edgec.")} == ours
+
+
+def test_composite_operators_that_import_well_are_kept_whole() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        x = F.layer_norm(F.gelu(x), (6,), torch.ones(6), torch.zeros(6))
+        return F.hardswish(F.softmax(F.silu(x), -1))
+
+    legal = called(legalize(export(model, X)))
+    kept = ("layer_norm", "gelu", "hardswish", "silu", "softmax")
+    assert all(any(f"aten.{name}." in target or f"aten._{name}." in target for target in legal) for name in kept)
+
+
+def test_the_exported_program_is_not_edited() -> None:
+    exported = export(lambda x: x[:, -1] + torch.add(x, x, alpha=2).amax(), X)
+    text = str(exported.graph)
+    legalize(exported)
+    assert str(exported.graph) == text
+
+
+def test_all_unsupported_operators_are_reported_at_once_with_their_places() -> None:
+    class Spectrum(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.rfft(x).abs()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Spectrum(), nn.Identity()])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[0](x) + torch.histc(x, 4)
+
+    program = load_model(torch.export.export(Model(), (X,)), name="net")
+    found = unsupported(legalize(program.export()))
+    assert [(u.op, u.layer) for u in found] == [("aten._fft_r2c.default", "blocks.0"), ("aten.histc.default", "histc")]
+    assert all(re.search(r"test_legalize\.py:\d+$", u.source) for u in found)
+    assert "matrix of sines and cosines" in str(found[0])
