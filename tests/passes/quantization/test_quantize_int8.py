@@ -701,6 +701,7 @@ def accuracy(program: Program, x: torch.Tensor, y: torch.Tensor) -> float:
     return float((program(x)[0].argmax(1) == y).float().mean())
 
 
+@pytest.mark.slow
 def test_per_channel_and_equalisation_beat_per_tensor(digits):
     model, samples, x, y = digits
 
@@ -737,6 +738,7 @@ def correct(program: Program, data) -> np.ndarray:
     return np.concatenate(predictions) == data.labels
 
 
+@pytest.mark.slow
 def test_resnet20_loses_at_most_one_point(resnet20):
     before, after, context, data = resnet20
     float_correct, int8_correct = correct(before, data), correct(after, data)
@@ -746,6 +748,7 @@ def test_resnet20_loses_at_most_one_point(resnet20):
     assert context.skipped == []
 
 
+@pytest.mark.slow
 def test_resnet20_is_integer_throughout_and_equals_the_definition(resnet20):
     _, after, _, data = resnet20
     x = data.inputs(slice(0, 2))
