@@ -47,7 +47,7 @@ def diff(
         )
     specs = left.program.inputs
     dataset: Dataset = random_data(specs, samples) if data is None else load_data(data, specs, preprocess)
-    inputs = sample_inputs(dataset, min(samples, len(dataset)))
+    inputs = sample_inputs(left.program, dataset, min(samples, len(dataset)))
     rows = compare_outputs(left.outputs(inputs), right.outputs(inputs))
     if not rows:
         raise EdgecError("no layer in common", where="diff", hint="compare stages of one model")

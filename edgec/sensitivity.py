@@ -60,13 +60,14 @@ def layer_outputs(program: Program, inputs: tuple[torch.Tensor, ...]) -> dict[st
 
 def compare_layers(a: Program, b: Program, dataset: Dataset, samples: int = SAMPLES) -> list[LayerDifference]:
     """One row per value that both Programs have, in the order of `a`, and one for the output."""
-    inputs = sample_inputs(dataset, samples)
+    inputs = sample_inputs(a, dataset, samples)
     return compare_outputs(layer_outputs(a, inputs), layer_outputs(b, inputs))
 
 
-def sample_inputs(dataset: Dataset, samples: int = SAMPLES) -> tuple[torch.Tensor, ...]:
-    """One batch of the first samples."""
-    arrays, _ = dataset.read(slice(0, samples))
+def sample_inputs(program: Program, dataset: Dataset, samples: int = SAMPLES) -> tuple[torch.Tensor, ...]:
+    """One batch of the first samples: `samples` of them, or as many as a fixed batch has."""
+    count = samples if program.dynamic_batch else program.inputs[0].shape[0]
+    arrays, _ = dataset.read(slice(0, count))
     return tuple(torch.from_numpy(x) for x in arrays)
 
 

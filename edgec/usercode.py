@@ -58,6 +58,9 @@ def _import_file(path: Path, spec: str) -> ModuleType:
 
 
 def _import_module(name: str, spec: str) -> ModuleType:
+    if not {"", str(Path.cwd())} & set(sys.path):
+        # A console script, unlike `python -m`, does not look in the working directory.
+        sys.path.append(str(Path.cwd()))
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):

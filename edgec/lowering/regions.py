@@ -92,7 +92,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             # A view refuses a tensor in another memory order, which its operand is about to have.
             node.target = aten.reshape.default
-        elif is_call(node, *CONV2D):
+        elif is_call(node, *CONV2D) and _packable(node):
             x, geometry = absorb_padding(node.args[0], conv_geometry(node))
             w, bias = node.args[1], argument(node, 2, "bias", None)
             last, residual, act = _follow(node)
@@ -100,7 +100,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 around = None if residual is None else nhwc(graph, residual)
                 args = (nhwc(graph, x), w, bias, around, *geometry, *act)
                 _replace(graph, edgec.conv2d_nhwc.default, args, node, last, residual=3)
-        elif is_call(node, aten.linear.default):
+        elif is_call(node, aten.linear.default) and _packable(node):
             x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
             last, residual, act = _follow(node)
             with graph.inserting_before(last):
@@ -119,7 +119,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(node):
                 args = (nhwc(graph, node.args[0]), kernel, stride, padding, dilation, False, "NHWC")
                 _replace(graph, node.target, args, node, node)
-        elif is_call(node, aten.max_pool2d.default):
+        elif is_call(node, aten.max_pool2d.default) and _is_map(node):
             kernel = pair(node.args[1])
             stride = pair(argument(node, 2, "stride", None) or kernel)
             top, left = pair(argument(node, 3, "padding", 0))
@@ -128,7 +128,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(node):
                 args = (nhwc(graph, node.args[0]), kernel, stride, padding, dilation)
                 _replace(graph, edgec.max_pool2d_nhwc.default, args, node, node)
-        elif is_call(node, aten.avg_pool2d.default) and _plain_average(node):
+        elif is_call(node, aten.avg_pool2d.default) and _is_map(node) and _plain_average(node):
             kernel = pair(node.args[1])
             stride = pair(argument(node, 2, "stride", None) or kernel)
             top, left = pair(argument(node, 3, "padding", 0))
@@ -139,6 +139,18 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def _packable(node: Any) -> bool:
+    """True when weight and bias are stored, so that they can be packed now, and a convolution's input has a batch."""
+    given = (node.args[1], argument(node, 2, "bias", None))
+    stored = all(value is None or value.op == "get_attr" for value in given)
+    return stored and (is_call(node, aten.linear.default) or _is_map(node))
+
+
+def _is_map(node: fx.Node) -> bool:
+    """True for [N, C, H, W]; PyTorch takes maps without a batch as well."""
+    return len(shape_of(node)) == 4
 
 
 def pad_value(node: Any) -> float | int | None:

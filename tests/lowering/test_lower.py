@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgec.bundle import build_bundle
 from edgec.data import random_data
 from edgec.errors import EdgecError
 from edgec.frontend import load_model
@@ -298,3 +299,31 @@ def test_importer_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importer, "from_exported_program", refuse)
     with pytest.raises(EdgecError, match=r"^import: TVM's importer refused the graph: the reason$"):
         lower(zoo.program("conv_bn_relu"), HOST)
+
+
+class ComputedWeights(nn.Module):
+    """Weights that are computed, and a convolution and pools on maps without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Parameter(torch.randn(4, 3, 3, 3))
+        self.plain = nn.Conv2d(4, 4, 3)
+        self.linear = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.conv2d(x, self.conv * x.mean(), padding=1)
+        z = nn.functional.avg_pool2d(nn.functional.max_pool2d(self.plain(y[0]), 2), 2)
+        return nn.functional.linear(z.mean((1, 2))[None], self.linear * x.sum())
+
+
+@pytest.mark.host
+def test_computed_weights_and_maps_without_a_batch_run_on_the_library(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ComputedWeights()
+    x = torch.rand(1, 3, 12, 12)
+    program = load_model(model, input_shape=(1, 3, 12, 12), name="computed")
+    device = load_device("host")
+    got = build_bundle(lower(program, device), device, tmp_path / "bundle").run(x.numpy())
+    with torch.no_grad():
+        want = model(x).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
