@@ -61,6 +61,7 @@ def script(code: str, folder: Path) -> str:
 
 @pytest.mark.host
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     runnable = [c for c in commands("README.md") if not {"model.pt2", "test.npz"} & set(c)]
@@ -74,6 +75,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.C
 
 @pytest.mark.host
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_demo(tmp_path: Path) -> None:
     out = script("import sys; from edgec.demo import main; sys.exit(main())", tmp_path)
     lines = out.splitlines()
@@ -87,6 +89,7 @@ def test_demo(tmp_path: Path) -> None:
 
 @pytest.mark.host
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_example_digits(tmp_path: Path) -> None:
     out = script((REPOSITORY / "examples" / "digits.py").read_text(), tmp_path)
     assert "keep_float=[stem]" in out
