@@ -273,11 +273,18 @@ def _tiles(stages: Sequence[Row], device: Row | None, scale: _Scale, metric_name
     original = measured[0]["metric"] if measured else {}
     on_device = (device or {}).get("metric") or {}
     last = on_device if on_device.get("value") is not None else measured[-1]["metric"] if measured else {}
+    part = last is on_device and bool(measured) and last.get("n") != original.get("n")
+    # Equal bits mean equal accuracy: then the figure on all samples says more than that on some.
+    equal = part and bool(device and device.get("bit_exact"))
+    if equal:
+        last = measured[-1]["metric"]
     if last:
         before, notes = original.get("value"), [_drop_note(last, scale)]
         if last.get("n") is not None:
             notes.append(f"on {last['n']:,} samples")
-        if last is on_device and measured and last.get("n") != original.get("n"):
+        if equal:
+            notes.append(f"device: the same bits on {on_device['n']:,} of them")
+        elif part:
             # A device run on part of the data is compared on that part.
             before = last.get("reference")
             whole = measured[-1]
@@ -285,7 +292,7 @@ def _tiles(stages: Sequence[Row], device: Row | None, scale: _Scale, metric_name
             step = str(whole["name"]).partition("(")[0]
             notes.append(f"after {step}: {scale.value(whole['metric']['value'])}{count}")
         changed = last is on_device or len(measured) > 1
-        where = "float → device" if last is on_device else "float → last stage" if changed else "original"
+        where = "float → device" if last is on_device or equal else "float → last stage" if changed else "original"
         tiles.append(
             _tile(
                 f"{metric_name}, {where}",

@@ -115,8 +115,16 @@ def test_page_has_every_stage_layer_and_buffer() -> None:
         assert shown in html
 
 
-def test_headline_compares_the_device_on_the_samples_it_ran() -> None:
+def test_headline_of_equal_bits_is_the_accuracy_on_all_samples() -> None:
     html = render_html(sample(), rows(), losses(), META)
+    assert re.search(r"92\.60 % →</small> <span class=\"[a-z]*\">92\.37 %", html)
+    assert "on 10,000 samples" in html and "device: the same bits on 64 of them" in html
+
+
+def test_headline_compares_the_device_on_the_samples_it_ran() -> None:
+    ledger = sample()
+    ledger["device"]["bit_exact"] = False
+    html = render_html(ledger, rows(), losses(), META)
     assert re.search(r"92\.19 % →</small> <span class=\"\">90\.62 %", html)
     assert "on 64 samples" in html and "after quantize-int8: 92.37 % on 10,000" in html
 
