@@ -97,6 +97,11 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
             body(i)
 
 
+def parallel(extent: int, body: Callable[[Any], None]) -> None:
+    """A loop whose iterations may run on several threads: the only outermost loop, without scratch they share."""
+    loop(extent, body)
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
