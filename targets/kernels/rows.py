@@ -116,6 +116,38 @@ class Reduction:
         store(across(total, lanes, combine))
 
 
+# -- transposition -----------------------------------------------------------------------------------------------------
+
+
+def transpose(
+    rows: int, columns: int, load: Callable[[Any, Any, int], Any], store: Callable[[Any, Any, int, Any], None]
+) -> None:
+    """Write a block of `rows` x `columns` elements the other way round, in squares of four by four.
+
+    load(row, column, width): `width` neighbours of a row; store(column, row, width, value): neighbours of a column.
+    """
+
+    def square(i: Any, j: Any) -> None:
+        lines = [load(i + r, j, 4) for r in range(4)]
+        low, high = (0, 4, 1, 5), (2, 6, 3, 7)
+        for half, order in enumerate((low, high)):
+            first, second = (_shuffle(lines[r : r + 2], order) for r in (0, 2))
+            store(j + 2 * half, i, 4, _shuffle([first, second], (0, 1, 4, 5)))
+            store(j + 2 * half + 1, i, 4, _shuffle([first, second], (2, 3, 6, 7)))
+
+    def single(i: Any, j: Any) -> None:
+        store(j, i, 1, load(i, j, 1))
+
+    high, wide = rows // 4 * 4, columns // 4 * 4
+    loop(rows // 4, lambda i: loop(columns // 4, lambda j: square(i * 4, j * 4)))
+    loop(columns - wide, lambda j: loop(high, lambda i: single(i, wide + j)))
+    loop(rows - high, lambda i: loop(columns, lambda j: single(high + i, j)))
+
+
+def _shuffle(vectors: list[Any], order: tuple[int, ...]) -> Any:
+    return tirx.Shuffle(vectors, [const(k, "int32") for k in order])
+
+
 # -- results -----------------------------------------------------------------------------------------------------------
 
 
