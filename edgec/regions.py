@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
     "tanh": torch.tanh,
 }
 
@@ -28,6 +30,8 @@ ACTIVATIONS = {
 def _activate(x: torch.Tensor, act: str, lo: float, hi: float) -> torch.Tensor:
     if act == "clip":
         return x.clamp(lo, hi)
+    if act == "leaky_relu":
+        return F.leaky_relu(x, lo)
     return ACTIVATIONS[act](x)
 
 

@@ -1,8 +1,8 @@
 """Elementary functions of float32 as arithmetic that LLVM can keep in vector registers.
 
-LLVM turns `exp`, `tanh` and `erf` of a vector into one C library call per element. These expansions are straight-line
-code, work on scalars and vectors alike, and give the same values on every device up to fused multiplication. float64
-keeps the C library.
+LLVM turns `exp`, `log`, `tanh` and `erf` of a vector into one C library call per element. These expansions are
+straight-line code, work on scalars and vectors alike, and give the same values on every device up to fused
+multiplication. float64 keeps the C library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,21 @@ LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
 EXP_MAX, EXP_MIN = 89.0, -87.6
 # e^r on |r| <= ln(2) / 2, highest power first: minimax polynomial of the relative error (9e-8) with constant term 1.
 EXP_P = (8.290272206e-3, 4.189816117e-2, 1.666763872e-1, 4.999914765e-1, 9.999997020e-1, 1.0)
+
+# log(1 + f) = f - f^2 / 2 + f^3 P(f) for 1 + f between sqrt(1/2) and sqrt(2): Cephes logf, highest power first.
+LOG_P = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+SQRT_HALF_BITS = 0x3F3504F3
+LEAST_NORMAL = 2.0**-126
 
 # tanh(x) = c P(c^2) / Q(c^2), c = clamp(x, -TANH_MAX, TANH_MAX): the rational function of Eigen's vectorised tanh.
 TANH_MAX = 7.90531110763549805
@@ -57,7 +72,7 @@ ERF_Q = (
 
 
 def expand(call: Any) -> Any:
-    """The expansion of a TIR call to exp, sigmoid, tanh or erf on float32 scalars or vectors, else the call itself."""
+    """The expansion of a TIR call to one of RULES on float32 scalars or vectors, else the call itself."""
     rule = RULES.get(getattr(call.op, "name", ""))
     if rule is None:
         return call
@@ -99,6 +114,34 @@ def _scaled_exp(x: Any, factor: float, bias: int, lanes: int) -> Any:
     return _let(x, real, body)
 
 
+def log(x: Any, lanes: int) -> Any:
+    """Natural logarithm to 1.5e-7 relative or absolute, whichever is larger. Subnormal numbers count as 2^-126."""
+    real, whole = _kind("float32", lanes), _kind("int32", lanes)
+
+    def body(x: Any) -> Any:
+        bits = tirx.reinterpret(whole, tirx.max(_c(LEAST_NORMAL, lanes), x))
+
+        def split(bits: Any) -> Any:
+            exponent = tirx.shift_right(bits - _i(SQRT_HALF_BITS, lanes), _i(23, lanes))
+            return _let(exponent, whole, lambda e: _let(mantissa(bits, e), real, lambda f: series(f, e.astype(real))))
+
+        def mantissa(bits: Any, e: Any) -> Any:
+            return tirx.reinterpret(real, bits - tirx.shift_left(e, _i(23, lanes))) - _c(1.0, lanes)
+
+        def series(f: Any, e: Any) -> Any:
+            square = f * f
+            small = f * square * _horner(f, LOG_P, lanes) + e * _c(LN2_LOW, lanes) - _c(0.5, lanes) * square
+            return f + small + e * _c(LN2_HIGH, lanes)
+
+        # Infinity, zero, and what has no logarithm.
+        value = _let(bits, whole, split)
+        value = tirx.Select(x < _c(math.inf, lanes), value, x)
+        value = tirx.Select(x > _c(0.0, lanes), value, _c(-math.inf, lanes))
+        return tirx.Select(x >= _c(0.0, lanes), value, _c(math.nan, lanes))
+
+    return _let(x, real, body)
+
+
 def sigmoid(x: Any, lanes: int) -> Any:
     return _c(1.0, lanes) / (_c(1.0, lanes) + exp(_c(0.0, lanes) - x, lanes))
 
@@ -113,7 +156,7 @@ def erf(x: Any, lanes: int) -> Any:
     return _odd_ratio(x, ERF_MAX, ERF_P, ERF_Q, lanes)
 
 
-RULES = {"tirx.exp": exp, "tirx.sigmoid": sigmoid, "tirx.tanh": tanh, "tirx.erf": erf}
+RULES = {"tirx.exp": exp, "tirx.log": log, "tirx.sigmoid": sigmoid, "tirx.tanh": tanh, "tirx.erf": erf}
 
 
 def _odd_ratio(x: Any, limit: float, top: tuple[float, ...], bottom: tuple[float, ...], lanes: int) -> Any:

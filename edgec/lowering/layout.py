@@ -38,6 +38,8 @@ UNARY = (
     aten.neg.default,
     aten.leaky_relu.default,
     aten.elu.default,
+    aten.mish.default,
+    aten.softplus.default,
     aten.dropout.default,
     aten.clone.default,
     aten.contiguous.default,

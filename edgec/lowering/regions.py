@@ -29,6 +29,7 @@ SMOOTH = {
     aten.hardsigmoid.default: "hardsigmoid",
     aten.sigmoid.default: "sigmoid",
     aten.silu.default: "silu",
+    aten.mish.default: "mish",
     aten.tanh.default: "tanh",
 }
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
@@ -73,7 +74,10 @@ def activation_of(node: Any) -> tuple[str, float, float] | None:
             return None
         return "clip", -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi)
     if is_call(node, aten.gelu.default):
-        return ("gelu", 0.0, 0.0) if argument(node, 1, "approximate", "none") == "none" else None
+        exact = argument(node, 1, "approximate", "none") == "none"
+        return ("gelu" if exact else "gelu_tanh", 0.0, 0.0)
+    if is_call(node, aten.leaky_relu.default):
+        return "leaky_relu", float(argument(node, 1, "negative_slope", 0.01)), 0.0
     name = SMOOTH.get(node.target)
     return (name, 0.0, 0.0) if name is not None else None
 
@@ -160,7 +164,7 @@ def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
         return
     follower = only_user(node)
     act = None if follower is None else activation_of(follower)
-    last = node if act is None else follower
+    last: Any = node if act is None else follower
     rest = (weight, bias, int(groups), eps, *(act or ("none", 0.0, 0.0)))
     with graph.inserting_before(last):
         if _is_map(node):

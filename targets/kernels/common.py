@@ -43,8 +43,9 @@ class AddEpilogue:
 class Epilogue:
     """What happens to an accumulator before it is stored.
 
-    float32: `act` ("none", "clip" to lo..hi, "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh") after the
-    optional residual. int8: requantise, add `y_zp`, clamp to lo..hi, then the optional `add`.
+    float32: `act` ("none", "clip" to lo..hi, "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh",
+    "mish", "tanh", "leaky_relu" with slope `lo`) after the optional residual. int8: requantise, add `y_zp`, clamp to
+    lo..hi, then the optional `add`.
     """
 
     act: str = "none"
@@ -200,6 +201,15 @@ def activate(x: Any, epilogue: Epilogue, lanes: int) -> Any:
         return x / (c(1.0) + tirx.exp(c(0.0) - x))
     if act == "tanh":
         return tirx.tanh(x)
+    if act == "gelu_tanh":
+        cubic = (x + c(0.044715) * x * x * x) * c(-2.0 * math.sqrt(2.0 / math.pi))
+        return x / (c(1.0) + tirx.exp(cubic))
+    if act == "mish":
+        # tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2), which is 1 long before e overflows.
+        e = tirx.exp(tirx.min(x, c(20.0)))
+        return x * (e * (e + c(2.0)) / (e * (e + c(2.0)) + c(2.0)))
+    if act == "leaky_relu":
+        return tirx.Select(x > c(0.0), x, x * c(epilogue.lo))
     if act == "gelu":
         return c(0.5) * x * (c(1.0) + tirx.erf(x * c(math.sqrt(0.5))))
     raise ValueError(f"no epilogue for activation {act}")
@@ -217,6 +227,9 @@ def activate_reference(x: np.ndarray, epilogue: Epilogue) -> np.ndarray:
         "sigmoid": lambda: 1.0 / (1.0 + np.exp(-x)),
         "silu": lambda: x / (1.0 + np.exp(-x)),
         "tanh": lambda: np.tanh(x),
+        "gelu_tanh": lambda: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
+        "mish": lambda: x * np.tanh(np.log1p(np.exp(x))),
+        "leaky_relu": lambda: np.where(x > 0, x, x * epilogue.lo),
         "gelu": lambda: 0.5 * x * (1.0 + np.vectorize(math.erf)(x * math.sqrt(0.5))),
     }
     return table[epilogue.act]()

@@ -16,7 +16,19 @@ from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
 from tests.targets.kernel_runner import Call, assert_close, run_calls, spec_call
 
-FLOAT_ACTIVATIONS = ("none", "clip", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
+FLOAT_ACTIVATIONS = (
+    "none",
+    "clip",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "silu",
+    "gelu",
+    "tanh",
+    "gelu_tanh",
+    "mish",
+    "leaky_relu",
+)
 
 
 def host(lanes: int | None = None) -> Device:
@@ -55,7 +67,7 @@ def epilogue(rng: np.random.Generator, dtype: str, residual: bool, act: str) -> 
         lo, hi = code_range(rng)
         return Epilogue(y_zp=int(rng.integers(-128, 128)), lo=lo, hi=hi, add=add_epilogue(rng) if residual else None)
     lo, hi = [(0.0, math.inf), (0.0, 6.0), (-1.0, 1.0), (-math.inf, 2.0)][int(rng.integers(4))]
-    return Epilogue(act=act, lo=lo, hi=hi, residual=residual)
+    return Epilogue(act=act, lo=0.2 if act == "leaky_relu" else lo, hi=hi, residual=residual)
 
 
 def geometry(draw: st.DrawFn) -> dict[str, Any]:
