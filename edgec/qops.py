@@ -306,8 +306,11 @@ def _reach(w: torch.Tensor) -> int:
 def _finish(
     accumulator: torch.Tensor, m: torch.Tensor | int, shift: torch.Tensor | int, zero_point: int, lo: int, hi: int
 ) -> torch.Tensor:
-    """RQ1 of an int64 accumulator (overwritten), zero point and clamp; see `edgec.integer.rq1`."""
+    """An int64 accumulator (overwritten) to codes: scaling, zero point and clamp; see `edgec.integer.requantize`."""
     device = accumulator.device
+    if isinstance(m, torch.Tensor) and m.dtype == torch.float32:
+        # Beyond 2^24 the sum with the zero point may round, but then it is far outside the clamp.
+        return _int8(accumulator.to(torch.float32).mul_(m).round_().add_(zero_point).clamp_(lo, hi))
     factor, bits = (torch.as_tensor(v, dtype=torch.int64, device=device) for v in (m, shift))
     accumulator.mul_(factor).add_(torch.ones_like(bits) << (bits - 1)).bitwise_right_shift_(bits)
     return _int8(accumulator.add_(zero_point).clamp_(lo, hi))

@@ -33,7 +33,8 @@ class Device:
     triple, mcpu, features: what LLVM is given. vector_bytes: SIMD register width in bytes; registers: how many.
     l1_kb, l2_kb: data caches in KiB. runner: "native", "qemu-aarch64" or "qemu-arm"; qemu_cpu: its `-cpu`.
     cc: C compiler of the tool chain; cflags: architecture flags for it. package, runner_package: Debian packages that
-    provide them. requant: rounding of integer requantisation (RQ1: one rounding, half up).
+    provide them. requant: how int8 layers round here, see `edgec.integer`: RQF
+    on cores whose vector units follow IEEE 754, RQ1 (integers only) on all others.
     """
 
     name: str

@@ -59,10 +59,11 @@ class Converter:
         observed: Mapping[fx.Node, QParams],
         per_channel: bool = True,
         rounding: Rounding = quantize_weights,
+        requant: str = "RQ1",
     ) -> None:
         self.module, self.graph = module, module.graph
         self.annotation, self.observed = annotation, observed
-        self.per_channel, self.rounding = per_channel, rounding
+        self.per_channel, self.rounding, self.requant = per_channel, rounding, requant
         self.codes: dict[fx.Node, fx.Node] = {}
         self.meaning: dict[fx.Node, QParams] = {}
         self.reals: dict[fx.Node, fx.Node] = {}
@@ -194,7 +195,7 @@ class Converter:
             target = edgec.qconv2d.default
         made = self._call(target, args, node)
         self.layers[made] = node
-        self._finish(node, made, params)
+        self._finish(node, made, dataclasses.replace(params, requant=self.requant))
 
     def _constants(
         self, node: fx.Node, x_scale: float, x_zero: int, y_scale: np.ndarray, offset: np.ndarray | float = 0.0
@@ -208,7 +209,7 @@ class Converter:
         # The bias of a dead or nearly dead channel must still fit int32.
         scales = np.maximum(symmetric_scales(weights, self.per_channel), np.abs(bias) / (x_scale * LARGEST_BIAS))
         codes = self.rounding(weights, scales)
-        m, shift = integer.quantize_multipliers(x_scale * scales / y_scale)
+        m, shift = integer.multipliers(x_scale * scales / y_scale, self.requant)
         values = (codes, integer.bias_codes(bias, codes, x_scale, x_zero, scales), m, shift)
         names = (f"{path}_q", f"{path}_q_bias", f"{path}_q_m", f"{path}_q_shift")
         nodes = tuple(self._store(n, torch.from_numpy(v)) for n, v in zip(names, values, strict=True))

@@ -12,6 +12,7 @@ from torch import fx
 
 from edgec.data import Dataset
 from edgec.errors import EdgecError
+from edgec.integer import REQUANTS
 from edgec.passbase import Context, Needs, Pass, option
 from edgec.passes.quantization.annotate import Annotation, annotate
 from edgec.passes.quantization.bias_correction import correct_biases
@@ -51,7 +52,7 @@ class Int8Summary:
 
 @dataclass(frozen=True)
 class QuantizeInt8(Pass):
-    """int8 weights and activations, int32 accumulators, requantisation by a fixed-point multiplier and a shift.
+    """int8 weights and activations, int32 accumulators, requantisation by one multiplier per channel.
 
     Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference";
     Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference: A whitepaper".
@@ -75,6 +76,11 @@ class QuantizeInt8(Pass):
     per_channel: bool = option(True, "one weight scale per output channel instead of one per layer")
     equalize: bool = option(False, "cross-layer equalisation before calibration")
     bias_correction: bool = option(False, "remove the mean error of every layer on the calibration samples")
+    requant: str = option(
+        "auto",
+        "how layers round: RQ1 with integers, RQF with a float32 product; auto: as is fastest on the target",
+        choices=("auto", *REQUANTS),
+    )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
     calibration_samples: int = option(256, "at most this many calibration samples are used", low=1)
 
@@ -108,7 +114,10 @@ class QuantizeInt8(Pass):
         subset = samples.limit(CORRECTION_SAMPLES, context.seed)
         means = self._layer_means(program, module, annotation, subset) if self.bias_correction else {}
         rounding = squant_codes if self.rounding == "squant" else quantize_weights
-        converter = Converter(module, annotation, observed, self.per_channel, rounding)
+        requant = self.requant
+        if requant == "auto":
+            requant = "RQ1" if context.device is None else context.device.requant
+        converter = Converter(module, annotation, observed, self.per_channel, rounding, requant)
         records = converter.convert()
         module.graph.eliminate_dead_code()
         if means:

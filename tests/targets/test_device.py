@@ -44,6 +44,13 @@ def test_llvm_accepts_the_cpu_and_its_features(name: str) -> None:
     assert tvm.get_global_func("target.llvm_is_valid_cpu")(device.mcpu, device.triple)
 
 
+@pytest.mark.parametrize("name", device_names())
+def test_requantisation_in_floats_needs_ieee_vectors(name: str) -> None:
+    device = load_device(name)
+    assert device.requant == ("RQ1" if device.is_arm32 else "RQF")
+    assert Device("core", "", "mcu", "thumbv7em-none-none-eabi", "cortex-m4", "", "", 4, 1).requant == "RQ1"
+
+
 @pytest.mark.parametrize("name", ARM64)
 def test_feature_flags_agree(name: str) -> None:
     device = load_device(name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from edgec.data import Preprocess, load_data, random_data
 from edgec.errors import EdgecError
@@ -17,6 +17,7 @@ from edgec.passbase import Context, Needs
 from edgec.passes.graph.fold_bn import FoldBN
 from edgec.passes.quantization.quantize_int8 import Int8Summary, QuantizeInt8
 from edgec.program import Program, get_weight, is_call, layer_of, origin_of
+from edgec.targets.device import load_device
 from tests import zoo
 from tests.passes.quantization.helpers import (
     Result,
@@ -101,6 +102,31 @@ def test_options_keep_the_model_close(result: Result, options):
     other = quantised(result.before, result.samples, fold=False, **options)
     assert other.error < 0.05
     assert other.operators == result.operators
+
+
+def test_rounding_follows_the_target(result: Result):
+    """RQF where the target says so; its codes are those of RQ1, except that a few are the neighbours."""
+    calibration = result.context.calibration
+    cores = {name: Context(device=load_device(name), calibration=calibration) for name in ("cortex-a72", "cortex-a7")}
+    by_name = {name: QuantizeInt8().run(result.before, context) for name, context in cores.items()}
+    assert by_name["cortex-a7"].text() == result.after.text()
+    floats = QuantizeInt8(requant="RQF").run(result.before, cores["cortex-a7"])
+    assert floats.text() == by_name["cortex-a72"].text()
+    layers = _layers(floats)
+    for node in layers:
+        m, shift = (get_weight(floats.module, a) for a in node.args[3:5])
+        assert (m.dtype, shift.dtype) == (torch.float32, torch.int32) and not shift.any()
+        assert records(floats)[node.name].requant == "RQF"
+    assert all(records(result.after)[n.name].requant == "RQ1" for n in _layers(result.after))
+    for got, want in zip(floats(result.samples), by_definition(floats, result.samples), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(floats(result.samples), result.after(result.samples), strict=True):
+        assert (got - want).norm() <= 0.03 * want.norm()
+
+
+def _layers(program: Program) -> list[fx.Node]:
+    targets = (edgec.qconv2d.default, edgec.qlinear.default)
+    return [n for n in program.graph.nodes if is_call(n, *targets)]
 
 
 def test_weights_and_tables_are_all_that_is_stored(result: Result):
