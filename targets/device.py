@@ -58,6 +58,7 @@ class Device:
     has_dot: bool = False
     has_i8mm: bool = False
     has_fp16: bool = False
+    has_vnni: bool = False
 
     def llvm_target(self) -> dict[str, Any]:
         """The target description for TVM."""
@@ -72,6 +73,15 @@ class Device:
     def is_arm32(self) -> bool:
         """Whether the code is 32-bit Arm with NEON."""
         return self.triple.startswith("armv7")
+
+    @property
+    def is_arm64(self) -> bool:
+        """Whether the code is 64-bit Arm."""
+        return self.triple.startswith("aarch64")
+
+    @property
+    def is_x86(self) -> bool:
+        return self.triple.startswith("x86_64")
 
     @property
     def lanes(self) -> int:
@@ -117,4 +127,7 @@ def host_row() -> dict[str, Any]:
         raise EdgecError(f"no settings for a {machine} machine", where="--target host", hint="name a device instead")
     flags = set(CPUINFO.read_text().split()) if CPUINFO.exists() else set()
     mcpu, _, vector_bytes, registers = next(level for level in X86_LEVELS if level[1] <= flags)
-    return {"triple": "x86_64-unknown-linux-gnu", "mcpu": mcpu, "vector_bytes": vector_bytes, "registers": registers}
+    row = {"triple": "x86_64-unknown-linux-gnu", "mcpu": mcpu, "vector_bytes": vector_bytes, "registers": registers}
+    if mcpu == "x86-64-v4" and "avx512_vnni" in flags:
+        row |= {"features": ("+avx512vnni",), "has_vnni": True}
+    return row
