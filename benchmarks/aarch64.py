@@ -5,7 +5,8 @@
 
 MODEL is a name of benchmarks/models.py or a part of one, `resnet18` (random weights) or `digits`. Instructions are not
 time: a core may do two or four in a cycle, or wait for memory. Beside them stand the cycles that LLVM's model of the
-core (llvm-mca 19) gives each kernel, every load hitting the first cache. Both are the same on every run.
+core (llvm-mca 19) gives the kernels, every load hitting the first cache; the C library's memcpy and memset, which
+kernels call for padding, have their own lines and no cycles. Both figures are the same on every run.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
 DEVICES = ("cortex-a72", "neoverse-n1")
 # Instructions do not depend on the quantisation parameters.
 CALIBRATION_SAMPLES = 8
+# Part of a kernel's instructions from which on a loop is printed.
+HOT = 0.1
 # Kernels that sum over channels, so that lanes can be multiplied by element and dot products apply.
 DENSE = ("conv2d", "gemm", "matmul", "linear")
 KERNELS = {
@@ -344,9 +347,10 @@ def show(m: Measurement, layers: bool, asm: bool) -> None:
             typer.echo(line)
     if asm:
         for k in m.kernels:
-            for report in (k.loops.loops if k.loops is not None else ())[:1]:
-                typer.echo(f"\n{k.symbol}, {m.device.name}: {report.text()}")
-                typer.echo("\n".join(f"    {line}" for line in report.code))
+            for report in k.loops.loops if k.loops is not None else ():
+                if (report.share or 0) >= HOT:
+                    typer.echo(f"\n{k.symbol}, {m.device.name}: {report.text()}")
+                    typer.echo("\n".join(f"    {line}" for line in report.code))
 
 
 def main(

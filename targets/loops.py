@@ -2,16 +2,19 @@
 
 For 64-bit Arm. The loops are read from the disassembly of the object file; llvm-mca, where it is installed, simulates
 them without memory (every load hits the first cache) and with perfect branch prediction. Its figures are a model's,
-not a measurement: good for comparing two versions of a kernel, and for seeing how far from its peak one is.
+not a measurement: good for comparing two versions of a kernel, and for seeing how far from its peak one is. Peaks are the model's too: LLVM's
+Cortex-A55 starts two 128-bit fmla in a cycle.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,19 +217,13 @@ def inspect_function(
         simulated = simulate([*pieces, *(body for body, _ in rest)], device)
         for i, report in enumerate(found):
             peak = peak_macs(report.kind, device) if report.kind else None
-            found[i] = _replace(report, cycles=simulated[i], peak=peak, model=model_of(device))
+            found[i] = dataclasses.replace(report, cycles=simulated[i], peak=peak, model=model_of(device))
         if counts is not None:
             inner = sum((r.cycles or 0) * (r.iterations or 0) for r in found)
             cycles = inner + sum(n * c for (_, n), c in zip(rest, simulated[len(pieces) :], strict=True))
     # Without a profile, the loop with most arithmetic is taken for the hot one.
     found.sort(key=lambda r: (-(r.share or 0), -r.macs, -r.instructions, r.address))
     return KernelReport(symbol, tuple(found), cycles)
-
-
-def _replace(report: LoopReport, **changes: object) -> LoopReport:
-    import dataclasses
-
-    return dataclasses.replace(report, **changes)  # type: ignore[arg-type]
 
 
 def _report(
@@ -281,8 +278,6 @@ def _kind(body: Sequence[Instruction]) -> str:
 def disassemble(program: Path | bytes, symbol: str, objdump: str = OBJDUMP) -> list[Instruction]:
     """The instructions of a function, in order of address. Raises EdgecError, ToolchainMissing."""
     if isinstance(program, bytes):
-        import tempfile
-
         with tempfile.TemporaryDirectory(prefix="edgec-loops-") as folder:
             file = Path(folder) / "kernels.o"
             file.write_bytes(program)

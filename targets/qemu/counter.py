@@ -28,6 +28,7 @@ from edgec.targets.cpu.toolchain import require_toolchain
 from edgec.targets.device import Device
 
 SOURCE = "insn_count.c"
+VENEER = "call it directly: no tail call, no linker's veneer"
 
 
 @dataclass(frozen=True)
@@ -175,32 +176,54 @@ def link(arguments: Sequence[str], device: Device, program: Path) -> Path:
     return program
 
 
-def emulator(device: Device, report: Path, start: int) -> list[str]:
+def emulator(device: Device, report: Path, start: int | None) -> list[str]:
     """What goes before a program: the emulator, counting into `report` from entry to return of the code at `start`.
 
-    Raises EdgecError for a device that has no emulator, ToolchainMissing when it is not installed.
+    With None it counts the whole program, start-up included. Raises EdgecError for a device that has no emulator, ToolchainMissing when it is not installed.
     """
     if device.runner == "native":
         raise EdgecError("has no emulator that counts", where=f"target {device.name}", hint="use valgrind on this one")
     plugin = build_plugin(device.runner, device.runner_package)
     # A comma separates options; two of them stand for one.
     paths = [str(p.absolute()).replace(",", ",,") for p in (plugin, report)]
-    options = f"{paths[0]},out={paths[1]},start={start:#x}"
+    options = f"{paths[0]},out={paths[1]}" + ("" if start is None else f",start={start:#x}")
     return [*command_prefix(device.runner, device.qemu_cpu), "-plugin", options]
 
 
-def read_report(report: Path, program: Path) -> Profile:
-    """What the plugin wrote. Raises EdgecError when it is incomplete or nothing was counted."""
+def read_report(report: Path, program: Path, *, whole: bool = False) -> Profile:
+    """What the plugin wrote. whole: no function was named. Raises EdgecError when it is incomplete or without calls."""
     try:
         *rows, end = [line.split() for line in report.read_text().splitlines()]
         blocks = tuple(Block(*map(int, row)) for row in sorted(rows, key=lambda row: int(row[0])))
-        word, calls, active = end
+        word, calls, active, stop = end
     except (OSError, ValueError) as error:
         raise EdgecError("has no complete instruction counts", where=program.name) from error
-    if word != "end" or active != "0" or calls == "0":
-        what = "was never called" if calls == "0" else "did not return to its caller"
-        raise EdgecError(f"counted function {what}", where=program.name, hint="look for a veneer before the call")
+    if word != "end" or not whole and (active != "0" or calls == "0"):
+        what = "was never called" if calls == "0" else "did not return behind its call"
+        raise EdgecError(f"counted function {what}", where=program.name, hint=VENEER)
+    if not whole and not _follows_call(program, int(stop)):
+        raise EdgecError("counted function was jumped to, not called", where=program.name, hint=VENEER)
     return Profile(program, blocks, int(calls))
+
+
+def _follows_call(program: Path, address: int) -> bool:
+    """Whether the instruction in front of `address` is a call: only then is that where a function returns to."""
+    from elftools.elf.elffile import ELFFile
+
+    with program.open("rb") as file:
+        elf = ELFFile(file)
+        offset = next(iter(elf.address_offsets(address - 4, 4)), None)
+        if offset is None:
+            return False
+        file.seek(offset)
+        data = file.read(4)
+    word = int.from_bytes(data, "little")
+    first, second = word & 0xFFFF, word >> 16
+    if elf["e_machine"] == "EM_AARCH64":
+        return word >> 26 == 0b100101 or word & 0xFFFFFC1F == 0xD63F0000
+    arm = word >> 25 & 7 == 0b101 and (word >> 24 & 1 or word >> 28 == 15) or word & 0x0FFFFFF0 == 0x012FFF30
+    thumb = first & 0xF800 == 0xF000 and second & 0xC000 == 0xC000 or second & 0xFF87 == 0x4780
+    return bool(arm or thumb)
 
 
 def build_plugin(runner: str = "qemu-aarch64", package: str | None = None) -> Path:

@@ -9,9 +9,10 @@
  *
  *   ADDRESS BYTES INSTRUCTIONS EXECUTIONS
  *
- * and a last line `end CALLS ACTIVE`: how often counting started, and 1 if it was still on when the program ended. A
- * block is entered at its first instruction and left after its last, so sums of INSTRUCTIONS * EXECUTIONS are exact;
- * instructions of a Thumb IT block count whether or not their condition holds. One guest thread.
+ * and a last line `end CALLS ACTIVE STOP`: how often counting started, 1 if it was still on when the program ended, and
+ * where it stopped; whoever reads that may check that a call stands in front of it. A block is entered at its first
+ * instruction and left after its last, so sums of INSTRUCTIONS * EXECUTIONS are exact; instructions of a Thumb IT block
+ * count whether or not their condition holds. One guest thread.
  *
  * The interface is QEMU's stable plugin API (docs/devel/tcg-plugins), declared here because Debian has no header for
  * it. Only functions that every version since QEMU 6.0 has: the inline counters of 7.2 went with version 2 of the API.
@@ -121,7 +122,7 @@ static void finish(qemu_plugin_id_t id, void *data) {
                     b->executions);
         }
     }
-    fprintf(file, "end %" PRIu64 " %d\n", calls, active);
+    fprintf(file, "end %" PRIu64 " %d %" PRIu64 "\n", calls, active, stop);
     if (fclose(file)) fprintf(stderr, "insn_count: cannot write %s\n", path);
 }
 
