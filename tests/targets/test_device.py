@@ -13,7 +13,7 @@ from edgec.targets.device import Device, device_names, load_device
 pytestmark = pytest.mark.pure
 V3 = "cx16 popcnt sse4_1 sse4_2 ssse3 abm avx avx2 bmi1 bmi2 f16c fma movbe"
 V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
-ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "cortex-x2")
+ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1", "cortex-x2")
 
 
 def test_names() -> None:
