@@ -160,7 +160,7 @@ class Conv2D(Weighted):
                 if (vectors - 1) * how.lanes >= outputs:
                     continue
                 pixels = balanced(columns.out, most)
-                cost = rows.out * tile_cost(how, device, columns.out, pixels, outputs, vectors, depth)
+                cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
                 options.append((cost, (pixels, vectors)))
         pixels, vectors = best(options)
         weights = outputs * inputs * self.kernel[0] * self.kernel[1] * (1 if self.dtype == "int8" else 4)
@@ -302,25 +302,26 @@ class Conv2D(Weighted):
 
 
 def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
-    """Whether a register tile leaves room for its operands."""
+    """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop."""
+    if isinstance(how, Smull):
+        return pixels * vectors <= 8 and vectors <= 2
     if isinstance(how, Lane | Sdot):
-        needed = pixels * vectors + pixels + min(vectors, 2)
-    elif isinstance(how, Smull):
-        needed = 2 * pixels * vectors + 2 * vectors + 6
-    else:
-        needed = pixels * vectors + vectors + 1 + (how.dtype == "int8")
-    return needed <= device.registers
+        return pixels * vectors + pixels + vectors < device.registers
+    return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
 
 
-def tile_cost(how: Dot, device: Device, columns: int, pixels: int, outputs: int, vectors: int, depth: int) -> float:
-    """Modelled cycles of one row of tiles: multiplications, loads that do not hide behind them, and latency."""
+def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int) -> float:
+    """Modelled instructions of one row of tiles; `depth` groups are summed.
+
+    Counted: multiplications, or what the latency of too few accumulators takes; input and weight loads, of which
+    neighbours pair up; the loop's own; and the epilogue.
+    """
 
     def tile(count: int, used: int) -> float:
-        multiplications = count * used * how.sums
-        # An accumulator is ready again after about four multiplications.
-        busy = max(multiplications, 6)
-        loads = count / how.wide + used
-        return depth * (busy + 0.5 * loads) + 2.0 * count * used
+        busy = max(count * used * (3 if isinstance(how, Smull) else 1), 8) * how.wide
+        extra = count * (5 if isinstance(how, Smull) else 1)
+        epilogue = count * used * (8.0 if how.dtype == "int8" else 2.5)
+        return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
 
     full, rest = divmod(columns, pixels)
     whole, tail = divmod(-(-outputs // how.lanes), vectors)
