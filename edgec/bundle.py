@@ -230,16 +230,16 @@ def build_bundle(
     selftest: sample and expected result that are built in; without it there is no self-test. meta: plain data for the
     manifest. force: replace a bundle that is there. Raises EdgecError or ToolchainMissing; nothing is left behind then.
     """
-    from edgec.targets.codegen import build_object
+    from edgec.targets.codegen import build_objects
 
-    kernel_object = build_object(lowered.kernels, device)
-    return assemble(lowered.plan, lowered.kernels, kernel_object, device, directory, selftest, meta, force=force)
+    objects = list(build_objects(lowered.kernels, device).values())
+    return assemble(lowered.plan, lowered.kernels, objects, device, directory, selftest, meta, force=force)
 
 
 def assemble(
     plan: Plan,
     kernels: Kernels,
-    kernel_object: bytes,
+    kernel_objects: Sequence[bytes],
     device: Device,
     directory: str | Path,
     selftest: SelfTest | None = None,
@@ -247,7 +247,7 @@ def assemble(
     *,
     force: bool = False,
 ) -> Bundle:
-    """`build_bundle` for a given kernel object; `kernels` has `signature` and `readonly` (see `LoweredKernels`)."""
+    """`build_bundle` for given objects of kernels; `kernels` has `signature` and `readonly` (see `LoweredKernels`)."""
     from edgec import __version__
     from edgec.targets.cpu.emit import emit, exports
     from edgec.targets.cpu.toolchain import build_library, require_toolchain
@@ -261,7 +261,8 @@ def assemble(
         (work / "obj").mkdir(parents=True)
         for name, data in files.items():
             (work / name).write_bytes(data)
-        (work / "obj" / "kernels.o").write_bytes(kernel_object)
+        for number, data in enumerate(kernel_objects):
+            (work / "obj" / f"kernel{number:04}.o").write_bytes(data)
         build_library(work, plan.name, device, exports(plan.name, selftest is not None))
         places = {
             f"include/{plan.name}.h": f"{plan.name}.h",

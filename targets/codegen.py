@@ -1,15 +1,20 @@
-"""TIR kernels to an object file with plain C functions.
+"""TIR kernels to object files with plain C functions.
 
 The kernels are lowered without TVM's calling convention: every buffer becomes a pointer parameter, internal buffers
 that are too large for the stack become further pointer parameters (the memory planner gives them room in the arena),
-and nothing refers to the TVM runtime. The object links into any C program.
+and nothing refers to the TVM runtime. The objects link into any C program.
+
+Each kernel is compiled on its own, several at a time, and kept on disk by content (`edgec.targets.cache`).
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import os
 import re
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +27,17 @@ from tvm.tirx.buffer import is_buffer_var
 
 from edgec.errors import EdgecError
 from edgec.targets import elementary
+from edgec.targets.cache import ObjectCache
 from edgec.targets.device import Device
+from edgec.targets.elf import rename_symbol
+from edgec.targets.elf import text_bytes as text_bytes
+from edgec.targets.elf import undefined_symbols as undefined_symbols
 from edgec.targets.schedule import schedule
 
+# What kernels are called while they are compiled, so that equal ones of different models are found in the cache.
+CANONICAL = "edgec_kernel"
+# Part of every key of the cache: raise it when equal TIR becomes other machine code.
+GENERATION = 1
 RUNTIME_SYMBOL = re.compile(r"TVM|tvm|__tvm")
 UNWANTED_IR = (
     (re.compile(r'^define weak [^\n]*section "\.text\.tvm\.fp16\.conv"[^\n]*\{\n.*?^\}\n', re.M | re.S), ""),
@@ -72,48 +85,62 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
     return LoweredKernels(final, signature, scratch, readonly)
 
 
-def build_object(lowered: LoweredKernels, device: Device) -> bytes:
-    """Compile to one position-independent ELF object. The same kernels give the same bytes.
+def build_objects(
+    lowered: LoweredKernels, device: Device, *, cache: ObjectCache | None = None, workers: int | None = None
+) -> dict[str, bytes]:
+    """Compile each kernel to a position-independent ELF object, by symbol in sorted order.
 
     The kernels are hidden symbols: code linked into the same program or library calls them, nothing else sees them.
-    Raises EdgecError when a kernel needs the TVM runtime, which a device does not have.
+    Equal kernels give equal bytes, whatever `cache` (default: the user's) holds and however many `workers` (default:
+    as many threads as this process may use CPUs) compile at the same time. Raises EdgecError when a kernel needs the
+    TVM runtime, which a device does not have.
     """
-    target = tvm.target.Target(device.llvm_target())
-    built = tvm.get_global_func("target.build.llvm")(lowered.module, target)
+    store = ObjectCache.of_user() if cache is None else cache
+    functions = {var.name_hint: f.with_attr("global_symbol", CANONICAL) for var, f in lowered.module.functions.items()}
+    symbols = sorted(functions)
+    keys = {symbol: _key(functions[symbol], device) for symbol in symbols}
+    objects = {key: store.get(key) for key in keys.values()}
+    missing = {keys[symbol]: functions[symbol] for symbol in symbols if objects[keys[symbol]] is None}
+    if missing:
+        target = tvm.target.Target(device.llvm_target())
+        # TVM lets go of the interpreter while it works, so threads are enough.
+        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            try:
+                done = list(pool.map(lambda function: _compile(function, target), missing.values()))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        compiled = dict(zip(missing, done, strict=True))
+        runtime = sorted({s for data in compiled.values() for s in undefined_symbols(data) if RUNTIME_SYMBOL.match(s)})
+        if runtime:
+            raise EdgecError(
+                f"kernels need the TVM runtime: {', '.join(runtime)}",
+                where="code generation",
+                hint="rewrite the operator in the model; sorting, random numbers and data-dependent shapes have no "
+                "kernel",
+            )
+        for key, data in compiled.items():
+            store.put(key, data)
+        store.trim()
+        objects.update(compiled)
+    return {symbol: rename_symbol(objects[keys[symbol]] or b"", CANONICAL, symbol) for symbol in symbols}
+
+
+def _key(function: Any, device: Device) -> str:
+    """The name in the cache of what `_compile` makes of a lowered kernel. TIR prints with all digits of its numbers."""
+    llvm = tvm.get_global_func("target.llvm_version_major")()
+    parts = (GENERATION, tvm.__version__, llvm, repr(UNWANTED_IR), device.llvm_target(), function.script())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _compile(function: Any, target: Any) -> bytes:
+    """The object of one kernel, called `CANONICAL`."""
+    built = tvm.get_global_func("target.build.llvm")(tvm.IRModule({CANONICAL: function}), target)
     with tempfile.TemporaryDirectory(prefix="edgec-object-") as folder:
-        source, path = Path(folder) / "kernels.ll", Path(folder) / "kernels.o"
+        source, path = Path(folder) / "kernel.ll", Path(folder) / "kernel.o"
         source.write_text(_plain_ir(built.inspect_source("ll")))
         tvm.get_global_func("ffi.Module.load_from_file.ll")(str(source), "ll").write_to_file(str(path), "o")
-        data = path.read_bytes()
-    runtime = sorted(s for s in undefined_symbols(data) if RUNTIME_SYMBOL.match(s))
-    if runtime:
-        raise EdgecError(
-            f"kernels need the TVM runtime: {', '.join(runtime)}",
-            where="code generation",
-            hint="rewrite the operator in the model; sorting, random numbers and data-dependent shapes have no kernel",
-        )
-    return data
-
-
-def text_bytes(data: bytes) -> int:
-    """Bytes of machine code and read-only tables in an ELF object or shared library."""
-    from elftools.elf.constants import SH_FLAGS
-    from elftools.elf.elffile import ELFFile
-
-    loaded = (s for s in ELFFile(io.BytesIO(data)).iter_sections() if s["sh_flags"] & SH_FLAGS.SHF_ALLOC)
-    return sum(s["sh_size"] for s in loaded if not s["sh_flags"] & SH_FLAGS.SHF_WRITE)
-
-
-def undefined_symbols(data: bytes) -> set[str]:
-    """Names an ELF object or shared library expects from elsewhere."""
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import SymbolTableSection
-
-    found = set()
-    for section in ELFFile(io.BytesIO(data)).iter_sections():
-        if isinstance(section, SymbolTableSection):
-            found |= {s.name for s in section.iter_symbols() if s["st_shndx"] == "SHN_UNDEF" and s.name}
-    return found
+        return path.read_bytes()
 
 
 def _plain_ir(text: str) -> str:

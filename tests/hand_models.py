@@ -140,7 +140,7 @@ def build(model: Model, folder: Path, device: Device | None = None, **options: A
     """The bundle of a hand-made model in `folder`, with its self-test unless `selftest` is given."""
     device = device or load_device("host")
     options.setdefault("selftest", model.selftest())
-    return assemble(model.plan, model.kernels, compile_kernels(model.source, device), device, folder, **options)
+    return assemble(model.plan, model.kernels, [compile_kernels(model.source, device)], device, folder, **options)
 
 
 # Compiled for each of these, and run there.

@@ -238,7 +238,7 @@ def test_a_missing_compiler_is_told_before_any_work(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("PATH", str(tmp_path))
     model = dense_model()
     with pytest.raises(ToolchainMissing, match="apt-get install gcc"):
-        bundle_module.assemble(model.plan, model.kernels, b"", load_device("host"), tmp_path / "net")
+        bundle_module.assemble(model.plan, model.kernels, [], load_device("host"), tmp_path / "net")
     assert not list(tmp_path.iterdir())
 
 

@@ -40,14 +40,15 @@ def has_toolchain(device: Device) -> str | None:
 
 
 def build_library(folder: Path, name: str, device: Device, exports: Sequence[str]) -> None:
-    """Compile the emitted files in `folder`, and its `obj/kernels.o`, into lib<name>.a, lib<name>.so and `runner`.
+    """Compile the emitted files in `folder`, and its `obj/kernel*.o`, into lib<name>.a, lib<name>.so and `runner`.
 
     Both libraries offer the functions `exports` and nothing else: the parts are linked into one object whose other
     symbols are made local, so any number of models can share a program. The self-test is a second object, which a
     program that does not call it leaves out. All paths are relative to `folder` and no build identifier is written:
     equal inputs give equal files. Raises EdgecError with the compiler's message, OSError when the disk is full.
     """
-    parts = [("model.c", "weights.S", "obj/kernels.o"), ("selftest.c", "selftest_data.S")]
+    kernels = sorted(f"obj/{path.name}" for path in (folder / "obj").glob("kernel*.o"))
+    parts = [("model.c", "weights.S", *kernels), ("selftest.c", "selftest_data.S")]
     members = []
     for export, sources in zip(exports, parts, strict=False):
         objects = [_compile(source, folder, device) for source in sources]

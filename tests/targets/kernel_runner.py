@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import tvm
 
-from edgec.targets.codegen import LoweredKernels, build_object, lower_kernels
+from edgec.targets.codegen import LoweredKernels, build_objects, lower_kernels
 from edgec.targets.device import Device, load_device
 
 EMULATORS = {"native": (), "qemu-aarch64": ("qemu-aarch64", "-cpu"), "qemu-arm": ("qemu-arm", "-cpu")}
@@ -125,14 +125,16 @@ def require(device: Device) -> None:
 
 
 def run_calls(calls: Sequence[Call], device: Device, min_scratch: int = 256) -> list[list[np.ndarray]]:
-    """Outputs of each call, compiled into one object for `device` and run in one process."""
+    """Outputs of each call, compiled for `device` and run in one process."""
     require(device)
     module = tvm.IRModule({f"k{i}": c.function.with_attr("global_symbol", f"k{i}") for i, c in enumerate(calls)})
     lowered = lower_kernels(module, device, min_scratch)
     with tempfile.TemporaryDirectory(prefix="edgec-kernels-") as name:
         folder = Path(name)
-        (folder / "kernels.o").write_bytes(build_object(lowered, device))
-        program = link(folder, [folder / "kernels.o"], len(calls), device)
+        objects = {folder / f"{symbol}.o": data for symbol, data in build_objects(lowered, device).items()}
+        for path, data in objects.items():
+            path.write_bytes(data)
+        program = link(folder, list(objects), len(calls), device)
         (folder / "in.bin").write_bytes(_encode(calls, lowered))
         emulator = EMULATORS[device.runner]
         prefix = (*emulator, str(device.qemu_cpu)) if emulator else ()
