@@ -474,7 +474,9 @@ def arithmetic(program: Program) -> str:
     when nothing is quantised, else "mixed"."""
     import torch
 
-    edges = (torch.ops.edgec.dequantize.default, torch.ops.edgec.quantize.default)
+    ops = torch.ops.edgec
+    # A layer with a float result scales an integer once, as exactly as a dequantisation does.
+    edges = (ops.dequantize.default, ops.quantize.default, ops.qlinear_float.default, ops.qconv2d_float.default)
     calls = [n for n in program.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
     if not any(n.target in edges for n in calls):
         return "float"

@@ -202,6 +202,41 @@ def qconv2d(
 
     m, shift: one per output channel, see `requantize`.
     """
+    accumulator = _conv_sums(x, w, bias, stride, padding, dilation, groups, x_zp, layout)
+    per_channel = (1, -1, 1, 1)
+    y = _finish(accumulator, m.reshape(per_channel), shift.reshape(per_channel), y_zp, lo, hi)
+    return _from_nchw(y, layout)
+
+
+def qconv2d_float(
+    x: Codes,
+    w: Codes,
+    bias: NDArray[np.int32],
+    scale: NDArray[np.float32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_zp: int,
+    layout: str = "NCHW",
+) -> NDArray[np.float32]:
+    """`qconv2d` with a real result: float32(accumulator) * scale, with one float32 scale per output channel."""
+    accumulator = _conv_sums(x, w, bias, stride, padding, dilation, groups, x_zp, layout)
+    return _from_nchw(_real(accumulator, scale.reshape(1, -1, 1, 1)), layout)
+
+
+def _conv_sums(
+    x: Codes,
+    w: Codes,
+    bias: NDArray[np.int32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_zp: int,
+    layout: str,
+) -> Integers:
+    """Accumulators [n, out, rows, columns] of a convolution."""
     padded = _spatial_pad(_to_nchw(x, layout), padding, x_zp)
     n, channels, _, _ = padded.shape
     outputs, depth, kh, kw = w.shape
@@ -219,10 +254,7 @@ def qconv2d(
                 tap = _taps(source, i * dilation[0], j * dilation[1], rows, columns, stride)
                 kernel = w[out, :, i, j].astype(np.int64)
                 accumulator[:, out] += np.einsum("nchw,oc->nohw", tap, kernel)
-    per_channel = (1, -1, 1, 1)
-    accumulator += bias.astype(np.int64).reshape(per_channel)
-    y = _finish(accumulator, m.reshape(per_channel), shift.reshape(per_channel), y_zp, lo, hi)
-    return _from_nchw(y, layout)
+    return accumulator + bias.astype(np.int64).reshape(1, -1, 1, 1)
 
 
 def qlinear(
@@ -238,6 +270,12 @@ def qlinear(
     """x[..., K] times w[O, K] transposed; `bias` contains -x_zp * sum(w) already."""
     accumulator = np.einsum("...k,ok->...o", x.astype(np.int64), w.astype(np.int64)) + bias.astype(np.int64)
     return _finish(accumulator, m, shift, y_zp, lo, hi)
+
+
+def qlinear_float(x: Codes, w: Codes, bias: NDArray[np.int32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`qlinear` with a real result: float32(accumulator) * scale, with one float32 scale per output channel."""
+    accumulator = np.einsum("...k,ok->...o", x.astype(np.int64), w.astype(np.int64)) + bias.astype(np.int64)
+    return _real(accumulator, scale)
 
 
 def qadd(a: Codes, b: Codes, ma: int, mb: int, f: int, za: int, zb: int, zy: int, lo: int, hi: int) -> Codes:
@@ -370,20 +408,29 @@ def _too_large(values: NDArray[np.float64]) -> EdgecError:
 
 
 def _finish(accumulator: Integers, m: ArrayLike, shift: ArrayLike, zero_point: int, lo: int, hi: int) -> Codes:
+    _check_sums(accumulator)
+    return _clamp(requantize(accumulator, m, shift) + zero_point, lo, hi)
+
+
+def _real(accumulator: Integers, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    _check_sums(accumulator)
+    return accumulator.astype(np.float32) * scale
+
+
+def _check_sums(accumulator: Integers) -> None:
     if accumulator.size and (accumulator.min() < -ACCUMULATOR_LIMIT or accumulator.max() >= ACCUMULATOR_LIMIT):
         raise EdgecError("accumulator left int32", hint="build the bias with `bias_codes`, which checks the bound")
-    return _clamp(requantize(accumulator, m, shift) + zero_point, lo, hi)
 
 
 def _clamp(values: Integers, lo: int, hi: int) -> Codes:
     return np.clip(values, lo, hi).astype(np.int8)
 
 
-def _to_nchw(x: Codes, layout: str) -> Codes:
+def _to_nchw(x: NDArray[Any], layout: str) -> NDArray[Any]:
     return x.transpose(0, 3, 1, 2) if layout == "NHWC" else x
 
 
-def _from_nchw(y: Codes, layout: str) -> Codes:
+def _from_nchw(y: NDArray[Any], layout: str) -> NDArray[Any]:
     return np.ascontiguousarray(y.transpose(0, 2, 3, 1)) if layout == "NHWC" else y
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgec import integer, qops
+from edgec.errors import EdgecError
 
 pytestmark = pytest.mark.pure
 edgec = torch.ops.edgec
@@ -96,6 +97,44 @@ def test_qlinear_keeps_leading_axes():
     m, shift = requantisation(rng, 6, 127 * 70 * 4)
     args = (codes(rng, 2, 3, 5, 16), codes(rng, 6, 16, low=-127), np.arange(6, dtype=np.int32), m, shift, 0, -128, 127)
     assert same(edgec.qlinear, integer.qlinear, *args).shape == (2, 3, 5, 6)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", CONVS)
+def test_qconv2d_float(case, layout):
+    n, h, w, ci, co, kernel, stride, padding, dilation, groups = case
+    rng = np.random.default_rng(0)
+    x = codes(rng, *((n, ci, h, w) if layout == "NCHW" else (n, h, w, ci)))
+    weights = codes(rng, co, ci // groups, *kernel, low=-127)
+    bias = rng.integers(-(2**31) + 2**24, 2**31 - 2**24, co).astype(np.int32)
+    scale = rng.uniform(1e-6, 1e-2, co).astype(np.float32)
+    same(
+        edgec.qconv2d_float,
+        integer.qconv2d_float,
+        x,
+        weights,
+        bias,
+        scale,
+        stride,
+        padding,
+        dilation,
+        groups,
+        -11,
+        layout,
+    )
+
+
+def test_qlinear_float_rounds_twice_in_float32():
+    rng = np.random.default_rng(1)
+    x, w = codes(rng, 2, 3, 5, 16), codes(rng, 6, 16, low=-127)
+    bias = np.array([0, 1, -7, 2**30 + 1, -(2**30) - 3, 2**24 + 1], np.int32)
+    scale = rng.uniform(1e-6, 1e-2, 6).astype(np.float32)
+    y = same(edgec.qlinear_float, integer.qlinear_float, x, w, bias, scale)
+    assert y.shape == (2, 3, 5, 6) and y.dtype == np.float32
+    exact = (np.einsum("...k,ok->...o", x.astype(float), w.astype(float)) + bias) * scale
+    assert np.abs(y / exact - 1).max() < 2.0**-22
+    with pytest.raises(EdgecError, match="left int32"):
+        integer.qlinear_float(x, w, np.full(6, 2**31 - 1, np.int32), scale)
 
 
 @settings(max_examples=60, deadline=None)
@@ -216,6 +255,8 @@ class Everything(torch.nn.Module):
             "lbias": np.arange(5, dtype=np.int32),
             "lm": linear_m,
             "lshift": linear_shift,
+            "scale": np.linspace(0.001, 0.002, 5, dtype=np.float32),
+            "fw": codes(rng, 5, 5, 1, 1, low=-127),
         }
         for name, value in values.items():
             self.register_buffer(name, torch.from_numpy(value))
@@ -230,8 +271,11 @@ class Everything(torch.nn.Module):
         q = edgec.qmul(q, gate, 1 << 30, 36, 0, 0, 0, -128, 127)
         q = edgec.qadd(q, q, 1 << 19, 1 << 19, 20, 0, 0, 0, -128, 127)
         q = edgec.qrescale(q, 1 << 30, 30, 0, 1, -128, 127)
-        q = edgec.qlinear(q.permute(0, 2, 3, 1), self.lw, self.lbias, self.lm, self.lshift, 0, -128, 127)
-        return edgec.dequantize(q, 0.5, 0)
+        q = q.permute(0, 2, 3, 1)
+        real = edgec.qlinear_float(q, self.lw, self.lbias, self.scale)
+        q = edgec.qlinear(q, self.lw, self.lbias, self.lm, self.lshift, 0, -128, 127)
+        y = edgec.qconv2d_float(q, self.fw, self.lbias, self.scale, [2, 1], [1, 0, 0, 1], [1, 1], 1, 3, "NHWC")
+        return edgec.dequantize(q, 0.5, 0) + real + y.sum()
 
 
 def test_export_with_symbolic_batch_and_saving(tmp_path):

@@ -109,6 +109,12 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             last.replace_all_uses_with(new)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
+        elif is_call(node, edgec.qconv2d_float.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
+            with graph.inserting_before(node):
+                args = (nhwc(graph, node.args[0]), *node.args[1:9], "NHWC")
+                _replace(graph, node.target, args, node, node)
+        elif is_call(node, edgec.qlinear_float.default):
+            _fuse_qlinear(graph, node)
         elif is_call(node, edgec.qavg_pool2d.default) and argument(node, 10, "layout", "NCHW") == "NCHW":
             with graph.inserting_before(node):
                 args = (nhwc(graph, node.args[0]), *node.args[1:10], "NHWC")
@@ -271,6 +277,20 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
             return
     with graph.inserting_before(node):
         _replace(graph, node.target, (nhwc(graph, x), *rest, "NHWC"), node, node)
+
+
+def _fuse_qlinear(graph: fx.Graph, node: Any) -> None:
+    """`qlinear_float` with the float operations on its result, and with the rounding for the layer behind them."""
+    last, residual, act = _follow(node)
+    follower = _only_user(last)
+    y_scale: Any = None
+    y_zp: Any = 0
+    if follower is not None and is_call(follower, edgec.quantize.default):
+        last, (_, y_scale, y_zp) = follower, follower.args
+    with graph.inserting_before(last):
+        new = graph.call_function(edgec.qlinear_act.default, (*node.args, residual, *act, y_scale, y_zp))
+    new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
+    last.replace_all_uses_with(new)
 
 
 def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float]]:

@@ -19,7 +19,7 @@ from edgec.passes.quantization.bias_correction import correct_biases
 from edgec.passes.quantization.calibrate import ChannelMean, Watcher, batches, calibrate
 from edgec.passes.quantization.convert import Converter
 from edgec.passes.quantization.equalize import equalize_module
-from edgec.passes.quantization.operators import CONV2D, SATURATION, Kind, make_functional, op_name
+from edgec.passes.quantization.operators import CONV2D, NONLINEAR, SATURATION, Kind, make_functional, op_name
 from edgec.passes.quantization.squant import squant_codes
 from edgec.program import Program, is_call, layer_of, output_nodes
 from edgec.quantparams import (
@@ -81,6 +81,12 @@ class QuantizeInt8(Pass):
         "how layers round: RQ1 with integers, RQF with a float32 product; auto: as is fastest on the target",
         choices=("auto", *REQUANTS),
     )
+    nonlinear: str = option(
+        "auto",
+        "what is computed in float between layers: auto, GELU and SiLU behind linear layers, sums with float operands "
+        "and what reaches no layer; integer, as little as possible; float, every curved function",
+        choices=NONLINEAR,
+    )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
     calibration_samples: int = option(256, "at most this many calibration samples are used", low=1)
 
@@ -102,7 +108,7 @@ class QuantizeInt8(Pass):
         module.graph.eliminate_dead_code()
         make_functional(module)
         self._check_patterns(module)
-        annotation = annotate(module, self._keeps)
+        annotation = annotate(module, self._keeps, self.nonlinear)
         for skip in annotation.skipped:
             context.skip(*skip)
         summary = self._summary(module, annotation, len(samples))
@@ -152,13 +158,10 @@ class QuantizeInt8(Pass):
         context: Context,
     ) -> dict[fx.Node, QParams]:
         """Run the calibration samples; the parameters of every tensor whose range matters."""
-        ranged = {annotation.observed(n) for n in annotation.kinds} | set(annotation.boundary(module.graph))
         exact = set(output_nodes(module))
         observers: dict[fx.Node, Observer] = {}
         channels: dict[fx.Node, ChannelMinMax] = {}
-        for node in module.graph.nodes:
-            if node not in ranged or node.op == "get_attr":
-                continue
+        for node in annotation.ranged(module.graph):
             axis = annotation.channel_axis(node)
             if axis is not None:
                 channels[node] = ChannelMinMax(axis)
