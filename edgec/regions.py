@@ -187,3 +187,129 @@ def qconv2d_add(
 @qconv2d_add.register_fake
 def _(x, w, bias, m, shift, residual, stride, padding, dilation, groups, x_zp, y_zp, lo, hi, add):
     return torch.empty_like(residual, memory_format=torch.contiguous_format)
+
+
+# -- transformers ------------------------------------------------------------------------------------------------------
+
+
+def _encode(y: torch.Tensor, scale: float | None, zero_point: int) -> torch.Tensor:
+    """The result of a region, or its int8 codes where it has a scale."""
+    return y.clone() if scale is None else torch.ops.edgec.quantize(y, scale, zero_point)
+
+
+def _encoded(y: torch.Tensor, scale: float | None) -> torch.Tensor:
+    return y if scale is None else y.to(torch.int8)
+
+
+@torch.library.custom_op("edgec::layer_norm", mutates_args=())
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    columns: int,
+    eps: float,
+    scale: float | None,
+    zero_point: int,
+) -> torch.Tensor:
+    """Layer norm over the last axes, `columns` elements together; with a scale, int8 codes of the result."""
+    rows = x.reshape(-1, columns)
+    flat = [None if v is None else v.reshape(columns) for v in (weight, bias)]
+    return _encode(F.layer_norm(rows, (columns,), *flat, eps).reshape(x.shape), scale, zero_point)
+
+
+@layer_norm.register_fake
+def _(x, weight, bias, columns, eps, scale, zero_point):
+    return _encoded(x.new_empty(x.shape), scale)
+
+
+@torch.library.custom_op("edgec::rms_norm", mutates_args=())
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, columns: int, eps: float, scale: float | None, zero_point: int
+) -> torch.Tensor:
+    """RMS norm over the last axes, `columns` elements together; with a scale, int8 codes of the result."""
+    flat = None if weight is None else weight.reshape(columns)
+    return _encode(F.rms_norm(x.reshape(-1, columns), (columns,), flat, eps).reshape(x.shape), scale, zero_point)
+
+
+@rms_norm.register_fake
+def _(x, weight, columns, eps, scale, zero_point):
+    return _encoded(x.new_empty(x.shape), scale)
+
+
+@torch.library.custom_op("edgec::group_norm", mutates_args=())
+def group_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    groups: int,
+    eps: float,
+    act: str,
+    lo: float,
+    hi: float,
+    layout: str,
+) -> torch.Tensor:
+    """Group norm and an activation; layout "NHWC" for maps, "NCHW" for [N, C, ...]."""
+    if layout == "NCHW":
+        return _activate(F.group_norm(x, groups, weight, bias, eps), act, lo, hi).clone()
+    return to_nhwc(_activate(F.group_norm(to_nchw(x), groups, weight, bias, eps), act, lo, hi)).clone()
+
+
+@group_norm.register_fake
+def _(x, weight, bias, groups, eps, act, lo, hi, layout):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("edgec::matmul", mutates_args=())
+def matmul(a: torch.Tensor, b: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """a [batch or 1, m, k] times b [batch or 1, k, n], or [batch or 1, n, k] when it is stored transposed."""
+    return torch.matmul(a, b.transpose(1, 2) if transposed else b)
+
+
+@matmul.register_fake
+def _(a, b, transposed):
+    return a.new_empty((max(a.shape[0], b.shape[0]), a.shape[1], b.shape[1 if transposed else 2]))
+
+
+@torch.library.custom_op("edgec::attention", mutates_args=())
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    shape: list[int],
+    q_view: list[int],
+    k_view: list[int],
+    v_view: list[int],
+    mask_view: list[int],
+    factor: float,
+    causal: bool,
+    scale: float | None,
+    zero_point: int,
+) -> torch.Tensor:
+    """softmax(factor q k^T + mask) v, [batch, queries, heads * value depth]; with a scale, int8 codes of it.
+
+    shape: [batch, heads, queries, keys, depth, value depth, heads that share keys]. A view is [offset, strides of
+    batch, head, row, column] into the elements of its tensor. A row that sees no key is zero.
+    """
+    batch, heads, queries, keys, depth, value_depth, group = shape
+    shared = heads // group
+
+    def view(x: torch.Tensor, at: list[int], count: int, rows: int, columns: int) -> torch.Tensor:
+        return x.contiguous().as_strided((batch, count, rows, columns), at[1:], at[0])
+
+    queried = view(q, q_view, heads, queries, depth) * factor
+    known = view(k, k_view, shared, keys, depth).repeat_interleave(group, 1)
+    scores = queried @ known.transpose(2, 3)
+    if mask is not None:
+        scores = scores + view(mask, mask_view, heads, queries, keys)
+    if causal:
+        scores = scores.masked_fill(torch.ones(queries, keys, dtype=torch.bool).tril().logical_not(), -math.inf)
+    seen = (scores > -math.inf).any(-1, keepdim=True)
+    weights = torch.where(seen, torch.softmax(scores, -1), 0.0)
+    y = weights @ view(v, v_view, shared, keys, value_depth).repeat_interleave(group, 1)
+    return _encode(y.transpose(1, 2).reshape(batch, queries, heads * value_depth), scale, zero_point)
+
+
+@attention.register_fake
+def _(q, k, v, mask, shape, q_view, k_view, v_view, mask_view, factor, causal, scale, zero_point):
+    return _encoded(q.new_empty((shape[0], shape[2], shape[1] * shape[5])), scale)

@@ -12,15 +12,16 @@ from typing import Any
 
 from edgec.targets.tir import tirx
 
-# Adding and subtracting it rounds a small float32 to an integer: 32-bit Arm has no vector instruction for that.
+# Adding and subtracting it rounds a small float32 to an integer, which then stands in the low bits of the sum: 32-bit
+# Arm has no vector instruction for rounding.
 ROUND = 1.5 * 2.0**23
 LOG2_E = 1.0 / math.log(2.0)
 # ln 2 in two parts, the first with few enough bits that n * LN2_HIGH is exact for every exponent n.
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-# exp(x) overflows above and is below the smallest normal number under these.
-EXP_MAX, EXP_MIN = 88.72283, -87.33654
-# exp(r) = 1 + r + r^2 P(r) on |r| <= ln(2) / 2: Cephes expf, highest power first.
-EXP_P = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+# Outside these, 2 (e^r) 2^(n-1) is infinite and zero by itself.
+EXP_MAX, EXP_MIN = 89.0, -87.6
+# e^r on |r| <= ln(2) / 2, highest power first: minimax polynomial of the relative error (9e-8) with constant term 1.
+EXP_P = (8.290272206e-3, 4.189816117e-2, 1.666763872e-1, 4.999914765e-1, 9.999997020e-1, 1.0)
 
 # tanh(x) = c P(c^2) / Q(c^2), c = clamp(x, -TANH_MAX, TANH_MAX): the rational function of Eigen's vectorised tanh.
 TANH_MAX = 7.90531110763549805
@@ -65,32 +66,37 @@ def expand(call: Any) -> Any:
 
 
 def exp(x: Any, lanes: int) -> Any:
-    """e^x to 2e-7 relative. Results below the smallest normal number are 0; NaN stays NaN."""
+    """e^x to 2.5e-7 relative. Results below 2^-125.5 are 0, those beyond float32 infinite; NaN stays NaN.
+
+    2^n is written into the exponent field as 2^(n-1), and the polynomial doubled: n reaches 128, which one field
+    cannot hold.
+    """
+    # The operand that may be NaN comes second in the comparison, which then chooses it.
+    inside = tirx.max(_c(EXP_MIN, lanes), tirx.min(_c(EXP_MAX, lanes), x))
+    return _scaled_exp(inside, 2.0, 126, lanes)
+
+
+def exp_of_nonpositive(x: Any, lanes: int) -> Any:
+    """e^x for x <= 0, -inf included, to 2.5e-7 relative: one limit instead of two. Results below 2^-126.5 are 0."""
+    return _scaled_exp(tirx.max(_c(-88.3, lanes), x), 1.0, 127, lanes)
+
+
+def _scaled_exp(x: Any, factor: float, bias: int, lanes: int) -> Any:
+    """factor * e^r * 2^(n + bias - 127) for x = n ln(2) + r; the power is 0 where its exponent field is 0."""
+    real, whole = _kind("float32", lanes), _kind("int32", lanes)
 
     def body(x: Any) -> Any:
-        inside = tirx.min(tirx.max(x, _c(EXP_MIN, lanes)), _c(EXP_MAX, lanes))
-        steps = inside * _c(LOG2_E, lanes) + _c(ROUND, lanes) - _c(ROUND, lanes)
+        def scaled(shifted: Any) -> Any:
+            n = shifted - _c(ROUND + bias, lanes)
+            power = tirx.reinterpret(real, tirx.shift_left(tirx.reinterpret(whole, shifted), _i(23, lanes)))
+            rest = _let(n, real, lambda n: x - n * _c(LN2_HIGH, lanes) - n * _c(LN2_LOW, lanes))
+            series = tuple(factor * c for c in EXP_P)
+            return _let(rest, real, lambda r: _horner(r, series, lanes) * power)
 
-        def scaled(n: Any) -> Any:
-            # r is taken from x itself: an infinite or undefined x must not be hidden by the clamp.
-            def series(r: Any) -> Any:
-                value = r * r * _horner(r, EXP_P, lanes) + r + _c(1.0, lanes)
-                # 2^n in two factors: n reaches 128, which one exponent field cannot hold.
-                half = tirx.shift_right(n.astype(_kind("int32", lanes)), _i(1, lanes))
-                return _let(
-                    half,
-                    _kind("int32", lanes),
-                    lambda a: value * _power(a, lanes) * _power(n.astype(_kind("int32", lanes)) - a, lanes),
-                )
+        # Low bits: n + bias, the exponent field of the power; the shift drops everything above them.
+        return _let(x * _c(LOG2_E, lanes) + _c(ROUND + bias, lanes), real, scaled)
 
-            rest = x - n * _c(LN2_HIGH, lanes) - n * _c(LN2_LOW, lanes)
-            return _let(rest, _kind("float32", lanes), series)
-
-        value = _let(steps, _kind("float32", lanes), scaled)
-        value = tirx.Select(x > _c(EXP_MAX, lanes), _c(math.inf, lanes), value)
-        return tirx.Select(x < _c(EXP_MIN, lanes), _c(0.0, lanes), value)
-
-    return _let(x, _kind("float32", lanes), body)
+    return _let(x, real, body)
 
 
 def sigmoid(x: Any, lanes: int) -> Any:
@@ -125,12 +131,6 @@ def _horner(x: Any, coefficients: tuple[float, ...], lanes: int) -> Any:
     for value in coefficients[1:]:
         result = result * x + _c(value, lanes)
     return result
-
-
-def _power(n: Any, lanes: int) -> Any:
-    """2^n for integers -126 <= n <= 127, by writing the exponent field."""
-    bits = tirx.shift_left(n + _i(127, lanes), _i(23, lanes))
-    return tirx.reinterpret(_kind("float32", lanes), bits)
 
 
 def _let(value: Any, kind: str, body: Any) -> Any:

@@ -19,11 +19,15 @@ from edgec import regions as regions  # registers the operators looked up below
 from edgec.errors import EdgecError
 from edgec.program import layer_of, origin_of, shape_of
 from edgec.targets.device import Device
+from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
+from edgec.targets.kernels.matmul import MatMul
+from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.kernels.transpose import Transpose
 
 aten = torch.ops.aten
@@ -241,9 +245,97 @@ def _dequantize(node: Any, constants: Weights) -> Binding:
     return Binding(Dequantize(shape_of(x), scale, zero_point), (x,), layer_of(node))
 
 
+def _rows(node: Any, columns: int) -> int:
+    return int(np.prod(shape_of(node))) // columns
+
+
+def _grid(scale: float | None, zero_point: int) -> tuple[float, int] | None:
+    return None if scale is None else (scale, zero_point)
+
+
+def _layer_norm(node: Any, constants: Weights) -> Binding:
+    x, weight, bias, columns, eps, *grid = node.args
+    weights = {"weight": _value(constants, weight), "bias": _value(constants, bias)}
+    spec = LayerNorm(_rows(x, columns), columns, eps, _grid(*grid))
+    return Binding(spec, (x,), layer_of(node), weights)
+
+
+def _rms_norm(node: Any, constants: Weights) -> Binding:
+    x, weight, columns, eps, *grid = node.args
+    spec = RMSNorm(_rows(x, columns), columns, eps, _grid(*grid))
+    return Binding(spec, (x,), layer_of(node), {"weight": _value(constants, weight)})
+
+
+def _group_norm(node: Any, constants: Weights) -> Binding:
+    x, weight, bias, groups, eps, act, lo, hi, layout = node.args
+    shape = shape_of(x)
+    channels = shape[-1] if layout == "NHWC" else shape[1]
+    spec = GroupNorm(_rows(x, channels), channels, groups, eps, layout, Epilogue(act=act, lo=lo, hi=hi))
+    return Binding(spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))})
+
+
+def _softmax(node: Any, constants: Weights) -> Binding | None:
+    """None over any axis but the last one."""
+    x, axis = node.args[:2]
+    shape = shape_of(x)
+    kinds = {str(n.meta["val"].dtype) for n in (node, x)}
+    if x.name in constants or kinds != {"torch.float32"} or not shape or int(axis) % len(shape) != len(shape) - 1:
+        return None
+    log = node.target is aten._log_softmax.default
+    return Binding(Softmax(_rows(x, shape[-1]), shape[-1], log), (x,), layer_of(node))
+
+
+def _matmul(node: Any, constants: Weights) -> Binding:
+    a, b, transposed = node.args
+    (a_batch, m, k), (b_batch, *_) = shape_of(a), shape_of(b)
+    return Binding(MatMul(a_batch, b_batch, m, k, shape_of(node)[2], transposed), (a, b), layer_of(node))
+
+
+def _bmm(node: Any, constants: Weights) -> Binding | None:
+    """Products that decompositions leave. None for stored operands, which TVM folds, and other types than float32."""
+    a, b = node.args[:2]
+    stored = any(x.name in constants for x in (a, b))
+    if stored or str(node.meta["val"].dtype) != "torch.float32" or 0 in (*shape_of(a), *shape_of(b)):
+        return None
+    (a_batch, m, k), (b_batch, _, n) = ((1,) * (3 - len(shape_of(x))) + shape_of(x) for x in (a, b))
+    return Binding(MatMul(a_batch, b_batch, m, k, n), (a, b), layer_of(node))
+
+
+def _attention(node: Any, constants: Weights) -> Binding:
+    q, k, v, mask, shape, *views, factor, causal, scale, zero_point = node.args
+    batch, heads, queries, keys, depth, value_depth, group = shape
+    operands = (q, k, v) if mask is None else (q, k, v, mask)
+    read = [View(int(np.prod(shape_of(x))), at[0], tuple(at[1:])) for x, at in zip(operands, views, strict=False)]
+    spec = Attention(
+        batch,
+        heads,
+        queries,
+        keys,
+        depth,
+        value_depth,
+        *read[:3],
+        scale=factor,
+        mask=None if mask is None else read[3],
+        causal=causal,
+        group=group,
+        grid=_grid(scale, zero_point),
+    )
+    return Binding(spec, operands, layer_of(node))
+
+
 RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     aten.permute.default: _permute,
     aten.mean.dim: _mean,
+    aten.softmax.int: _softmax,
+    aten._softmax.default: _softmax,
+    aten._log_softmax.default: _softmax,
+    aten.bmm.default: _bmm,
+    aten.mm.default: _bmm,
+    edgec.layer_norm.default: _layer_norm,
+    edgec.rms_norm.default: _rms_norm,
+    edgec.group_norm.default: _group_norm,
+    edgec.matmul.default: _matmul,
+    edgec.attention.default: _attention,
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,

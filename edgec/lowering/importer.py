@@ -45,10 +45,27 @@ def _mean(node: Any, importer: Any) -> Any:
     return relax.op.mean(x, dims, keepdims=bool(node.args[2]) if len(node.args) > 2 else False)
 
 
+def _softmax(node: Any, importer: Any) -> Any:
+    return relax.op.nn.softmax(importer.env[node.args[0]], int(node.args[1]))
+
+
+def _log_softmax(node: Any, importer: Any) -> Any:
+    return relax.op.nn.log_softmax(importer.env[node.args[0]], int(node.args[1]))
+
+
+def _product(node: Any, importer: Any) -> Any:
+    return relax.op.matmul(importer.env[node.args[0]], importer.env[node.args[1]])
+
+
 # What operators with a kernel of ours become where the kernel does not fit.
 RELAX: dict[Any, Callable[[Any, Any], Any]] = {
     torch.ops.aten.permute.default: _permute,
     torch.ops.aten.mean.dim: _mean,
+    torch.ops.aten.softmax.int: _softmax,
+    torch.ops.aten._softmax.default: _softmax,
+    torch.ops.aten._log_softmax.default: _log_softmax,
+    torch.ops.aten.bmm.default: _product,
+    torch.ops.aten.mm.default: _product,
 }
 
 

@@ -13,6 +13,9 @@ import torch
 from torch import fx
 
 from edgec import regions as region_ops  # noqa: F401  (registers the operators)
+from edgec.lowering.attention import fuse_attention, fuse_products
+from edgec.lowering.graph import argument, is_tensor, only_user
+from edgec.lowering.norms import fuse_norms
 from edgec.program import is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
@@ -36,13 +39,6 @@ def pair(value: Any) -> list[int]:
     if isinstance(value, int):
         return [value, value]
     return [int(value[0]), int(value[-1])]
-
-
-def argument(node: Any, position: int, name: str, default: Any) -> Any:
-    """Argument of a call by position or keyword."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
 
 
 def conv_geometry(node: Any) -> tuple[list[int], list[int], list[int], int]:
@@ -88,6 +84,9 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     Programs have no in-place operators (see `edgec.frontend`).
     """
     graph = module.graph
+    fuse_attention(module)
+    fuse_products(module)
+    fuse_norms(module)
     for node in list(graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             # A view refuses a tensor in another memory order, which its operand is about to have.
@@ -141,10 +140,40 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             with graph.inserting_before(node):
                 args = (nhwc(graph, node.args[0]), kernel, stride, [top, top, left, left])
                 _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
+        elif is_call(node, aten.group_norm.default, aten.instance_norm.default):
+            _fuse_group_norm(graph, node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
+    """Group norm, and instance norm with a group per channel, on maps or on [1, C, ...], with its activation."""
+    if is_call(node, aten.group_norm.default):
+        x, groups = node.args[:2]
+        weight, bias = (argument(node, i, name, None) for i, name in ((2, "weight"), (3, "bias")))
+        eps = float(argument(node, 4, "eps", 1e-5))
+    else:
+        x, weight, bias, _, _, measured, _, eps = node.args[:8]
+        groups = shape_of(x)[1]
+        if not measured:
+            return
+    stored = all(w is None or w.op == "get_attr" for w in (weight, bias))
+    if not stored or not is_tensor(x) or len(shape_of(x)) < 3 or 0 in shape_of(x):
+        return
+    last, act = node, ("none", 0.0, 0.0)
+    follower = only_user(node)
+    if follower is not None and activation_of(follower) is not None:
+        last, act = follower, activation_of(follower)  # type: ignore[assignment]
+    rest = (weight, bias, int(groups), eps, *act)
+    with graph.inserting_before(last):
+        if _is_map(node):
+            _replace(graph, edgec.group_norm.default, (nhwc(graph, x), *rest, "NHWC"), node, last)
+        elif shape_of(x)[0] == 1:
+            new = graph.call_function(edgec.group_norm.default, (x, *rest, "NCHW"))
+            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
+            last.replace_all_uses_with(new)
 
 
 def _packable(node: Any) -> bool:
@@ -263,7 +292,7 @@ def _plain_average(node: fx.Node) -> bool:
 def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
     """`qconv2d`, with the `qadd` that is its only user when the other operand has the same shape."""
     x, *rest = node.args[:13]
-    add = _only_user(node)
+    add = only_user(node)
     if add is not None and is_call(add, edgec.qadd.default):
         a, b, ma, mb, f, za, zb, zy, lo, hi = add.args
         other = b if a is node else a
@@ -297,7 +326,7 @@ def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float
     """The last node of the region that starts at `node`, its residual operand and its activation."""
     last: fx.Node = node
     residual: fx.Node | None = None
-    follower = _only_user(last)
+    follower = only_user(last)
     if follower is not None and is_call(follower, aten.add.Tensor):
         a, b = follower.args[0], follower.args[1]
         other = b if a is last else a
@@ -310,13 +339,8 @@ def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float
             and other.op != "get_attr"
         ):
             last, residual = follower, other
-            follower = _only_user(last)
+            follower = only_user(last)
     act = activation_of(follower) if follower is not None else None
     if act is not None and follower is not None:
         return follower, residual, act
     return last, residual, ("none", 0.0, 0.0)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    users = list(node.users)
-    return users[0] if len(users) == 1 and users[0].op == "call_function" else None

@@ -110,8 +110,9 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
             body(i)
 
 
-# The outermost loop of a kernel whose iterations are independent of one another.
-parallel = loop
+def parallel(extent: int, body: Callable[[Any], None]) -> None:
+    """A loop whose iterations may run on several threads: the only outermost loop, without scratch they share."""
+    loop(extent, body)
 
 
 def round_up(value: int, multiple: int) -> int:
