@@ -13,14 +13,16 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 # Before torch and NumPy are loaded: their threads would run beside the one that is measured.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -29,7 +31,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np  # noqa: E402
 import typer  # noqa: E402
 
-from benchmarks import timm_models  # noqa: E402
+from benchmarks import layers, timm_models  # noqa: E402
 from benchmarks.models import CASES, shared_folder  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
     ENGINES,
@@ -37,12 +39,17 @@ from benchmarks.peers import (  # noqa: E402
     Absent,
     Engine,
     Loaded,
+    OnnxRuntime,
     Subject,
     add_peers_to_path,
     default_cache,
+    hushed,
 )
 from benchmarks.timing import Timing, markdown, measure, pin, ratios  # noqa: E402
 from edgec.errors import EdgecError  # noqa: E402
+
+if TYPE_CHECKING:
+    from edgec.program import Program
 
 PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
 OURS = "edgec"
@@ -83,7 +90,9 @@ class Row:
         if self.timing is None:
             return [*named, f"absent: {self.absent}", *[""] * (len(HEADER) - 4)]
         percent = self.unit == "fraction"
-        value = "" if self.value is None else f"{100 * self.value:.1f} %" if percent else f"{self.value:.2f} {self.unit}"
+        value = (
+            "" if self.value is None else f"{100 * self.value:.1f} %" if percent else f"{self.value:.2f} {self.unit}"
+        )
         return [
             *named,
             f"{self.timing.cpu / 1e3:.3f}",
@@ -131,7 +140,9 @@ def load_subject(name: str) -> Subject:
 
 
 def _has_attention(program: Any) -> bool:
-    return any("scaled_dot_product_attention" in str(n.target) or "softmax" in str(n.target) for n in program.graph.nodes)
+    return any(
+        "scaled_dot_product_attention" in str(n.target) or "softmax" in str(n.target) for n in program.graph.nodes
+    )
 
 
 # -- edgec as a contestant ---------------------------------------------------------------------------------------------
@@ -153,32 +164,43 @@ class Edgec:
     def prepare(self, subject: Subject, kind: str, cache: Path) -> Path:
         from edgec.bundle import build_bundle
         from edgec.lowering.lower import lower
-        from edgec.passbase import Context
-        from edgec.pipeline import Pipeline
         from edgec.targets.device import load_device
 
-        device, program = load_device("host"), subject.program
-        context = Context(device=device, calibration=subject.calibration)
+        device = load_device("host")
         try:
-            for step in Pipeline.parse(PASSES[kind]).passes:
-                program = step.run(program, context)
-            return build_bundle(lower(program, device), device, Path(tempfile.mkdtemp(dir=self.folder)) / "bundle").path
+            lowered = lower(transformed(subject, kind), device)
+            return build_bundle(lowered, device, Path(tempfile.mkdtemp(dir=self.folder)) / "bundle").path
         except EdgecError as error:
             raise Absent(error) from error
 
     def load(self, file: Path, threads: int) -> Loaded:
-        return NativeBundle(file)
+        return NativeBundle(file, threads)
+
+
+def transformed(subject: Subject, kind: str) -> Program:
+    """The network after the passes of `kind`. Raises EdgecError."""
+    from edgec.passbase import Context
+    from edgec.pipeline import Pipeline
+    from edgec.targets.device import load_device
+
+    program, context = subject.program, Context(device=load_device("host"), calibration=subject.calibration)
+    for step in Pipeline.parse(PASSES[kind]).passes:
+        program = step.run(program, context)
+    return program
 
 
 class NativeBundle:
     """A bundle's C function, called with pointers that are computed beforehand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 1) -> None:
         from edgec.bundle import load_bundle
 
         self.bundle = load_bundle(path)
         manifest, name = self.bundle.manifest, self.bundle.name
-        self.function = ctypes.CDLL(str((path / "lib" / f"lib{name}.so").absolute()))[f"{name}_run"]
+        library = ctypes.CDLL(str((path / "lib" / f"lib{name}.so").absolute()))
+        if threads > 1 and hasattr(library, f"{name}_set_threads"):
+            library[f"{name}_set_threads"](threads)
+        self.function = library[f"{name}_run"]
         self.function.argtypes = [ctypes.c_void_p] * (len(manifest["inputs"]) + len(manifest["outputs"]) + 1)
         align = manifest["arena_align"]
         self.memory = np.zeros(manifest["arena_bytes"] + align, np.uint8)
@@ -223,15 +245,15 @@ def contest(subject: Subject, kind: str, engines: Sequence[Engine], setup: Setup
     for engine in engines:
         try:
             files[engine] = engine.prepare(subject, kind, cache)
-            scores[engine.name] = score(subject, engine.load(files[engine], setup.threads), setup.samples)
+            with hushed():
+                contestant = engine.load(files[engine], setup.threads)
+            scores[engine.name] = score(subject, contestant, setup.samples)
         except Absent as reason:
             files.pop(engine, None)
             absent[engine.name] = str(reason)
     inputs = subject.calibration.read(slice(0, 1))[0]
     with _locked(setup.lock), _pinned(setup.cores):
-        # Opened again: an engine's own threads inherit the cores of the thread that starts them.
-        ready = {engine.name: engine.load(file, setup.threads) for engine, file in files.items()}
-        timings = measure({name: contestant.bind(*inputs) for name, contestant in ready.items()}, setup.rounds)
+        timings = in_new_process(time_files, files, inputs, setup.threads, setup.rounds)
     relative = ratios({name: t.cpu if setup.threads == 1 else t.wall for name, t in timings.items()}, OURS)
     rows = []
     for name in (engine.name for engine in engines):
@@ -240,6 +262,26 @@ def contest(subject: Subject, kind: str, engines: Sequence[Engine], setup: Setup
         else:
             rows.append(Row(subject.name, kind, name, None, timings[name], relative.get(name), **scores[name]))
     return rows
+
+
+def time_files(
+    files: Mapping[Engine, Path], inputs: Sequence[np.ndarray], threads: int, rounds: int
+) -> dict[str, Timing]:
+    """Open the prepared files and let them take turns."""
+    add_peers_to_path()
+    with hushed():
+        ready = {engine.name: engine.load(file, threads) for engine, file in files.items()}
+    return measure({name: contestant.bind(*inputs) for name, contestant in ready.items()}, rounds)
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` in a fresh Python, on the cores of this thread.
+
+    OpenVINO puts the threads that call it back on the cores that they had when it was first used, and engines keep the
+    threads that they have once started: in a process that has run them, nothing can be pinned any more.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def score(subject: Subject, contestant: Loaded, samples: int | None) -> dict[str, Any]:
@@ -288,6 +330,32 @@ def chosen_cores(threads: int, core: int | None) -> tuple[int, ...]:
     return tuple(range(last - threads + 1, last + 1))
 
 
+def show_layers(subject: Subject, kind: str, setup: Setup, cache: Path, plot: Path | None) -> dict[str, Any]:
+    """Print the kernel calls of one network beside the machine's peak; returns them as plain data. Raises Absent."""
+    program, inputs = transformed(subject, kind), subject.calibration.read(slice(0, 1))[0]
+    runtime = OnnxRuntime()
+    try:
+        file: Path | None = runtime.prepare(subject, kind, cache)
+    except Absent:
+        file = None
+    with layers.compiled(program) as bundle, _locked(setup.lock), _pinned(setup.cores):
+        peak = layers.measure_peak()
+        calls = layers.profile(bundle, inputs)
+        theirs = {} if file is None else layers.onnxruntime_profile(file, inputs)
+    print(f"\n{subject.name} {kind}: peak {peak}\n\n{layers.table(calls, peak)}\n")
+    print(layers.totals_table(layers.totals(calls), theirs), flush=True)
+    if plot is not None:
+        target = plot.with_name(f"{plot.stem}-{subject.name}-{kind}{plot.suffix}")
+        layers.draw(calls, peak, f"{subject.name}, {kind}, one core", target)
+    return {
+        "model": subject.name,
+        "kind": kind,
+        "peak": asdict(peak),
+        "layers": [asdict(call) for call in calls],
+        "onnxruntime": theirs,
+    }
+
+
 def _chosen(names: Sequence[str], known: Sequence[str], option: str) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -314,12 +382,19 @@ def machine(engines: Sequence[Engine]) -> dict[str, Any]:
 
 
 def run(
-    models: Sequence[str], kinds: Sequence[str], peers: Sequence[str], setup: Setup, cache: Path, save: Path | None
+    models: Sequence[str],
+    kinds: Sequence[str],
+    peers: Sequence[str],
+    setup: Setup,
+    *,
+    cache: Path | None = None,
+    save: Path | None = None,
 ) -> list[Row]:
     """Measure and print; `save` is rewritten after every model."""
+    cache = cache or default_cache()
     add_peers_to_path()
     rows: list[Row] = []
-    print(markdown(HEADER, []), flush=True)
+    print(markdown(HEADER, [], text=3), flush=True)
     with tempfile.TemporaryDirectory(prefix="edgec-bench-") as folder:
         engines: list[Engine] = [Edgec(Path(folder)), *(engine for engine in ENGINES if engine.name in peers)]
         about = {**machine(engines), "threads": setup.threads, "cores": list(setup.cores), "rounds": setup.rounds}
@@ -336,6 +411,29 @@ def run(
     return rows
 
 
+def run_layers(
+    models: Sequence[str],
+    kinds: Sequence[str],
+    setup: Setup,
+    *,
+    cache: Path | None = None,
+    save: Path | None = None,
+    plot: Path | None = None,
+) -> None:
+    """`show_layers` for all; a model that does not compile is named with the reason."""
+    add_peers_to_path()
+    found = []
+    for name in models:
+        subject = load_subject(name)
+        for kind in kinds:
+            try:
+                found.append(show_layers(subject, kind, setup, cache or default_cache(), plot))
+            except (EdgecError, Absent) as reason:
+                print(f"\n{name} {kind}: absent: {reason}", flush=True)
+            if save is not None:
+                save.write_text(json.dumps(found, indent=2) + "\n")
+
+
 def main(
     model: Annotated[list[str] | None, typer.Option(help="only these models")] = None,
     kind: Annotated[str, typer.Option(help="fp32, int8 or both")] = "both",
@@ -347,6 +445,8 @@ def main(
         engine.name for engine in ENGINES
     ),
     save: Annotated[Path | None, typer.Option(help="also write everything as JSON")] = None,
+    by_layer: Annotated[bool, typer.Option("--layers", help="times of edgec's kernel calls instead")] = False,
+    plot: Annotated[Path | None, typer.Option(help="with --layers: rooflines as NAME-MODEL-TYPE.png or .svg")] = None,
     lock: Annotated[Path | None, typer.Option(help="lock file to hold while timing")] = None,
 ) -> None:
     """Measure and print a Markdown table."""
@@ -354,7 +454,11 @@ def main(
         kinds = KINDS if kind == "both" else _chosen([kind], KINDS, "--kind")
         wanted = _chosen([p for p in peers.split(",") if p], [engine.name for engine in ENGINES], "--peers")
         setup = Setup(threads, rounds, chosen_cores(threads, core), samples, lock)
-        run(model or DEFAULT_MODELS, kinds, wanted, setup, default_cache(), save)
+        models = model or DEFAULT_MODELS
+        if by_layer:
+            run_layers(models, kinds, setup, save=save, plot=plot)
+        else:
+            run(models, kinds, wanted, setup, save=save)
     except (EdgecError, Absent) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -10,6 +10,7 @@ in the search path: the project's own versions of shared packages win.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -102,10 +103,29 @@ def default_cache() -> Path:
     return Path(base) / "edgec" / "benchmarks"
 
 
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Drop what is printed meanwhile, also by C++ code; exceptions pass through with all they say."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    try:
+        with quiet():
+            yield
+    finally:
+        for number, original in zip((1, 2), kept, strict=True):
+            os.dup2(original, number)
+        for descriptor in (*kept, sink):
+            os.close(descriptor)
+
+
 def engine_version(package: str, module: str) -> str:
     """The installed version of `package`, once `module` has been imported. Raises Absent with the reason."""
     try:
-        with quiet():
+        with hushed():
             importlib.import_module(module)
         return importlib.metadata.version(package)
     # Binary packages that do not fit raise whatever they like on import.
@@ -128,7 +148,7 @@ def cached(cache: Path, parts: tuple[object, ...], suffix: str, make: Callable[[
         made = Path(staging) / "made"
         made.mkdir()
         try:
-            with quiet():
+            with hushed():
                 make(made / target.name)
         except Exception as error:
             raise Absent(f"{type(error).__name__}: {error}") from error
@@ -175,7 +195,7 @@ class OnnxRuntime:
         return cached(cache, parts, ".onnx", lambda path: _ort_quantize(model, path, subject.calibration))
 
     def load(self, file: Path, threads: int) -> Loaded:
-        return _OrtSession(file, threads)
+        return OrtSession(file, threads)
 
 
 def _ort_quantize(model: Path, target: Path, calibration: Dataset) -> None:
@@ -212,7 +232,7 @@ def _ort_inputs(model: Path) -> list[str]:
     return [value.name for value in onnx.load(str(model), load_external_data=False).graph.input]
 
 
-class _OrtSession:
+class OrtSession:
     def __init__(self, file: Path, threads: int, profile: str | None = None) -> None:
         import onnxruntime
 
@@ -310,4 +330,68 @@ class _OvRequest:
         return lambda: infer(empty, share_outputs=True, decode_strings=False)
 
 
-ENGINES: tuple[Engine, ...] = (OnnxRuntime(), OpenVino())
+# -- XNNPACK, through ExecuTorch ---------------------------------------------------------------------------------------
+
+
+class Xnnpack:
+    """int8: PT2E quantisation by the XNNPACK quantizer, symmetric and per channel. No ONNX on the way."""
+
+    name = "xnnpack"
+
+    def version(self) -> str:
+        engine_version("torchao", "torchao.quantization.pt2e.quantize_pt2e")
+        engine_version("executorch", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        return engine_version("executorch", "executorch.extension.pybindings.portable_lib")
+
+    def prepare(self, subject: Subject, kind: str, cache: Path) -> Path:
+        import torch
+
+        parts = ("xnnpack", kind, subject.program.fingerprint(), self.version(), torch.__version__)
+        data = () if kind == "fp32" else (subject.calibration.sha256(), engine_version("torchao", "torchao"))
+        return cached(cache, (*parts, *data), ".pte", lambda path: _xnnpack_lower(subject, kind, path))
+
+    def load(self, file: Path, threads: int) -> Loaded:
+        return _XnnpackModule(file, threads)
+
+
+def _xnnpack_lower(subject: Subject, kind: str, target: Path) -> None:
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    exported = subject.program.export(batch=1)
+    if kind == "int8":
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+        observed = prepare_pt2e(exported.module(), quantizer)
+        for arrays in samples(subject.calibration):
+            observed(*(torch.from_numpy(x) for x in arrays))
+        exported = torch.export.export(convert_pt2e(observed), subject.program.batch_inputs(1))
+    lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+    target.write_bytes(lowered.to_executorch().buffer)
+
+
+class _XnnpackModule:
+    def __init__(self, file: Path, threads: int) -> None:
+        from executorch.extension.pybindings import portable_lib
+
+        portable_lib._unsafe_reset_threadpool(threads)
+        self.module = portable_lib._load_for_executorch(str(file))
+
+    def __call__(self, *inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(y.numpy().copy() for y in self.bind(*inputs)())
+
+    def bind(self, *inputs: np.ndarray) -> Callable[[], Any]:
+        import torch
+
+        tensors = [torch.from_numpy(x) for x in inputs]
+        forward = self.module.forward
+        return lambda: forward(tensors)
+
+
+ENGINES: tuple[Engine, ...] = (OnnxRuntime(), OpenVino(), Xnnpack())

@@ -17,7 +17,7 @@ MICRO = 1e6
 class Timing:
     """Microseconds of one inference over the rounds.
 
-    cpu, wall: median; cpu_min, wall_min: the fastest round; spread: interquartile range of the CPU time over its median.
+    cpu, wall: median; cpu_min, wall_min: the fastest round; spread: interquartile range of the CPU time by its median.
     calls: inferences timed in one round.
     """
 
@@ -51,7 +51,7 @@ class Timing:
 def measure(contestants: Mapping[str, Callable[[], object]], rounds: int, burst: float = BURST) -> dict[str, Timing]:
     """Time the contestants, round by round, each for about `burst` seconds a round.
 
-    Every contestant is called once, untimed, before each of its turns, so that it finds its weights in the cache and not
+    Every contestant is called once, untimed, before each of its turns, so that it finds its weights cached and not
     those of the one before it; the order is turned by one from round to round. CPU time is that of all threads of the
     process: a contestant that works in a thread of its own is charged for it, and contestants that wait use none.
     """
@@ -92,8 +92,8 @@ def pin(cores: Sequence[int]) -> None:
     os.sched_setaffinity(0, cores)
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; every column after the first is right-aligned."""
-    lines = [" | ".join(header), " | ".join(["---", *["---:"] * (len(header) - 1)])]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:
+    """A Markdown table; all columns but the first `text` are right-aligned."""
+    lines = [" | ".join(header), " | ".join("---" if i < text else "---:" for i in range(len(header)))]
     lines += [" | ".join(row) for row in rows]
     return "\n".join(f"| {line} |" for line in lines)
