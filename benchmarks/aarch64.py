@@ -45,7 +45,7 @@ PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
 DEVICES = ("cortex-a72", "neoverse-n1")
 # Instructions do not depend on the quantisation parameters.
 CALIBRATION_SAMPLES = 8
-# Part of a kernel's instructions from which on a loop is printed.
+# Part of a kernel's instructions that makes a loop worth printing.
 HOT = 0.1
 # Kernels that sum over channels, so that lanes can be multiplied by element and dot products apply.
 DENSE = ("conv2d", "gemm", "matmul", "linear")
@@ -157,8 +157,6 @@ def load(name: str) -> tuple[Program, Dataset | None]:
 
 def prepare(program: Program, data: Dataset | None, kind: str, device: Device) -> Program:
     """The model after the passes of `kind`. Raises EdgecError."""
-    if kind not in PASSES:
-        raise EdgecError("is no type", where=f"--kind {kind}", hint=f"use {' or '.join(PASSES)}")
     if kind == "int8" and data is None:
         raise EdgecError("has no calibration data for int8", where=program.name)
     context = Context(device=device, calibration=None if data is None else data.limit(CALIBRATION_SAMPLES))
@@ -334,9 +332,15 @@ def format_kernels(m: Measurement) -> Iterator[str]:
             _whole(cycles),
             _ratio(k.macs, cycles, 2),
             hot.text() if hot else "",
-            "; ".join(hot.findings(m.device, k.dense)) if hot else "",
+            "; ".join(findings(k, m.device)),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def findings(k: KernelRow, device: Device) -> list[str]:
+    """What is wrong with the kernel's hot loops."""
+    hot = [r for r in k.loops.loops if (r.share or 0) >= HOT] if k.loops is not None else []
+    return list(dict.fromkeys(text for r in hot for text in r.findings(device, k.dense)))
 
 
 def show(m: Measurement, layers: bool, asm: bool) -> None:
@@ -369,6 +373,9 @@ def main(
         for d in devices:
             if not d.triple.startswith("aarch64") or d.runner == "native":
                 raise EdgecError("is no emulated 64-bit Arm core", where=f"--device {d.name}")
+        for k in kind or ():
+            if k not in PASSES:
+                raise EdgecError("is no type", where=f"--kind {k}", hint=f"use {' or '.join(PASSES)}")
         if not model and not spec:
             raise EdgecError("nothing to measure", where="benchmark", hint="give --model or --spec")
         if (layers or asm or spec) and loops.mca() is None:
