@@ -19,27 +19,26 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from benchmarks.models import CASES, IMAGENET, shared_folder
 from edgec.bundle import build_bundle
-from edgec.data import Dataset, Preprocess, load_data
 from edgec.errors import EdgecError
-from edgec.frontend import load_model
-from edgec.lowering.lower import lower
-from edgec.passbase import Context
-from edgec.pipeline import Pipeline
-from edgec.plan import Step
-from edgec.program import Program
 from edgec.targets import loops
 from edgec.targets.codegen import build_object, lower_kernels
 from edgec.targets.device import Device, load_device
 from edgec.targets.kernels import common, conv2d, depthwise, eltwise, pool, transpose
 from edgec.targets.loops import KernelReport, inspect_function
 from edgec.targets.qemu.counter import Profile, link, profile_bundle, profile_program
+
+# A single kernel needs no torch, whose import would take longer than the measurement.
+if TYPE_CHECKING:
+    from edgec.data import Dataset
+    from edgec.plan import Step
+    from edgec.program import Program
 
 PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
 DEVICES = ("cortex-a72", "neoverse-n1")
@@ -129,6 +128,9 @@ class Measurement:
 
 def load(name: str) -> tuple[Program, Dataset | None]:
     """A model and its calibration data, None where it has none. Raises EdgecError for a name that is not there."""
+    from edgec.data import Preprocess, load_data
+    from edgec.frontend import load_model
+
     shared = shared_folder()
     if name == "digits":
         from edgec.demo import model, training_data
@@ -157,6 +159,9 @@ def load(name: str) -> tuple[Program, Dataset | None]:
 
 def prepare(program: Program, data: Dataset | None, kind: str, device: Device) -> Program:
     """The model after the passes of `kind`. Raises EdgecError."""
+    from edgec.passbase import Context
+    from edgec.pipeline import Pipeline
+
     if kind == "int8" and data is None:
         raise EdgecError("has no calibration data for int8", where=program.name)
     context = Context(device=device, calibration=None if data is None else data.limit(CALIBRATION_SAMPLES))
@@ -170,6 +175,8 @@ def measure(program: Program, kind: str, device: Device, inspect: bool) -> Measu
 
     inspect: look into the loops as well. Raises EdgecError, ToolchainMissing.
     """
+    from edgec.lowering.lower import lower
+
     with tempfile.TemporaryDirectory(prefix="edgec-aarch64-") as name:
         folder = Path(name)
         lowered = lower(program, device)
