@@ -19,21 +19,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
 from benchmarks.models import CASES, IMAGENET, shared_folder
 from edgec.bundle import build_bundle
-from edgec.data import Dataset, Preprocess, load_data
 from edgec.errors import EdgecError
-from edgec.frontend import load_model
-from edgec.lowering.lower import lower
-from edgec.passbase import Context
-from edgec.pipeline import Pipeline
-from edgec.plan import Step
-from edgec.program import Program
 from edgec.targets import loops
 from edgec.targets.codegen import build_object, lower_kernels
 from edgec.targets.device import Device, load_device
@@ -41,11 +34,17 @@ from edgec.targets.kernels import common, conv2d, depthwise, eltwise, pool, tran
 from edgec.targets.loops import KernelReport, inspect_function
 from edgec.targets.qemu.counter import Profile, link, profile_bundle, profile_program
 
+# A single kernel needs no torch, whose import would take longer than the measurement.
+if TYPE_CHECKING:
+    from edgec.data import Dataset
+    from edgec.plan import Step
+    from edgec.program import Program
+
 PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
 DEVICES = ("cortex-a72", "neoverse-n1")
 # Instructions do not depend on the quantisation parameters.
 CALIBRATION_SAMPLES = 8
-# Part of a kernel's instructions from which on a loop is printed.
+# Part of a kernel's instructions that makes a loop worth printing.
 HOT = 0.1
 # Kernels that sum over channels, so that lanes can be multiplied by element and dot products apply.
 DENSE = ("conv2d", "gemm", "matmul", "linear")
@@ -129,6 +128,9 @@ class Measurement:
 
 def load(name: str) -> tuple[Program, Dataset | None]:
     """A model and its calibration data, None where it has none. Raises EdgecError for a name that is not there."""
+    from edgec.data import Preprocess, load_data
+    from edgec.frontend import load_model
+
     shared = shared_folder()
     if name == "digits":
         from edgec.demo import model, training_data
@@ -157,8 +159,9 @@ def load(name: str) -> tuple[Program, Dataset | None]:
 
 def prepare(program: Program, data: Dataset | None, kind: str, device: Device) -> Program:
     """The model after the passes of `kind`. Raises EdgecError."""
-    if kind not in PASSES:
-        raise EdgecError("is no type", where=f"--kind {kind}", hint=f"use {' or '.join(PASSES)}")
+    from edgec.passbase import Context
+    from edgec.pipeline import Pipeline
+
     if kind == "int8" and data is None:
         raise EdgecError("has no calibration data for int8", where=program.name)
     context = Context(device=device, calibration=None if data is None else data.limit(CALIBRATION_SAMPLES))
@@ -172,6 +175,8 @@ def measure(program: Program, kind: str, device: Device, inspect: bool) -> Measu
 
     inspect: look into the loops as well. Raises EdgecError, ToolchainMissing.
     """
+    from edgec.lowering.lower import lower
+
     with tempfile.TemporaryDirectory(prefix="edgec-aarch64-") as name:
         folder = Path(name)
         lowered = lower(program, device)
@@ -334,9 +339,15 @@ def format_kernels(m: Measurement) -> Iterator[str]:
             _whole(cycles),
             _ratio(k.macs, cycles, 2),
             hot.text() if hot else "",
-            "; ".join(hot.findings(m.device, k.dense)) if hot else "",
+            "; ".join(findings(k, m.device)),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+def findings(k: KernelRow, device: Device) -> list[str]:
+    """What is wrong with the kernel's hot loops."""
+    hot = [r for r in k.loops.loops if (r.share or 0) >= HOT] if k.loops is not None else []
+    return list(dict.fromkeys(text for r in hot for text in r.findings(device, k.dense)))
 
 
 def show(m: Measurement, layers: bool, asm: bool) -> None:
@@ -369,6 +380,9 @@ def main(
         for d in devices:
             if not d.triple.startswith("aarch64") or d.runner == "native":
                 raise EdgecError("is no emulated 64-bit Arm core", where=f"--device {d.name}")
+        for k in kind or ():
+            if k not in PASSES:
+                raise EdgecError("is no type", where=f"--kind {k}", hint=f"use {' or '.join(PASSES)}")
         if not model and not spec:
             raise EdgecError("nothing to measure", where="benchmark", hint="give --model or --spec")
         if (layers or asm or spec) and loops.mca() is None:

@@ -2,8 +2,8 @@
 
 For 64-bit Arm. The loops are read from the disassembly of the object file; llvm-mca, where it is installed, simulates
 them without memory (every load hits the first cache) and with perfect branch prediction. Its figures are a model's,
-not a measurement: good for comparing two versions of a kernel, and for seeing how far from its peak one is. Peaks are the model's too: LLVM's
-Cortex-A55 starts two 128-bit fmla in a cycle.
+not a measurement: good for comparing two versions of a kernel, and for seeing how far one is from the peak, which is
+the model's too.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class LoopReport:
     the core for this kind of arithmetic ("float32", "float16", "int8", or "" without MACs). vector_spills,
     scalar_spills: loads and stores of registers on the stack; stack_arrays: accesses to local arrays. broadcasts:
     instructions that copy one value to all lanes. iterations: how often it ran and share: part of the function's
-    instructions, both None without a profile.
+    instructions, both None without a profile. copies: how many loops of the function do this; the compiler repeats a
+    loop when it unrolls the one around it. The code is of the hottest copy, iterations and share are of all.
     """
 
     symbol: str
@@ -118,6 +119,7 @@ class LoopReport:
     cycles: float | None = None
     peak: float | None = None
     model: str | None = None
+    copies: int = 1
 
     @property
     def instructions(self) -> int:
@@ -153,11 +155,15 @@ class LoopReport:
 
     def text(self) -> str:
         """One line for a person."""
-        parts = [f"{self.instructions} instructions, {self.macs} MACs"]
+        parts = [f"{self.instructions} instructions"]
+        if self.macs:
+            parts.append(f"{self.macs} MACs")
         if self.cycles is not None:
-            parts.append(f"{self.cycles:.1f} cycles, {self.macs_per_cycle:.1f} MAC/cycle")
+            parts.append(f"{self.cycles:.1f} cycles")
         if self.of_peak is not None and self.macs:
-            parts.append(f"{100 * self.of_peak:.0f} % of {self.peak:.0f}")
+            parts.append(f"{self.macs_per_cycle:.1f} MAC/cycle, {100 * self.of_peak:.0f} % of {self.peak:.0f}")
+        if self.copies > 1:
+            parts.append(f"{self.copies} copies")
         if self.share is not None:
             parts.append(f"{100 * self.share:.0f} % of the kernel")
         return ("" if self.is_loop else "no loop: ") + ", ".join(parts)
@@ -221,9 +227,29 @@ def inspect_function(
         if counts is not None:
             inner = sum((r.cycles or 0) * (r.iterations or 0) for r in found)
             cycles = inner + sum(n * c for (_, n), c in zip(rest, simulated[len(pieces) :], strict=True))
-    # Without a profile, the loop with most arithmetic is taken for the hot one.
-    found.sort(key=lambda r: (-(r.share or 0), -r.macs, -r.instructions, r.address))
-    return KernelReport(symbol, tuple(found), cycles)
+    return KernelReport(symbol, tuple(_hottest_first(found)), cycles)
+
+
+def _hottest_first(reports: Sequence[LoopReport]) -> list[LoopReport]:
+    """The loops, copies taken together. Without a profile, that with most arithmetic is taken for the hot one."""
+
+    def heat(report: LoopReport) -> tuple[float, int, int, int]:
+        return -(report.share or 0), -report.macs, -report.instructions, report.address
+
+    copies: dict[tuple[str, ...], list[LoopReport]] = {}
+    for report in sorted(reports, key=heat):
+        # Copies differ in registers, order and offsets.
+        copies.setdefault(tuple(sorted(line.split()[0] for line in report.code)), []).append(report)
+    merged = [
+        dataclasses.replace(
+            group[0],
+            iterations=None if group[0].iterations is None else sum(r.iterations or 0 for r in group),
+            share=None if group[0].share is None else sum(r.share or 0 for r in group),
+            copies=len(group),
+        )
+        for group in copies.values()
+    ]
+    return sorted(merged, key=heat)
 
 
 def _report(

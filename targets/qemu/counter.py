@@ -179,7 +179,8 @@ def link(arguments: Sequence[str], device: Device, program: Path) -> Path:
 def emulator(device: Device, report: Path, start: int | None) -> list[str]:
     """What goes before a program: the emulator, counting into `report` from entry to return of the code at `start`.
 
-    With None it counts the whole program, start-up included. Raises EdgecError for a device that has no emulator, ToolchainMissing when it is not installed.
+    With None it counts the whole program, start-up included. Raises EdgecError for a device that has no emulator,
+    ToolchainMissing when it is not installed.
     """
     if device.runner == "native":
         raise EdgecError("has no emulator that counts", where=f"target {device.name}", hint="use valgrind on this one")
@@ -198,7 +199,7 @@ def read_report(report: Path, program: Path, *, whole: bool = False) -> Profile:
         word, calls, active, stop = end
     except (OSError, ValueError) as error:
         raise EdgecError("has no complete instruction counts", where=program.name) from error
-    if word != "end" or not whole and (active != "0" or calls == "0"):
+    if word != "end" or (not whole and (active != "0" or calls == "0")):
         what = "was never called" if calls == "0" else "did not return behind its call"
         raise EdgecError(f"counted function {what}", where=program.name, hint=VENEER)
     if not whole and not _follows_call(program, int(stop)):
@@ -221,8 +222,8 @@ def _follows_call(program: Path, address: int) -> bool:
     first, second = word & 0xFFFF, word >> 16
     if elf["e_machine"] == "EM_AARCH64":
         return word >> 26 == 0b100101 or word & 0xFFFFFC1F == 0xD63F0000
-    arm = word >> 25 & 7 == 0b101 and (word >> 24 & 1 or word >> 28 == 15) or word & 0x0FFFFFF0 == 0x012FFF30
-    thumb = first & 0xF800 == 0xF000 and second & 0xC000 == 0xC000 or second & 0xFF87 == 0x4780
+    arm = (word >> 25 & 7 == 0b101 and (word >> 24 & 1 or word >> 28 == 15)) or word & 0x0FFFFFF0 == 0x012FFF30
+    thumb = (first & 0xF800 == 0xF000 and second & 0xC000 == 0xC000) or second & 0xFF87 == 0x4780
     return bool(arm or thumb)
 
 
@@ -250,7 +251,9 @@ def build_plugin(runner: str = "qemu-aarch64", package: str | None = None) -> Pa
                 raise EdgecError(f"failed with status {status}: {text}", where="cc insn_count.c")
             made.replace(target)
     except OSError as error:
-        raise EdgecError(f"cannot be written: {error.strerror}", where=str(folder), hint="set XDG_CACHE_HOME") from error
+        raise EdgecError(
+            f"cannot be written: {error.strerror}", where=str(folder), hint="set XDG_CACHE_HOME"
+        ) from error
     return target
 
 
