@@ -28,7 +28,7 @@ from benchmarks.models import CASES, IMAGENET, shared_folder
 from edgec.bundle import build_bundle
 from edgec.errors import EdgecError
 from edgec.targets import loops
-from edgec.targets.codegen import build_object, lower_kernels
+from edgec.targets.codegen import build_objects, lower_kernels
 from edgec.targets.device import Device, load_device
 from edgec.targets.kernels import common, conv2d, depthwise, eltwise, pool, transpose
 from edgec.targets.loops import KernelReport, inspect_function
@@ -235,7 +235,7 @@ def profile_kernel(spec: Any, device: Device, folder: Path) -> Profile:
     arguments = ", ".join(f"a{i}" for i in range(len(sizes)))
     main = f"{arrays}void {symbol}({types});\nint main(void) {{\n    {symbol}({arguments});\n    return 0;\n}}\n"
     (folder / "main.c").write_text(main)
-    (folder / "kernel.o").write_bytes(build_object(lowered, device))
+    (folder / "kernel.o").write_bytes(build_objects(lowered, device)[symbol])
     program = link([str(folder / "main.c"), str(folder / "kernel.o"), "-lm"], device, folder / "kernel")
     return profile_program(program, symbol, device, folder)
 
