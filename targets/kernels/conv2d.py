@@ -15,7 +15,7 @@ import numpy as np
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, splat, vec
+from edgec.targets.kernels.common import Epilogue, loop, parallel, param, ramp, round_up, splat, vec
 from edgec.targets.tir import T, tirx
 
 
@@ -191,11 +191,11 @@ class Conv2D:
 
             def group_body(group: Any) -> None:
                 whole, rest = divmod(self.co // self.groups, block)
-                loop(whole, lambda b: loop(rows, lambda r: row_of_tiles(group, b, r, block)))
+                parallel(whole, lambda b: parallel(rows, lambda r: row_of_tiles(group, b, r, block)))
                 if rest:
-                    loop(rows, lambda r: row_of_tiles(group, whole, r, rest))
+                    parallel(rows, lambda r: row_of_tiles(group, whole, r, rest))
 
-            loop(self.groups, group_body)
+            parallel(self.groups, group_body)
         return builder.get()
 
     def reference(

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, vec
+from edgec.targets.kernels.common import Epilogue, loop, parallel, param, ramp, round_up, vec
 from edgec.targets.kernels.conv2d import accumulate, finish, pad_copy, store_vector
 from edgec.targets.tir import T
 
@@ -164,7 +164,7 @@ class Depthwise:
                 if rest:
                     channels(row, full * pixels, rest)
 
-            loop(oh, row_of_tiles)
+            parallel(oh, row_of_tiles)
         return builder.get()
 
     def reference(
