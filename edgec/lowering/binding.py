@@ -134,6 +134,22 @@ def _qlinear(node: Any, constants: Weights) -> Binding:
     return Binding(spec, (x,), layer_of(node), weights)
 
 
+def _qconv2d_float(node: Any, constants: Weights) -> Binding:
+    x, w, bias, scale, *geometry, x_zp = node.args[:9]
+    weights = {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", scale))}
+    spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, Epilogue(requant="float"))
+    return Binding(spec, (x,), layer_of(node), weights)
+
+
+def _qlinear_act(node: Any, constants: Weights) -> Binding:
+    x, w, bias, scale, residual, act, lo, hi, y_scale, y_zp = node.args
+    weights = {"w": constants[w.name][:, :, None, None], "bias": constants[bias.name], "m": constants[scale.name]}
+    epilogue = Epilogue(act, lo, hi, y_zp, residual is not None, requant="float", y_scale=y_scale)
+    outputs, inputs = weights["w"].shape[:2]
+    spec = Conv2D(1, int(np.prod(shape_of(node)[:-1])), inputs, outputs, dtype="int8", epilogue=epilogue)
+    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
+
+
 def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) -> dict[str, np.ndarray]:
     return {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", m), ("shift", shift))}
 
@@ -343,6 +359,8 @@ RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     edgec.qconv2d.default: _qconv2d,
     edgec.qconv2d_add.default: _qconv2d_add,
     edgec.qlinear.default: _qlinear,
+    edgec.qconv2d_float.default: _qconv2d_float,
+    edgec.qlinear_act.default: _qlinear_act,
     edgec.qmax_pool2d.default: _max_pool,
     edgec.qavg_pool2d.default: _qavg_pool,
     edgec.qmean.default: _qmean,

@@ -31,6 +31,8 @@ SMOOTH = {
     aten.silu.default: "silu",
     aten.tanh.default: "tanh",
 }
+# Operators whose kernels can round their result for an integer layer; their last arguments are scale and zero point.
+ENCODING = (edgec.layer_norm.default, edgec.rms_norm.default, edgec.attention.default)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -142,10 +144,28 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
         elif is_call(node, aten.group_norm.default, aten.instance_norm.default):
             _fuse_group_norm(graph, node)
+    for node in list(graph.nodes):
+        if is_call(node, *ENCODING):
+            _fuse_quantize(node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def _fuse_quantize(node: Any) -> None:
+    """Let `node` write the codes that its only reader makes of its result, which views may stand before."""
+    views, reader = [], only_user(node)
+    while reader is not None and is_call(reader, aten.reshape.default, aten.view.default):
+        views.append(reader)
+        reader = only_user(reader)
+    if reader is None or not is_call(reader, edgec.quantize.default) or node.args[-2] is not None:
+        return
+    node.args = (*node.args[:-2], reader.args[1], reader.args[2])
+    for value in (node, *views):
+        value.meta["val"] = value.meta["val"].to(torch.int8)
+    (views[-1] if views else node).meta["edgec_origin"] = origin_of(reader)
+    reader.replace_all_uses_with(views[-1] if views else node)
 
 
 def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
@@ -311,7 +331,7 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
 def _fuse_qlinear(graph: fx.Graph, node: Any) -> None:
     """`qlinear_float` with the float operations on its result, and with the rounding for the layer behind them."""
     last, residual, act = _follow(node)
-    follower = _only_user(last)
+    follower = only_user(last)
     y_scale: Any = None
     y_zp: Any = 0
     if follower is not None and is_call(follower, edgec.quantize.default):

@@ -111,8 +111,18 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
 
 
 def parallel(extent: int, body: Callable[[Any], None]) -> None:
-    """A loop whose iterations may run on several threads: the only outermost loop, without scratch they share."""
-    loop(extent, body)
+    """A kernel's outermost loop, whose iterations may run on several threads and in any order; at most `extent` do.
+
+    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that
+    it needs for itself has scope "local", which is the stack of its thread: a loop that writes and reads a larger
+    buffer of the kernel stays serial. A kernel may have several such loops, one after the other; the threads meet in
+    between. A loop inside another is serial.
+    """
+    if extent == 1:
+        body(0)
+    elif extent > 1:
+        with T.parallel(0, extent) as i:
+            body(i)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -284,7 +284,7 @@ class Conv2D(Weighted):
                 else:
                     parallel(whole, lambda b: body(b, block))
 
-            loop(self.groups, pixels_first if shape.rows_first else channels_first)
+            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
