@@ -31,6 +31,15 @@ SMOOTH = {
     aten.silu.default: "silu",
     aten.tanh.default: "tanh",
 }
+MOVES = (
+    aten.permute.default,
+    aten.transpose.int,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+)
 # Operators whose kernels can round their result for an integer layer; their last arguments are scale and zero point.
 ENCODING = (edgec.layer_norm.default, edgec.rms_norm.default, edgec.attention.default)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
@@ -86,6 +95,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     Programs have no in-place operators (see `edgec.frontend`).
     """
     graph = module.graph
+    _sink_quantize(graph)
     fuse_attention(module)
     fuse_products(module)
     fuse_norms(module)
@@ -151,6 +161,24 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def _sink_quantize(graph: fx.Graph) -> None:
+    """Round behind operations that only move data, where the kernel in front of them can take both up."""
+    for node in list(graph.nodes):
+        reader = only_user(node)
+        while is_call(node, edgec.quantize.default) and reader is not None and is_call(reader, *MOVES):
+            x, scale, zero_point = node.args
+            reader.replace_input_with(node, x)
+            codes, reader.meta["val"] = reader.meta["val"], reader.meta["val"].to(torch.float32)
+            with graph.inserting_after(reader):
+                moved = graph.call_function(node.target, (reader, scale, zero_point))
+            reader.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            moved.meta.update(reader.meta, val=codes)
+            # Its value is now that of the tensor before rounding, which the Program does not have in this form.
+            reader.meta["edgec_origin"] = f"{origin_of(reader)}, real"
+            node, reader = moved, only_user(moved)
+    graph.eliminate_dead_code()
 
 
 def _fuse_quantize(node: Any) -> None:
