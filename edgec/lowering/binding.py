@@ -111,14 +111,14 @@ def _linear(node: Any, constants: Weights) -> Binding:
 def _qconv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, *geometry, x_zp, y_zp, lo, hi = node.args[:13]
     weights = _integer_weights(constants, w, bias, m, shift)
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, requant=_requant(weights))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, **_requant(weights))
     return Binding(_conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue), (x,), layer_of(node), weights)
 
 
 def _qconv2d_add(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, residual, *geometry, x_zp, y_zp, lo, hi, add = node.args
     weights = _integer_weights(constants, w, bias, m, shift)
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add), requant=_requant(weights))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add), **_requant(weights))
     spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue)
     return Binding(spec, (x,), layer_of(node), weights, (residual,))
 
@@ -129,7 +129,7 @@ def _qlinear(node: Any, constants: Weights) -> Binding:
     weight = weights["w"]
     weights["w"] = weight[:, :, None, None]
     rows = int(np.prod(shape_of(node)[:-1]))
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, requant=_requant(weights))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, **_requant(weights))
     spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue)
     return Binding(spec, (x,), layer_of(node), weights)
 
@@ -154,9 +154,14 @@ def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) 
     return {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", m), ("shift", shift))}
 
 
-def _requant(weights: Mapping[str, np.ndarray]) -> str:
-    """Layers that round by a float32 product have float32 multipliers (see `edgec.integer.requantize`)."""
-    return "RQF" if weights["m"].dtype == np.float32 else "RQ1"
+def _requant(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How a layer rounds: by a float32 product where its multipliers are float32 (see `edgec.integer.requantize`)."""
+    if weights["m"].dtype != np.float32:
+        return {"requant": "RQ1"}
+    # The largest accumulator that codes can make, and some room for the zero point.
+    w = weights["w"].astype(np.int64)
+    largest = np.abs(w).sum(tuple(range(1, w.ndim))) * 128 + np.abs(weights["bias"].astype(np.int64))
+    return {"requant": "RQF", "bounded": bool(np.all(largest * np.abs(weights["m"].astype(np.float64)) < 2**30))}
 
 
 def _map(node: Any) -> tuple[int, int, int]:
