@@ -63,7 +63,7 @@ class Depthwise(Weighted):
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Weights [c, 1, kh, kw] to [kh, kw, c]; vectors as they are."""
-        if depthwise_vnni.width(self, device):
+        if depthwise_vnni.applies(self, device):
             assert m is not None
             return depthwise_vnni.pack(self, device, w, bias, m)
         packed = np.ascontiguousarray(w[:, 0].transpose(1, 2, 0))
@@ -80,7 +80,7 @@ class Depthwise(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
-        if depthwise_vnni.width(self, device):
+        if depthwise_vnni.applies(self, device):
             return depthwise_vnni.prim_func(self, device)
         block, pixels = self.blocking(device)
         rows, columns = self.axes
