@@ -137,6 +137,9 @@ def compile_command(
     device_samples: Annotated[
         int | None, typer.Option(min=1, help="Samples run through the code (default: all natively, 64 emulated).")
     ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads the bundle is to run on, if its caller does not say otherwise.")
+    ] = 1,
     input_shape: InputShape = None,
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass or lowering step.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Folder for the text form after each step.")] = None,
@@ -174,6 +177,7 @@ def compile_command(
             seed=seed,
             calibration_samples=calibration_samples,
             device_samples=device_samples,
+            threads=threads,
             stop_after=stop_after,
             dump=dump,
             tuning=tuning,
@@ -201,6 +205,9 @@ def run_command(
     input_scale: InputScale = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
     seed: Seed = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads for each sample (default: what it was compiled for).")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
     json: Json = False,
 ) -> None:
@@ -209,6 +216,8 @@ def run_command(
     from edgec.execute import run_bundle, save_outputs, selftest
 
     loaded = load_bundle(bundle)
+    if threads is not None:
+        loaded.use_threads(threads)
     if eval is None:
         if output is not None:
             raise EdgecError("needs --eval", where="--output", hint="give the data to run")

@@ -54,6 +54,7 @@ class Options:
     on_fail: str = "error"
     seed: int = 0
     device_samples: int | None = None
+    threads: int = 1
 
 
 @dataclass
@@ -180,6 +181,7 @@ def compile_model(
     seed: int = 0,
     calibration_samples: int = 256,
     device_samples: int | None = None,
+    threads: int = 1,
     stop_after: str | None = None,
     dump: str | Path | None = None,
     tuning: str | Path | None = None,
@@ -194,6 +196,7 @@ def compile_model(
     max_drop: largest allowed drop of the metric against the original, in points; None checks nothing.
     on_fail: "error", "revert" (drop the pass) or "relax" (weaken the pass by bisection).
     device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated).
+    threads: how many the bundle advises, and the checks of the generated code use; results do not depend on it.
     stop_after: a pass name or a lowering step; no bundle is written then.
     dump: folder that receives the text form after each step.
     tuning: a table of `edgec tune` with register tiles for the target (default: the file that EDGEC_TUNING names).
@@ -207,6 +210,8 @@ def compile_model(
     from edgec.tune import tuned_device
 
     tell = progress or (lambda stage, done: None)
+    if threads < 1:
+        raise EdgecError(f"{threads} is less than 1", where="--threads")
     pipeline = Pipeline.of(passes)
     _known_stage(stop_after, pipeline)
     device = tuned_device(get_device(target), tuning)
@@ -225,7 +230,13 @@ def compile_model(
     writer = _dumper(dump)
     evaluation, calibration = _datasets(program, data, eval, preprocess, pipeline, calibration_samples, seed)
     run = _start(
-        program, evaluation, calibration, metric, device, Options(max_drop, on_fail, seed, device_samples), tell
+        program,
+        evaluation,
+        calibration,
+        metric,
+        device,
+        Options(max_drop, on_fail, seed, device_samples, threads),
+        tell,
     )
     run.ledger.meta = {
         "model": program.name,
@@ -410,7 +421,8 @@ def _build(
         "tuning": {key: dataclasses.asdict(tile) for key, tile in lowered.tiles.items()},
     }
     tolerance = 0.0 if arithmetic(program) == "integer" else SELFTEST_TOLERANCE
-    return build_bundle(lowered, device, staged, selftest=SelfTest(inputs, outputs, tolerance), meta=meta)
+    selftest = SelfTest(inputs, outputs, tolerance)
+    return build_bundle(lowered, device, staged, selftest=selftest, meta=meta, threads=run.options.threads)
 
 
 def _sample(run: _Run, program: Program) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:

@@ -31,6 +31,17 @@ SMOOTH = {
     aten.silu.default: "silu",
     aten.tanh.default: "tanh",
 }
+MOVES = (
+    aten.permute.default,
+    aten.transpose.int,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+)
+# Operators whose kernels can round their result for an integer layer; their last arguments are scale and zero point.
+ENCODING = (edgec.layer_norm.default, edgec.rms_norm.default, edgec.attention.default)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -84,6 +95,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     Programs have no in-place operators (see `edgec.frontend`).
     """
     graph = module.graph
+    _sink_quantize(graph)
     fuse_attention(module)
     fuse_products(module)
     fuse_norms(module)
@@ -142,10 +154,46 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
         elif is_call(node, aten.group_norm.default, aten.instance_norm.default):
             _fuse_group_norm(graph, node)
+    for node in list(graph.nodes):
+        if is_call(node, *ENCODING):
+            _fuse_quantize(node)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def _sink_quantize(graph: fx.Graph) -> None:
+    """Round behind operations that only move data, where the kernel in front of them can take both up."""
+    for node in list(graph.nodes):
+        reader = only_user(node)
+        while is_call(node, edgec.quantize.default) and reader is not None and is_call(reader, *MOVES):
+            x, scale, zero_point = node.args
+            reader.replace_input_with(node, x)
+            codes, reader.meta["val"] = reader.meta["val"], reader.meta["val"].to(torch.float32)
+            with graph.inserting_after(reader):
+                moved = graph.call_function(node.target, (reader, scale, zero_point))
+            reader.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            moved.meta.update(reader.meta, val=codes)
+            # Its value is now that of the tensor before rounding, which the Program does not have in this form.
+            reader.meta["edgec_origin"] = f"{origin_of(reader)}, real"
+            node, reader = moved, only_user(moved)
+    graph.eliminate_dead_code()
+
+
+def _fuse_quantize(node: Any) -> None:
+    """Let `node` write the codes that its only reader makes of its result, which views may stand before."""
+    views, reader = [], only_user(node)
+    while reader is not None and is_call(reader, aten.reshape.default, aten.view.default):
+        views.append(reader)
+        reader = only_user(reader)
+    if reader is None or not is_call(reader, edgec.quantize.default) or node.args[-2] is not None:
+        return
+    node.args = (*node.args[:-2], reader.args[1], reader.args[2])
+    for value in (node, *views):
+        value.meta["val"] = value.meta["val"].to(torch.int8)
+    (views[-1] if views else node).meta["edgec_origin"] = origin_of(reader)
+    reader.replace_all_uses_with(views[-1] if views else node)
 
 
 def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
@@ -311,7 +359,7 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
 def _fuse_qlinear(graph: fx.Graph, node: Any) -> None:
     """`qlinear_float` with the float operations on its result, and with the rounding for the layer behind them."""
     last, residual, act = _follow(node)
-    follower = _only_user(last)
+    follower = only_user(last)
     y_scale: Any = None
     y_zp: Any = 0
     if follower is not None and is_call(follower, edgec.quantize.default):

@@ -301,7 +301,7 @@ class Conv2D(Weighted):
                 else:
                     parallel(whole, lambda b: body(b, block))
 
-            loop(self.groups, pixels_first if shape.rows_first else channels_first)
+            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
@@ -501,9 +501,9 @@ def store_channels(
 ) -> None:
     """Apply the epilogue of `spec` to the first `channels` lanes of `values` and store them from y[here].
 
-    Per-channel factors are read from `offset`. Bytes are stored up to sixteen at a time.
+    Per-channel factors are read from `offset`. Bytes are stored in whole registers where they fill them.
     """
-    most = max(16, lanes) if spec.out_type == "int8" else lanes
+    most = max(16, 4 * lanes if lanes == 16 else lanes) if spec.out_type == "int8" else lanes
     for start, size in pieces(channels, most):
         width = min(size, lanes)
         parts = range(start, start + size, width)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgec.targets.device import Device
-from edgec.targets.kernels import common
+from edgec.targets.kernels import common, depthwise_vnni
 from edgec.targets.kernels.common import Epilogue, const, loop, parallel, param, pieces, ramp, vec
 from edgec.targets.kernels.conv2d import Blocking, Weighted, accumulate, store_channels
 from edgec.targets.kernels.tiling import Run, balanced, tiles
@@ -78,6 +78,9 @@ class Depthwise(Weighted):
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Weights [c, 1, kh, kw] to [kh, kw, c]; vectors as they are."""
+        if depthwise_vnni.width(self, device):
+            assert m is not None
+            return depthwise_vnni.pack(self, device, w, bias, m)
         packed = np.ascontiguousarray(w[:, 0].transpose(1, 2, 0))
         if self.dtype != "int8":
             return packed, np.zeros(self.c, self.dtype) if bias is None else bias
@@ -92,6 +95,8 @@ class Depthwise(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        if depthwise_vnni.width(self, device):
+            return depthwise_vnni.prim_func(self, device)
         block, pixels = self.blocking(device)
         rows, columns = self.axes
         acc_type = "int32" if self.dtype == "int8" else self.dtype

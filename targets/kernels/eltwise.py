@@ -11,7 +11,7 @@ import numpy as np
 from edgec import integer
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import AddEpilogue, add_codes, const, loop, param, requantise
+from edgec.targets.kernels.common import AddEpilogue, add_codes, const, loop, parallel, param, requantise
 from edgec.targets.tir import T, tirx
 
 Shape = tuple[int, ...]
@@ -54,7 +54,7 @@ def _build(
 
         def walk(index: list[Any]) -> None:
             if len(index) < rank:
-                loop(shape[len(index)], lambda i: walk([*index, i]))
+                parallel(shape[len(index)], lambda i: walk([*index, i]))
                 return
             values = [
                 source[tuple(0 if extent == 1 else i for extent, i in zip(s, index, strict=True))]
@@ -188,7 +188,7 @@ class QLut(_Elementwise):
             def element(i: Any, c: Any, j: Any) -> None:
                 T.buffer_store(y, table[c, _wide(x[i, c, j]) + 128], [i, c, j])
 
-            loop(outer, lambda i: loop(channels, lambda c: loop(inner, lambda j: element(i, c, j))))
+            parallel(outer, lambda i: parallel(channels, lambda c: loop(inner, lambda j: element(i, c, j))))
         return builder.get()
 
     inplace = ()

@@ -12,7 +12,7 @@ import numpy as np
 from edgec import integer
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import const, loop, param, ramp, requantise, vec
+from edgec.targets.kernels.common import const, loop, parallel, param, ramp, requantise, vec
 from edgec.targets.kernels.conv2d import pad_copy
 from edgec.targets.tir import T, tirx
 
@@ -103,7 +103,7 @@ class _Pool:
                 loop(whole, lambda b: window(row, column, b * device.lanes, device.lanes))
                 loop(rest, lambda r: window(row, column, whole * device.lanes + r, 1))
 
-            loop(oh, lambda row: loop(ow, lambda column: pixel(row, column)))
+            parallel(oh, lambda row: parallel(ow, lambda column: pixel(row, column)))
         return builder.get()
 
     def _windows(self, x: np.ndarray, border: float | int, exact: Any) -> np.ndarray:

@@ -173,7 +173,7 @@ def test_generated_c_has_no_warnings(standard: str, device: str, tmp_path: Path)
             for name, text in texts(make(), selftest, device).items():
                 (tmp_path / name).write_text(text)
             sources = [p.name for p in sorted(tmp_path.glob("*.c"))]
-            assert sources == ["example.c", "model.c", "runner.c", *(["selftest.c"] if selftest else [])]
+            assert sources == ["example.c", "model.c", "runner.c", *(["selftest.c"] if selftest else []), "threads.c"]
             command = [target.cc, *target.cflags, f"-std={standard}", "-O2", *STRICT, "-fsyntax-only", *sources]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
