@@ -32,7 +32,7 @@ from edgec.targets.device import Device, load_device
 from edgec.targets.kernels import common, conv2d, depthwise, eltwise, pool, transpose
 from edgec.targets.loops import KernelReport, inspect_function
 from edgec.targets.qemu.counter import profile_bundle
-from edgec.targets.qemu.kernel import kernel_symbol, profile_kernel
+from edgec.targets.qemu.kernel import kernel_functions, profile_kernel
 
 # A single kernel needs no torch, whose import would take longer than the measurement.
 if TYPE_CHECKING:
@@ -207,11 +207,11 @@ def measure_kernel(spec: Any, device: Device, inspect: bool = True) -> Measureme
     """Compile one kernel template for the device and count one call on zeros. Raises EdgecError, ToolchainMissing."""
     with tempfile.TemporaryDirectory(prefix="edgec-aarch64-") as name:
         profile = profile_kernel(spec, device, Path(name))
-        symbol = kernel_symbol(spec)
+        functions = kernel_functions(profile)
         rows = []
         for function, instructions in profile.by_symbol.items():
-            report = inspect_function(profile.program, function, device, profile) if function == symbol else None
-            macs = spec.macs if function == symbol else 0
+            report = inspect_function(profile.program, function, device, profile) if function in functions else None
+            macs = spec.macs if function == functions[0] else 0
             rows.append(KernelRow(function, (), macs, instructions, report if inspect else None))
         kind = "int8" if getattr(spec, "dtype", "") == "int8" else "fp32"
         return Measurement(text_of(spec), kind, device, spec.macs, profile.total, tuple(rows))

@@ -349,20 +349,17 @@ def _count_tiles(spec: Any, device: Device, seconds: float, weights: int) -> dic
     The order of the loops stays: the model knows no caches.
     """
     from edgec.targets.loops import inspect_function
-    from edgec.targets.qemu.kernel import kernel_symbol, profile_kernel
+    from edgec.targets.qemu.kernel import kernel_functions, profile_kernel
 
     started = time.monotonic()
-    in_cycles = unit_of(device) == "cycles"
     costs: dict[Blocking, float] = {}
     for tile in spec.candidates(device)[:EMULATED]:
         with tempfile.TemporaryDirectory(prefix="edgec-tune-") as folder:
             profile = profile_kernel(spec, _with_tile(spec, device, tile), Path(folder))
-            cycles = None
-            if in_cycles:
-                cycles = inspect_function(profile.program, kernel_symbol(spec), device, profile).cycles
-            if in_cycles and cycles is None:
-                raise EdgecError("has no cycles", where=f"kernel {spec.tuning_key} on {device.name}")
-            costs[tile] = float(profile.total if cycles is None else cycles)
+            costs[tile] = float(profile.total)
+            if unit_of(device) == "cycles":
+                reports = (inspect_function(profile.program, f, device, profile) for f in kernel_functions(profile))
+                costs[tile] = sum(report.cycles or 0.0 for report in reports)
         elapsed = time.monotonic() - started
         if len(costs) > 1 and elapsed * (len(costs) + 1) / len(costs) > seconds:
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import tvm
 
 from edgec.errors import EdgecError
-from edgec.targets.codegen import build_objects, lower_kernels
+from edgec.targets.codegen import LoweredKernels, build_objects, c_calls, lower_kernels
 from edgec.targets.cpu.runner import execute
 from edgec.targets.device import Device
 
@@ -71,16 +71,13 @@ class KernelTimer:
         """Compile PrimFuncs, several at a time; returns their numbers. Raises EdgecError, ToolchainMissing."""
         named = {f"k{i}": f.with_attr("global_symbol", f"k{i}") for i, f in enumerate(functions)}
         lowered = lower_kernels(tvm.IRModule(named), self.device)
-        counts, first = {}, len(self._kernels)
-        entries = []
-        for name, function in named.items():
+        run = _load(lowered, list(named), self.device)
+        first = len(self._kernels)
+        for number, (name, function) in enumerate(named.items()):
             sizes = [(_dtype(p), _elements(p)) for p in function.params]
             sizes += [("uint8", size) for size in lowered.scratch[name]]
-            counts[name] = len(sizes)
-            entries.append(self._reserve(sizes))
-        run = _load(build_objects(lowered, self.device), counts, self.device)
-        for number, (copies, step) in enumerate(entries):
-            self._kernels.append(_Kernel(run, number, counts[f"k{number}"], copies, step))
+            copies, step = self._reserve(sizes)
+            self._kernels.append(_Kernel(run, number, len(sizes), copies, step))
         return range(first, len(self._kernels))
 
     def run(self, number: int) -> float:
@@ -132,11 +129,15 @@ class _Kernel:
     runs: int = 1
 
 
-def _load(objects: Mapping[str, bytes], counts: Mapping[str, int], device: Device) -> Any:
-    """`time_kernel` of a library with these kernels; counts: their numbers of parameters."""
-    prototypes = "".join(f"void {n}({', '.join('P' for _ in range(count))});\n" for n, count in counts.items())
-    calls = (f"{name}({', '.join(f'a[{k}]' for k in range(count))});" for name, count in counts.items())
-    cases = "\n".join(f"        case {i}: {call} break;" for i, call in enumerate(calls))
+def _load(lowered: LoweredKernels, names: Sequence[str], device: Device) -> Any:
+    """`time_kernel` of a library with these kernels."""
+    objects = build_objects(lowered, device)
+    prototypes, cases = "", ""
+    for number, name in enumerate(names):
+        arguments = [f"a[{k}]" for k in range(len(lowered.signature[name]))]
+        declared, calls = c_calls(lowered, name, arguments)
+        prototypes += declared
+        cases += f"        case {number}: {calls} break;\n"
     with tempfile.TemporaryDirectory(prefix="edgec-timer-") as name:
         folder = Path(name)
         (folder / "timer.c").write_text(SOURCE.format(prototypes=prototypes, cases=cases))

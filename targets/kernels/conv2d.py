@@ -73,14 +73,16 @@ class Weighted(Window):
 
     @property
     def tuning_key(self) -> str:
-        """What the choice of a register tile depends on, as text: no epilogue, no zero point, no defaults."""
+        """What the choice of a register tile depends on, as text: no values of the epilogue, no defaults."""
         spec: Any = self
         parts = [spec.name, spec.dtype]
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in ("dtype", "x_zp", "epilogue") and value != f.default:
                 parts.append(f"{f.name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
-        return " ".join(parts)
+        if spec.dtype == "int8":
+            parts.append(spec.epilogue.requant)
+        return " ".join(parts + ["residual"] * self.residual)
 
     @property
     def residual(self) -> bool:

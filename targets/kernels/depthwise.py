@@ -52,6 +52,10 @@ class Depthwise(Weighted):
 
     def candidates(self, device: Device) -> list[Blocking]:
         """Register tiles that fit, the default first, then those with most pixels."""
+        size = depthwise_vnni.width(self, device)
+        if size:
+            counts = (depthwise_vnni.PIXELS, *range(depthwise_vnni.PIXELS + 1, 0, -1))
+            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), size // device.lanes, True) for n in counts))
         registers, lanes = device.registers, device.lanes
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":

@@ -8,14 +8,17 @@ from typing import Any
 
 import tvm
 
-from edgec.targets.codegen import build_objects, lower_kernels
+from edgec.targets.codegen import build_objects, c_calls, lower_kernels
 from edgec.targets.device import Device
 from edgec.targets.qemu.counter import Profile, link, profile_program
 
 
-def kernel_symbol(spec: Any) -> str:
-    """The name of a template's function in the program that `profile_kernel` makes."""
-    return f"kernel_{spec.name}"
+PREFIX = "kernel_"
+
+
+def kernel_functions(profile: Profile) -> list[str]:
+    """The kernel's own functions in what `profile_kernel` counted, most instructions first: one for each phase."""
+    return [name for name in profile.by_symbol if name.startswith(PREFIX)]
 
 
 def profile_kernel(spec: Any, device: Device, folder: Path) -> Profile:
@@ -23,16 +26,19 @@ def profile_kernel(spec: Any, device: Device, folder: Path) -> Profile:
 
     Raises EdgecError, ToolchainMissing.
     """
-    symbol = kernel_symbol(spec)
+    symbol = f"{PREFIX}{spec.name}"
     function = spec.prim_func(device).with_attr("global_symbol", symbol)
     lowered = lower_kernels(tvm.IRModule({symbol: function}), device)
     sizes = [math.prod(int(e) for e in p.ty.shape) * p.ty.dtype.dtype.itemsize for p in function.params]
     sizes += lowered.scratch[symbol]
     arrays = "".join(f"static char a{i}[{max(1, n)}] __attribute__((aligned(64)));\n" for i, n in enumerate(sizes))
-    types = ", ".join("void *" for _ in sizes)
-    arguments = ", ".join(f"a{i}" for i in range(len(sizes)))
-    main = f"{arrays}void {symbol}({types});\nint main(void) {{\n    {symbol}({arguments});\n    return 0;\n}}\n"
+    declared, calls = c_calls(lowered, symbol, [f"a{i}" for i in range(len(sizes))])
+    counted = f"__attribute__((noinline)) void counted(void) {{\n    {calls}\n}}\n"
+    main = f"#include <stdint.h>\n{arrays}{declared}{counted}int main(void) {{\n    counted();\n    return 0;\n}}\n"
     (folder / "main.c").write_text(main)
-    (folder / "kernel.o").write_bytes(build_objects(lowered, device)[symbol])
-    program = link([str(folder / "main.c"), str(folder / "kernel.o"), "-lm"], device, folder / "kernel")
-    return profile_program(program, symbol, device, folder)
+    paths = []
+    for name, data in build_objects(lowered, device).items():
+        paths.append(folder / f"{name}.o")
+        paths[-1].write_bytes(data)
+    program = link([str(folder / "main.c"), *map(str, paths), "-lm"], device, folder / "kernel")
+    return profile_program(program, "counted", device, folder)
