@@ -144,6 +144,9 @@ def compile_command(
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass or lowering step.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Folder for the text form after each step.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in file names and C symbols.")] = None,
+    tuning: Annotated[
+        Path | None, typer.Option(help="A table of `edgec tune` (default: the file that EDGEC_TUNING names).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compile a model, checking accuracy after every step."""
@@ -177,6 +180,7 @@ def compile_command(
             threads=threads,
             stop_after=stop_after,
             dump=dump,
+            tuning=tuning,
             progress=progress,
         )
     if json:
@@ -241,6 +245,52 @@ def run_command(
         console.print_json(result.to_json())
     else:
         console.print_line(result.text())
+
+
+@app.command("tune")
+def tune_command(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="Device to tune for; see `edgec targets`.", autocompletion=_complete_targets)
+    ] = "host",
+    passes: Annotated[str | None, typer.Option(help='A pipeline, as for `edgec compile`: "fold-bn".')] = None,
+    data: Annotated[str | None, typer.Option(help="Calibration data (default: noise).")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_scale: InputScale = None,
+    input_shape: InputShape = None,
+    seconds_per_op: Annotated[float, typer.Option(min=0.01, help="Time for one kernel, compiling included.")] = 2.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Table to write; one that is there is extended.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Measure the register tiles of a model's kernels, for later compiles."""
+    from edgec.tune import tune_model
+
+    with console.progress() as progress:
+        result = tune_model(
+            model,
+            target=target,
+            passes=passes or "",
+            data=data,
+            mean=_numbers(mean, "--mean", float),
+            std=_numbers(std, "--std", float),
+            input_scale=input_scale,
+            input_shape=_shape(input_shape),
+            seconds_per_op=seconds_per_op,
+            output=output,
+            seed=seed,
+            progress=progress,
+        )
+    if json:
+        console.print_json(result.to_json())
+        return
+    console.print_rows(result.rows())
+    console.print_line(result.text())
+    if output is not None:
+        console.print_line(f"table   {output}")
 
 
 @app.command("inspect")

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +68,16 @@ class LoweredKernels:
     scratch: dict[str, tuple[int, ...]]
     readonly: dict[str, frozenset[int]]
     phases: dict[str, tuple[tuple[str, int], ...]]
+
+
+def c_calls(lowered: LoweredKernels, symbol: str, arguments: Sequence[str]) -> tuple[str, str]:
+    """C text: declarations of a kernel's functions, and what one thread calls to do all of it with these pointers."""
+    declarations, calls = [], []
+    for name, tasks in lowered.phases[symbol]:
+        types = ["void *"] * len(arguments) + ["int32_t"] * (2 if tasks else 0)
+        declarations.append(f"void {name}({', '.join(types)});")
+        calls.append(f"{name}({', '.join([*arguments, *(['0', str(tasks)] if tasks else [])])});")
+    return "\n".join(declarations) + "\n", " ".join(calls)
 
 
 def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) -> LoweredKernels:

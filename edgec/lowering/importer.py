@@ -118,6 +118,13 @@ def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Impo
     return Imported(module, bindings)
 
 
+def bindings_of(exported: torch.export.ExportedProgram) -> list[Binding]:
+    """The calls of our kernel templates that `import_graph` makes of a graph, in its order."""
+    constants = _constants(exported)
+    found = (bind(node, constants) for node in exported.graph.nodes)
+    return [binding for binding in found if binding is not None]
+
+
 def legalize_relax(module: tvm.IRModule, device: Device) -> tvm.IRModule:
     """Turn Relax operators into TIR kernels, fuse element-wise chains and fold constants."""
     transform = relax.transform

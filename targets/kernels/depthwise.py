@@ -14,7 +14,7 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.kernels import common, depthwise_vnni
 from edgec.targets.kernels.common import Epilogue, const, loop, parallel, param, pieces, ramp, vec
-from edgec.targets.kernels.conv2d import Weighted, accumulate, store_channels
+from edgec.targets.kernels.conv2d import Blocking, Weighted, accumulate, store_channels
 from edgec.targets.kernels.tiling import Run, balanced, tiles
 from edgec.targets.tir import T
 
@@ -33,6 +33,8 @@ class Depthwise(Weighted):
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "depthwise"
+    # Whether a tile says in which order its loops run.
+    reorders = False
 
     @property
     def groups(self) -> int:
@@ -44,15 +46,31 @@ class Depthwise(Weighted):
         return oh * ow * self.c * self.kernel[0] * self.kernel[1]
 
     def blocking(self, device: Device) -> tuple[int, int]:
-        """(channels per block, pixels per tile)."""
+        """(channels per block, pixels per tile): from the device's table or the largest that fits registers."""
+        tile = device.tuning.get(self.tuning_key) or self.candidates(device)[0]
+        return tile.vectors * device.lanes, tile.pixels
+
+    def candidates(self, device: Device) -> list[Blocking]:
+        """Register tiles that fit, the default first, then those with most pixels."""
+        if depthwise_vnni.applies(self, device):
+            counts = (depthwise_vnni.PIXELS, *range(depthwise_vnni.PIXELS + 1, 0, -1))
+            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), 1, True) for n in counts))
         registers, lanes = device.registers, device.lanes
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":
             channels = 16
+
         # A row of weights, an input and a spare share the registers with the accumulators.
-        used = channels // lanes
-        most = max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used)
-        return channels, balanced(self.out[1], min(most, 14))
+        def pixels(used: int) -> int:
+            return min(max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used), 14)
+
+        first = channels // lanes
+        # Bytes are worked on sixteen at a time, whatever the width of a register.
+        others = [first] if self.dtype == "int8" else [v for v in (1, 2, 3, 4) if v == 1 or (v - 1) * lanes < self.c]
+        found = [Blocking(balanced(self.out[1], pixels(first)), first, True)]
+        for used in others:
+            found += [Blocking(balanced(self.out[1], n), used, True) for n in range(pixels(used), 0, -1)]
+        return list(dict.fromkeys(found))
 
     def pack(
         self,

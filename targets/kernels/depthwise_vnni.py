@@ -14,13 +14,15 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import const, intrinsic, loop, parallel, param, ramp
-from edgec.targets.kernels.tiling import Run, balanced, tiles
+from edgec.targets.kernels.tiling import Run, tiles
 from edgec.targets.tir import T, tirx
 
 if TYPE_CHECKING:
     from edgec.targets.kernels.depthwise import Depthwise
 
 TAPS = 4
+# Pixels of a tile, each with four accumulators.
+PIXELS = 4
 DOT = {
     16: "llvm.x86.avx512.vpdpbusd.128",
     32: "llvm.x86.avx512.vpdpbusd.256",
@@ -70,7 +72,7 @@ def prim_func(spec: Depthwise, device: Device) -> Any:
     rows, columns = spec.axes
     parts = blocks(spec.c)
     groups = -(-spec.kernel[1] // TAPS)
-    pixels = balanced(columns.out, 4)
+    _, pixels = spec.blocking(device)
     channels = sum(size for _, size in parts)
     with common.prim_func(spec.name) as builder:
         x = param("x", (spec.h * spec.w * spec.c,), "int8")
