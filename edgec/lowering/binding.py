@@ -292,7 +292,9 @@ def _group_norm(node: Any, constants: Weights) -> Binding:
     shape = shape_of(x)
     channels = shape[-1] if layout == "NHWC" else shape[1]
     spec = GroupNorm(_rows(x, channels), channels, groups, eps, layout, Epilogue(act=act, lo=lo, hi=hi))
-    return Binding(spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))})
+    return Binding(
+        spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))}
+    )
 
 
 def _softmax(node: Any, constants: Weights) -> Binding | None:
