@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,8 +161,8 @@ class Edgec:
     def suits(self, subject: Subject, kind: str) -> bool:
         return True
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, passes: Mapping[str, str] = PASSES) -> None:
+        self.folder, self.passes = folder, passes
 
     def version(self) -> str:
         from edgec import __version__
@@ -176,7 +176,7 @@ class Edgec:
 
         device = load_device("host")
         try:
-            lowered = lower(transformed(subject, kind), device)
+            lowered = lower(transformed(subject, self.passes[kind]), device)
             return build_bundle(lowered, device, Path(tempfile.mkdtemp(dir=self.folder)) / "bundle").path
         except EdgecError as error:
             raise Absent(error) from error
@@ -185,14 +185,14 @@ class Edgec:
         return NativeBundle(file, threads)
 
 
-def transformed(subject: Subject, kind: str) -> Program:
-    """The network after the passes of `kind`. Raises EdgecError."""
+def transformed(subject: Subject, passes: str) -> Program:
+    """The network after a pipeline. Raises EdgecError."""
     from edgec.passbase import Context
     from edgec.pipeline import Pipeline
     from edgec.targets.device import load_device
 
     program, context = subject.program, Context(device=load_device("host"), calibration=subject.calibration)
-    for step in Pipeline.parse(PASSES[kind]).passes:
+    for step in Pipeline.parse(passes).passes:
         program = step.run(program, context)
     return program
 
@@ -236,13 +236,17 @@ class NativeBundle:
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure: so many threads and rounds on these cores, holding the file `lock` meanwhile."""
+    """How to measure: so many threads and rounds on these cores, holding the file `lock` meanwhile.
+
+    samples: of the evaluation; None: all, 0: none. passes: edgec's pipeline for each kind.
+    """
 
     threads: int
     rounds: int
     cores: tuple[int, ...]
-    samples: int | None
-    lock: Path | None
+    samples: int | None = None
+    lock: Path | None = None
+    passes: Mapping[str, str] = field(default_factory=lambda: PASSES)
 
 
 def contest(
@@ -364,7 +368,7 @@ def chosen_cores(threads: int, core: int | None) -> tuple[int, ...]:
 
 def show_layers(subject: Subject, kind: str, setup: Setup, cache: Path, plot: Path | None) -> dict[str, Any]:
     """Print the kernel calls of one network beside the machine's peak; returns them as plain data. Raises Absent."""
-    program, inputs = transformed(subject, kind), subject.calibration.read(slice(0, 1))[0]
+    program, inputs = transformed(subject, setup.passes[kind]), subject.calibration.read(slice(0, 1))[0]
     runtime = OnnxRuntime()
     try:
         file: Path | None = runtime.prepare(subject, kind, cache)
@@ -374,7 +378,7 @@ def show_layers(subject: Subject, kind: str, setup: Setup, cache: Path, plot: Pa
         peak = layers.measure_peak()
         calls = layers.profile(bundle, inputs)
         theirs = {} if file is None else layers.onnxruntime_profile(file, inputs)
-    print(f"\n{subject.name} {kind}: peak {peak}\n\n{layers.table(calls, peak)}\n")
+    print(f"\n{subject.name} {kind}, one core of at most {peak}\n\n{layers.table(calls, peak)}\n")
     print(layers.totals_table(layers.totals(calls), theirs), flush=True)
     if plot is not None:
         target = plot.with_name(f"{plot.stem}-{subject.name}-{kind}{plot.suffix}")
@@ -429,8 +433,12 @@ def run(
     rows: list[Row] = []
     print(markdown(HEADER, [], text=3), flush=True)
     with tempfile.TemporaryDirectory(prefix="edgec-bench-") as folder:
-        engines: list[Engine] = [Edgec(Path(folder)), *(engine for engine in ENGINES if engine.name in peers)]
+        engines: list[Engine] = [
+            Edgec(Path(folder), setup.passes),
+            *(engine for engine in ENGINES if engine.name in peers),
+        ]
         about = {**machine(engines), "threads": setup.threads, "cores": list(setup.cores), "rounds": setup.rounds}
+        about["passes"] = dict(setup.passes)
         for name in models:
             try:
                 subject = load_subject(name)
@@ -482,6 +490,7 @@ def main(
     peers: Annotated[str, typer.Option(help="engines to compare with, by commas; empty: none")] = ",".join(
         engine.name for engine in ENGINES
     ),
+    passes: Annotated[str, typer.Option(help="edgec's pipeline for int8")] = PASSES["int8"],
     save: Annotated[Path | None, typer.Option(help="also write everything as JSON")] = None,
     by_layer: Annotated[bool, typer.Option("--layers", help="times of edgec's kernel calls instead")] = False,
     plot: Annotated[Path | None, typer.Option(help="with --layers: rooflines as NAME-MODEL-TYPE.png or .svg")] = None,
@@ -491,7 +500,7 @@ def main(
     try:
         kinds = KINDS if kind == "both" else _chosen([kind], KINDS, "--kind")
         wanted = _chosen([p for p in peers.split(",") if p], [engine.name for engine in ENGINES], "--peers")
-        setup = Setup(threads, rounds, chosen_cores(threads, core), samples, lock)
+        setup = Setup(threads, rounds, chosen_cores(threads, core), samples, lock, {**PASSES, "int8": passes})
         models = _chosen(model, known_models(), "--model") if model else DEFAULT_MODELS
         if by_layer:
             run_layers(models, kinds, setup, save=save, plot=plot)

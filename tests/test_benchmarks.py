@@ -87,7 +87,7 @@ def test_layers_against_the_machine() -> None:
     assert busy.cells(peak) == ["conv", "conv2d_i8", "100.00", "1000.0", "200.0", "50", "1000", "1.0", "compute"]
     move = layers.Layer("", "transpose", "fp32", 0, 2.0, 4000)
     assert move.cells(peak) == ["-", "transpose", "", "2.0", "", "", "4", "2.0", "memory"]
-    assert layers.totals([busy, busy, move]) == {"conv": (2, 2000.0), "transpose": (1, 2.0)}
+    assert layers.totals([busy, busy, move]) == {"conv2d": (2, 2000.0), "transpose": (1, 2.0)}
     assert (
         layers.table([busy, move], peak).splitlines()[-1].startswith("| all | 2 calls | 100.00 | 1002.0 | 199.6 | 50")
     )
@@ -182,7 +182,7 @@ def test_layer_times_of_the_demo() -> None:
     """Every call of the plan is timed, and together they take what the model takes."""
     subject = cpu.load_subject("digits")
     inputs = subject.calibration.read(slice(0, 1))[0]
-    with layers.compiled(cpu.transformed(subject, "fp32")) as hooked:
+    with layers.compiled(cpu.transformed(subject, "fold-bn")) as hooked:
         calls = layers.profile(hooked, inputs, runs=5)
     assert [call.layer for call in calls[:2]] == ["stem", "block1.depthwise"]
     assert sum(call.macs for call in calls) == hooked.bundle.manifest["macs"] > 0
