@@ -106,6 +106,25 @@ def test_kernel_expressions() -> None:
     for text in ("Conv2D(", "Epilogue()", "__import__('os')", "Conv2D(1)", "3"):
         with pytest.raises(EdgecError, match=re.escape(f"--spec '{text}': is no kernel: ")):
             aarch64.parse_spec(text)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: benchmark: nothing to measure"),
+        (["--model", "resnet1000"], "error: --model resnet1000: is not a model"),
+        (["--model", "mobilenet"], "error: --model mobilenet: could be imagenet_mobilenetv1"),
+        (["--spec", "Conv2D(1, 8, 8, 8)", "--device", "host"], "error: --device host: is no emulated 64-bit Arm core"),
+        (["--spec", "Conv2D(1, 8, 8, 8)", "--device", "cortex-a7"], "error: --device cortex-a7: is no emulated"),
+        (["--spec", "Conv2D(1, 8, 8, 8)", "--kind", "int4"], "error: --kind int4: is no type"),
+    ],
+)
+def test_errors_of_the_arm_benchmark(arguments: list[str], message: str) -> None:
+    status, text = arm(*arguments)
+    assert status == 2 and message in text and "Traceback" not in text
+
+
 # -- speed beside other engines ----------------------------------------------------------------------------------------
 
 
@@ -185,17 +204,6 @@ def command(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: benchmark: nothing to measure"),
-        (["--model", "resnet1000"], "error: --model resnet1000: is not a model"),
-        (["--model", "mobilenet"], "error: --model mobilenet: could be imagenet_mobilenetv1"),
-        (["--spec", "Conv2D(1, 8, 8, 8)", "--device", "host"], "error: --device host: is no emulated 64-bit Arm core"),
-        (["--spec", "Conv2D(1, 8, 8, 8)", "--device", "cortex-a7"], "error: --device cortex-a7: is no emulated"),
-        (["--spec", "Conv2D(1, 8, 8, 8)", "--kind", "int4"], "error: --kind int4: is no type"),
-    ],
-)
-def test_errors_of_the_arm_benchmark(arguments: list[str], message: str) -> None:
-    status, text = arm(*arguments)
-    assert status == 2 and message in text and "Traceback" not in text
         (("--model", "resnet1000"), "error: --model: 'resnet1000' is not known; use digits, mobilenetv2_100, "),
         (("--kind", "int4"), "error: --kind: 'int4' is not known; use fp32, int8\n"),
         (("--peers", "tensorrt"), "error: --peers: 'tensorrt' is not known; use onnxruntime, "),
