@@ -88,6 +88,10 @@ class Device:
         """32-bit elements in one SIMD register."""
         return self.vector_bytes // 4
 
+    def lanes_of(self, dtype: str) -> int:
+        """Sums in one SIMD register when elements of `dtype` are added: bytes are summed in 32 bits."""
+        return self.vector_bytes // 2 if dtype == "float16" else self.lanes
+
 
 def device_names() -> list[str]:
     """Names of the built-in devices, in the order of the table."""

@@ -163,7 +163,7 @@ class Conv2D(Weighted):
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
                 options.append((cost, (pixels, vectors)))
         pixels, vectors = best(options)
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * (1 if self.dtype == "int8" else 4)
+        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
         return Blocking(pixels, vectors, weights <= device.l2_kb * 1024 // 2)
 
     def pack(

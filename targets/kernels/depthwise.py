@@ -45,7 +45,7 @@ class Depthwise(Weighted):
 
     def blocking(self, device: Device) -> tuple[int, int]:
         """(channels per block, pixels per tile)."""
-        registers, lanes = device.registers, device.lanes
+        registers, lanes = device.registers, device.lanes_of(self.dtype)
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":
             channels = 16
@@ -132,7 +132,7 @@ class Depthwise(Weighted):
                     with T.serial(low, high) as i:
                         kernel_row(i)
                 here = (row * columns.out + column) * self.c + channel
-                width = min(lanes, device.lanes)
+                width = min(lanes, device.lanes_of(self.dtype))
                 for p in there:
                     values = [acc[p, ramp(at, width)] for at in range(0, lanes, width)]
                     store_channels(values, width, lanes, factors, channel, residual, y, here + p * self.c, self, device)

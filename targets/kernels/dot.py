@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from edgec.errors import EdgecError
 from edgec.targets.device import Device
 from edgec.targets.kernels.common import const, intrinsic, splat, vec
 from edgec.targets.tir import tirx
@@ -61,7 +62,10 @@ class Dot:
 
 @dataclass(frozen=True)
 class Lane(Dot):
-    """NEON multiplies by one element of a register: four input channels are loaded at once (FMLA by element)."""
+    """NEON multiplies by one element of a register: a load of input channels serves several (FMLA by element).
+
+    A register holds four float32 or eight float16, which are then summed in float16, as XNNPACK does.
+    """
 
     wide: int = 4
 
@@ -206,7 +210,15 @@ def _part(x: Any, first: int, count: int) -> Any:
 
 
 def dot(device: Device, dtype: str) -> Dot:
-    """The way of multiplying for a device and an element type ("float32" or "int8")."""
+    """The way of multiplying for a device and an element type ("float32", "float16" or "int8").
+
+    Raises EdgecError for float16 on a device that does not compute in it.
+    """
+    if dtype == "float16":
+        if not device.has_fp16:
+            raise EdgecError("has no float16 arithmetic", where=f"target {device.name}", hint="compile it in float32")
+        lanes = device.lanes_of(dtype)
+        return Lane(lanes, wide=lanes, dtype=dtype)
     if dtype != "int8":
         return Lane(device.lanes, dtype=dtype) if device.is_arm64 else Dot(device.lanes, dtype=dtype)
     if device.is_arm64:
