@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from edgec.errors import EdgecError
 from edgec.targets.device import Device
 from edgec.targets.kernels.common import const, intrinsic, splat, vec
 from edgec.targets.tir import tirx
@@ -215,8 +214,6 @@ def dot(device: Device, dtype: str) -> Dot:
     Raises EdgecError for float16 on a device that does not compute in it.
     """
     if dtype == "float16":
-        if not device.has_fp16:
-            raise EdgecError("has no float16 arithmetic", where=f"target {device.name}", hint="compile it in float32")
         lanes = device.lanes_of(dtype)
         return Lane(lanes, wide=lanes, dtype=dtype)
     if dtype != "int8":
