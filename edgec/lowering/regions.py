@@ -16,7 +16,7 @@ from edgec import regions as region_ops  # noqa: F401  (registers the operators)
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
-from edgec.program import is_call, layer_of, origin_of, shape_of
+from edgec.program import dtype_of, is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -365,6 +365,7 @@ def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float
             and "val" in other.meta
             and follower.kwargs.get("alpha", 1) == 1
             and shape_of(other) == shape_of(last)
+            and dtype_of(other) == dtype_of(last)
             and other.op != "get_attr"
         ):
             last, residual = follower, other

@@ -48,14 +48,14 @@ class Depthwise(Weighted):
     def blocking(self, device: Device) -> tuple[int, int]:
         """(channels per block, pixels per tile): from the device's table or the largest that fits registers."""
         tile = device.tuning.get(self.tuning_key) or self.candidates(device)[0]
-        return tile.vectors * device.lanes, tile.pixels
+        return tile.vectors * device.lanes_of(self.dtype), tile.pixels
 
     def candidates(self, device: Device) -> list[Blocking]:
         """Register tiles that fit, the default first, then those with most pixels."""
         if depthwise_vnni.applies(self, device):
             counts = (depthwise_vnni.PIXELS, *range(depthwise_vnni.PIXELS + 1, 0, -1))
             return list(dict.fromkeys(Blocking(balanced(self.out[1], n), 1, True) for n in counts))
-        registers, lanes = device.registers, device.lanes
+        registers, lanes = device.registers, device.lanes_of(self.dtype)
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":
             channels = 16
@@ -155,7 +155,7 @@ class Depthwise(Weighted):
                     with T.serial(low, high) as i:
                         kernel_row(i)
                 here = (row * columns.out + column) * self.c + channel
-                width = min(lanes, device.lanes)
+                width = min(lanes, device.lanes_of(self.dtype))
                 for p in there:
                     values = [acc[p, ramp(at, width)] for at in range(0, lanes, width)]
                     store_channels(values, width, lanes, factors, channel, residual, y, here + p * self.c, self, device)
