@@ -11,16 +11,24 @@ need qemu-aarch64 qemu-user
 need qemu-arm qemu-user
 need cmake cmake
 need chromium chromium
-[ -z "$packages" ] && exit 0
+# What some tests can do without, and some distributions do not have.
+extra=""
+command -v llvm-mca-19 >/dev/null 2>&1 || extra="llvm-19"
+[ -z "$packages$extra" ] && exit 0
 if [ "$(id -u)" = 0 ]; then sudo=""; elif command -v sudo >/dev/null 2>&1; then sudo="sudo -n"; else sudo="no"; fi
 if [ "$sudo" != no ] && command -v apt-get >/dev/null 2>&1; then
-    echo "installing:$packages"
+    echo "installing:$packages $extra"
     $sudo apt-get update -qq >/dev/null 2>&1
+    if [ -n "$extra" ]; then
+        DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "$extra" >/dev/null 2>&1 ||
+            echo "not installed, benchmarks print no modelled cycles; to install: apt-get install $extra"
+    fi
+    [ -z "$packages" ] && exit 0
     # shellcheck disable=SC2086
     if DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $packages \
         libc6-dev-arm64-cross libc6-dev-armhf-cross >/dev/null 2>&1; then
         exit 0
     fi
 fi
-echo "not installed, the tests that need them are skipped; to install: apt-get install$packages"
+echo "not installed, the tests that need them are skipped; to install: apt-get install$packages $extra"
 exit 0

@@ -20,9 +20,9 @@ from edgec.program import Program, layer_of, shape_of
 aten = torch.ops.aten
 edgec = torch.ops.edgec
 
-CONVOLUTIONS = (*CONV2D, aten.conv1d.default, aten.conv3d.default, edgec.qconv2d.default)
+CONVOLUTIONS = (*CONV2D, aten.conv1d.default, aten.conv3d.default, edgec.qconv2d.default, edgec.qconv2d_float.default)
 TRANSPOSED = (aten.conv_transpose2d.input, aten.conv_transpose1d.default)
-LINEARS = (aten.linear.default, edgec.qlinear.default)
+LINEARS = (aten.linear.default, edgec.qlinear.default, edgec.qlinear_float.default)
 MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 

@@ -3,7 +3,9 @@
 Activations are int8 codes in [-128, 127] with a scale and a zero point, weights symmetric int8 codes in [-127, 127],
 accumulators int32. Nothing here is tuned: the torch operators (`edgec.qops`) and the generated kernels are the fast
 forms, and tests compare them with these functions. The arithmetic is that of Jacob et al., "Quantization and Training
-of Neural Networks for Efficient Integer-Arithmetic-Only Inference", with a single rounding (RQ1).
+of Neural Networks for Efficient Integer-Arithmetic-Only Inference". Layers scale their accumulators to codes by one of
+two roundings: RQ1, a 64-bit product and a shift, when their multipliers `m` are int32; RQF, a float32 product, which
+devices with float vectors compute in fewer instructions, when they are float32. All other scaling is RQ1.
 
 Conventions: `padding` is [top, bottom, left, right]; weights are [out, in / groups, kh, kw]; `layout` is "NCHW" or
 "NHWC" and concerns activations only; a real number is `scale * (code - zero_point)`.
@@ -12,6 +14,7 @@ Conventions: `padding` is [top, bottom, left, right]; weights are [out, in / gro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,6 +29,10 @@ ACCUMULATOR_LIMIT = 2**31
 CODE_SPAN = 255
 MIN_SHIFT, MAX_SHIFT = 1, 62
 MAX_ADD_SHIFT = 22
+
+REQUANTS = ("RQ1", "RQF")
+# No int32 accumulator times a smaller multiplier reaches half a code.
+SMALLEST_MULTIPLIER = 2.0**-32
 
 Codes = NDArray[np.int8]
 Integers = NDArray[np.int64]
@@ -43,18 +50,33 @@ def rq1(accumulator: ArrayLike, m: ArrayLike, shift: ArrayLike) -> Integers:
     return (wide * factor + (np.int64(1) << (bits - 1))) >> bits
 
 
+def rqf(accumulator: ArrayLike, m: ArrayLike) -> Integers:
+    """Requantise: rne(float32(accumulator) * m), each step in float32, half to even.
+
+    accumulator: int32 values, of which those beyond 2^24 lose their last bits; m: finite float32 below 2^30. Arrays
+    broadcast. The result may exceed int32: clamp before narrowing.
+    """
+    return np.rint(np.asarray(accumulator, np.int64).astype(np.float32) * np.asarray(m, np.float32)).astype(np.int64)
+
+
+def requantize(accumulator: ArrayLike, m: ArrayLike, shift: ArrayLike) -> Integers:
+    """`rqf` for float32 multipliers, which make no use of `shift`; else `rq1`."""
+    factor = np.asarray(m)
+    return rqf(accumulator, factor) if factor.dtype == np.float32 else rq1(accumulator, factor, shift)
+
+
+def multipliers(scales: ArrayLike, requant: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    """(m, shift) of positive real multipliers for a rounding of REQUANTS."""
+    return float_multipliers(scales) if requant == "RQF" else quantize_multipliers(scales)
+
+
 def quantize_multipliers(scales: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Fixed-point form (m, shift) of positive real multipliers, each `m * 2^-shift`, for `rq1`.
 
     A multiplier below 2^-32 cannot move any int32 accumulator by half a code and becomes m = 0.
     Raises EdgecError for negative, non-finite or too large (2^30 and more) multipliers.
     """
-    values = np.asarray(scales, np.float64)
-    if not np.all(np.isfinite(values)) or np.any(values < 0):
-        raise EdgecError(
-            f"requantisation multiplier is negative or not finite: {values.ravel()[:4]}",
-            hint="check the calibration data for NaN or infinity",
-        )
+    values = _checked_multipliers(scales)
     fraction, exponent = np.frexp(values)
     m = np.rint(fraction * 2.0**31).astype(np.int64)
     carried = m == 2**31
@@ -63,10 +85,7 @@ def quantize_multipliers(scales: ArrayLike) -> tuple[NDArray[np.int32], NDArray[
     negligible = (shift > MAX_SHIFT) | (m == 0)
     m, shift = np.where(negligible, 0, m), np.where(negligible, MAX_SHIFT, shift)
     if np.any(shift < MIN_SHIFT):
-        raise EdgecError(
-            f"requantisation multiplier {values.max():.3g} is 2^30 or more",
-            hint="the output range is far too small for its inputs: calibrate with more data or keep the layer float",
-        )
+        raise _too_large(values)
     return m.astype(np.int32), shift.astype(np.int32)
 
 
@@ -74,6 +93,19 @@ def quantize_multiplier(scale: float) -> tuple[int, int]:
     """(m, shift) of one positive real multiplier; see `quantize_multipliers`."""
     m, shift = quantize_multipliers(scale)
     return int(m), int(shift)
+
+
+def float_multipliers(scales: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Float form (m, shift) of positive real multipliers for `rqf`: float32 values, and zeros for the shifts.
+
+    A multiplier below 2^-32 becomes an exact 0, so that no device meets a subnormal number. Raises EdgecError as
+    `quantize_multipliers` does.
+    """
+    values = _checked_multipliers(scales)
+    if np.any(values >= 2.0**30):
+        raise _too_large(values)
+    m = np.where(values < SMALLEST_MULTIPLIER, 0.0, values).astype(np.float32)
+    return m, np.zeros(m.shape, np.int32)
 
 
 def add_parameters(scale_a: float, scale_b: float, scale_y: float) -> tuple[int, int, int]:
@@ -154,7 +186,7 @@ def qconv2d(
     x: Codes,
     w: Codes,
     bias: NDArray[np.int32],
-    m: NDArray[np.int32],
+    m: NDArray[Any],
     shift: NDArray[np.int32],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -166,7 +198,45 @@ def qconv2d(
     hi: int,
     layout: str = "NCHW",
 ) -> Codes:
-    """Convolution of codes; padding holds code `x_zp`, `bias` contains -x_zp * sum(w) already."""
+    """Convolution of codes; padding holds code `x_zp`, `bias` contains -x_zp * sum(w) already.
+
+    m, shift: one per output channel, see `requantize`.
+    """
+    accumulator = _conv_sums(x, w, bias, stride, padding, dilation, groups, x_zp, layout)
+    per_channel = (1, -1, 1, 1)
+    y = _finish(accumulator, m.reshape(per_channel), shift.reshape(per_channel), y_zp, lo, hi)
+    return _from_nchw(y, layout)
+
+
+def qconv2d_float(
+    x: Codes,
+    w: Codes,
+    bias: NDArray[np.int32],
+    scale: NDArray[np.float32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_zp: int,
+    layout: str = "NCHW",
+) -> NDArray[np.float32]:
+    """`qconv2d` with a real result: float32(accumulator) * scale, with one float32 scale per output channel."""
+    accumulator = _conv_sums(x, w, bias, stride, padding, dilation, groups, x_zp, layout)
+    return _from_nchw(_real(accumulator, scale.reshape(1, -1, 1, 1)), layout)
+
+
+def _conv_sums(
+    x: Codes,
+    w: Codes,
+    bias: NDArray[np.int32],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    x_zp: int,
+    layout: str,
+) -> Integers:
+    """Accumulators [n, out, rows, columns] of a convolution."""
     padded = _spatial_pad(_to_nchw(x, layout), padding, x_zp)
     n, channels, _, _ = padded.shape
     outputs, depth, kh, kw = w.shape
@@ -184,17 +254,14 @@ def qconv2d(
                 tap = _taps(source, i * dilation[0], j * dilation[1], rows, columns, stride)
                 kernel = w[out, :, i, j].astype(np.int64)
                 accumulator[:, out] += np.einsum("nchw,oc->nohw", tap, kernel)
-    per_channel = (1, -1, 1, 1)
-    accumulator += bias.astype(np.int64).reshape(per_channel)
-    y = _finish(accumulator, m.reshape(per_channel), shift.reshape(per_channel), y_zp, lo, hi)
-    return _from_nchw(y, layout)
+    return accumulator + bias.astype(np.int64).reshape(1, -1, 1, 1)
 
 
 def qlinear(
     x: Codes,
     w: Codes,
     bias: NDArray[np.int32],
-    m: NDArray[np.int32],
+    m: NDArray[Any],
     shift: NDArray[np.int32],
     y_zp: int,
     lo: int,
@@ -203,6 +270,12 @@ def qlinear(
     """x[..., K] times w[O, K] transposed; `bias` contains -x_zp * sum(w) already."""
     accumulator = np.einsum("...k,ok->...o", x.astype(np.int64), w.astype(np.int64)) + bias.astype(np.int64)
     return _finish(accumulator, m, shift, y_zp, lo, hi)
+
+
+def qlinear_float(x: Codes, w: Codes, bias: NDArray[np.int32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`qlinear` with a real result: float32(accumulator) * scale, with one float32 scale per output channel."""
+    accumulator = np.einsum("...k,ok->...o", x.astype(np.int64), w.astype(np.int64)) + bias.astype(np.int64)
+    return _real(accumulator, scale)
 
 
 def qadd(a: Codes, b: Codes, ma: int, mb: int, f: int, za: int, zb: int, zy: int, lo: int, hi: int) -> Codes:
@@ -317,21 +390,47 @@ def pool_out_size(size: int, kernel: int, stride: int, before: int, after: int, 
 # -- shared steps ------------------------------------------------------------------------------------------------------
 
 
+def _checked_multipliers(scales: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(scales, np.float64)
+    if not np.all(np.isfinite(values)) or np.any(values < 0):
+        raise EdgecError(
+            f"requantisation multiplier is negative or not finite: {values.ravel()[:4]}",
+            hint="check the calibration data for NaN or infinity",
+        )
+    return values
+
+
+def _too_large(values: NDArray[np.float64]) -> EdgecError:
+    return EdgecError(
+        f"requantisation multiplier {values.max():.3g} is 2^30 or more",
+        hint="the output range is far too small for its inputs: calibrate with more data or keep the layer float",
+    )
+
+
 def _finish(accumulator: Integers, m: ArrayLike, shift: ArrayLike, zero_point: int, lo: int, hi: int) -> Codes:
+    _check_sums(accumulator)
+    return _clamp(requantize(accumulator, m, shift) + zero_point, lo, hi)
+
+
+def _real(accumulator: Integers, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    _check_sums(accumulator)
+    return accumulator.astype(np.float32) * scale
+
+
+def _check_sums(accumulator: Integers) -> None:
     if accumulator.size and (accumulator.min() < -ACCUMULATOR_LIMIT or accumulator.max() >= ACCUMULATOR_LIMIT):
         raise EdgecError("accumulator left int32", hint="build the bias with `bias_codes`, which checks the bound")
-    return _clamp(rq1(accumulator, m, shift) + zero_point, lo, hi)
 
 
 def _clamp(values: Integers, lo: int, hi: int) -> Codes:
     return np.clip(values, lo, hi).astype(np.int8)
 
 
-def _to_nchw(x: Codes, layout: str) -> Codes:
+def _to_nchw(x: NDArray[Any], layout: str) -> NDArray[Any]:
     return x.transpose(0, 3, 1, 2) if layout == "NHWC" else x
 
 
-def _from_nchw(y: Codes, layout: str) -> Codes:
+def _from_nchw(y: NDArray[Any], layout: str) -> NDArray[Any]:
     return np.ascontiguousarray(y.transpose(0, 2, 3, 1)) if layout == "NHWC" else y
 
 

@@ -75,22 +75,41 @@ def qconv2d(
     layout: str = "NCHW",
 ) -> torch.Tensor:
     """Convolution of codes; see `edgec.integer.qconv2d`."""
-    padded = _spatial_pad(_to_nchw(x, layout), padding, x_zp).to(torch.float32)
-
-    def convolve(weights: torch.Tensor) -> torch.Tensor:
-        with torch.backends.nnpack.flags(enabled=False):  # its Winograd transform does not keep integers
-            return F.conv2d(padded.to(weights.dtype), weights, None, stride, 0, dilation, groups)
-
-    accumulator = _exact_sums(convolve, w).add_(bias.view(-1, 1, 1))
+    accumulator = _conv_sums(_to_nchw(x, layout), w, bias, stride, padding, dilation, groups, x_zp)
     return _from_nchw(_finish(accumulator, m.view(-1, 1, 1), shift.view(-1, 1, 1), y_zp, lo, hi), layout)
 
 
 @qconv2d.register_fake
 def _(x, w, bias, m, shift, stride, padding, dilation, groups, x_zp, y_zp, lo, hi, layout="NCHW"):
-    n, _, rows, columns = _to_nchw(x, layout).shape
-    rows = pool_out_size(rows, w.shape[2], stride[0], padding[0], padding[1], dilation[0], False)
-    columns = pool_out_size(columns, w.shape[3], stride[1], padding[2], padding[3], dilation[1], False)
-    return x.new_empty(_shape(n, w.shape[0], rows, columns, layout))
+    return x.new_empty(_conv_shape(x, w, stride, padding, dilation, layout))
+
+
+@torch.library.custom_op(
+    "edgec::qconv2d_float",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor bias, Tensor scale, int[] stride, int[] padding, int[] dilation, int groups, "
+    'int x_zp, str layout="NCHW") -> Tensor',
+)
+def qconv2d_float(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    x_zp: int,
+    layout: str = "NCHW",
+) -> torch.Tensor:
+    """Convolution of codes with a real result; see `edgec.integer.qconv2d_float`."""
+    accumulator = _conv_sums(_to_nchw(x, layout), w, bias, stride, padding, dilation, groups, x_zp)
+    return _from_nchw(accumulator.to(torch.float32).mul_(scale.view(-1, 1, 1)), layout)
+
+
+@qconv2d_float.register_fake
+def _(x, w, bias, scale, stride, padding, dilation, groups, x_zp, layout="NCHW"):
+    return x.new_empty(_conv_shape(x, w, stride, padding, dilation, layout), dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -116,6 +135,20 @@ def qlinear(
 @qlinear.register_fake
 def _(x, w, bias, m, shift, y_zp, lo, hi):
     return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+@torch.library.custom_op(
+    "edgec::qlinear_float", mutates_args=(), schema="(Tensor x, Tensor w, Tensor bias, Tensor scale) -> Tensor"
+)
+def qlinear_float(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x[..., K] times w[O, K] transposed with a real result; see `edgec.integer.qlinear_float`."""
+    accumulator = _exact_sums(lambda weights: F.linear(x.to(weights.dtype), weights), w).add_(bias)
+    return accumulator.to(torch.float32).mul_(scale).contiguous()
+
+
+@qlinear_float.register_fake
+def _(x, w, bias, scale):
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -282,6 +315,33 @@ def _(x, kernel, stride, padding, dilation, ceil_mode, layout="NCHW"):
 # -- shared steps ------------------------------------------------------------------------------------------------------
 
 
+def _conv_sums(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    x_zp: int,
+) -> torch.Tensor:
+    """int64 accumulators [n, out, rows, columns] of a convolution of NCHW codes."""
+    padded = _spatial_pad(x, padding, x_zp).to(torch.float32)
+
+    def convolve(weights: torch.Tensor) -> torch.Tensor:
+        with torch.backends.nnpack.flags(enabled=False):  # its Winograd transform does not keep integers
+            return F.conv2d(padded.to(weights.dtype), weights, None, stride, 0, dilation, groups)
+
+    return _exact_sums(convolve, w).add_(bias.view(-1, 1, 1))
+
+
+def _conv_shape(x, w, stride, padding, dilation, layout: str):
+    n, _, rows, columns = _to_nchw(x, layout).shape
+    rows = pool_out_size(rows, w.shape[2], stride[0], padding[0], padding[1], dilation[0], False)
+    columns = pool_out_size(columns, w.shape[3], stride[1], padding[2], padding[3], dilation[1], False)
+    return _shape(n, w.shape[0], rows, columns, layout)
+
+
 def _exact_sums(product: Callable[[torch.Tensor], torch.Tensor], w: torch.Tensor) -> torch.Tensor:
     """int64 sums of code times weight, where `product(weights)` computes them in the weights' floating type.
 
@@ -306,8 +366,11 @@ def _reach(w: torch.Tensor) -> int:
 def _finish(
     accumulator: torch.Tensor, m: torch.Tensor | int, shift: torch.Tensor | int, zero_point: int, lo: int, hi: int
 ) -> torch.Tensor:
-    """RQ1 of an int64 accumulator (overwritten), zero point and clamp; see `edgec.integer.rq1`."""
+    """An int64 accumulator (overwritten) to codes: scaling, zero point and clamp; see `edgec.integer.requantize`."""
     device = accumulator.device
+    if isinstance(m, torch.Tensor) and m.dtype == torch.float32:
+        # Beyond 2^24 the sum with the zero point may round, but then it is far outside the clamp.
+        return _int8(accumulator.to(torch.float32).mul_(m).round_().add_(zero_point).clamp_(lo, hi))
     factor, bits = (torch.as_tensor(v, dtype=torch.int64, device=device) for v in (m, shift))
     accumulator.mul_(factor).add_(torch.ones_like(bits) << (bits - 1)).bitwise_right_shift_(bits)
     return _int8(accumulator.add_(zero_point).clamp_(lo, hi))

@@ -30,7 +30,8 @@ CHUNK = 1 << 20
 class QParams:
     """What the integers of one tensor mean: real = scale * (code - zero_point).
 
-    granularity: "tensor" (scale and zero_point are numbers) or "channel" (tuples along `axis`).
+    granularity: "tensor" (scale and zero_point are numbers) or "channel" (tuples along `axis`). requant: how the layer
+    that computes the codes rounds, see `edgec.integer`.
     n, p: smallest and largest code. pad_code: code that spatial padding holds. source: who chose the range, from what.
     """
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from edgec import qops as qops
+from edgec.integer import QMAX, QMIN
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -128,6 +129,37 @@ def _(x, kernel, stride, padding):
     oh = conv_out(h, kernel[0], stride[0], padding[0], padding[1], 1)
     ow = conv_out(w, kernel[1], stride[1], padding[2], padding[3], 1)
     return x.new_empty((n, oh, ow, c))
+
+
+@torch.library.custom_op("edgec::qlinear_act", mutates_args=())
+def qlinear_act(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    residual: torch.Tensor | None,
+    act: str,
+    lo: float,
+    hi: float,
+    y_scale: float | None,
+    y_zp: int,
+) -> torch.Tensor:
+    """v = act(float32(accumulator) * scale + residual), with the accumulator of `qlinear_float`.
+
+    The result is v in float32 when `y_scale` is None, else the int8 codes clamp(rne(v * (1 / y_scale)) + y_zp). The
+    factor is the float32 nearest to 1 / y_scale; `edgec::quantize` divides instead, which moves a few codes by one.
+    """
+    y = torch.ops.edgec.qlinear_float(x, w, bias, scale)
+    y = _activate(y if residual is None else y + residual, act, lo, hi)
+    if y_scale is None:
+        return y.clone()
+    factor = torch.tensor(1 / y_scale, dtype=torch.float32)
+    return (y * factor).round_().add_(y_zp).clamp_(QMIN, QMAX).to(torch.int8)
+
+
+@qlinear_act.register_fake
+def _(x, w, bias, scale, residual, act, lo, hi, y_scale, y_zp):
+    return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32 if y_scale is None else torch.int8)
 
 
 @torch.library.custom_op("edgec::qconv2d_add", mutates_args=())

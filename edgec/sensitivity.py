@@ -61,7 +61,8 @@ def layer_outputs(program: Program, inputs: tuple[torch.Tensor, ...]) -> dict[st
 def compare_layers(a: Program, b: Program, dataset: Dataset, samples: int = SAMPLES) -> list[LayerDifference]:
     """One row per value that both Programs have, in the order of `a`, and one for the output."""
     inputs = sample_inputs(a, dataset, samples)
-    return compare_outputs(layer_outputs(a, inputs), layer_outputs(b, inputs))
+    left = layer_outputs(a, inputs)
+    return compare_outputs(left, left if a is b else layer_outputs(b, inputs))
 
 
 def sample_inputs(program: Program, dataset: Dataset, samples: int = SAMPLES) -> tuple[torch.Tensor, ...]:
@@ -94,12 +95,14 @@ def worst_layers(a: Program, b: Program, dataset: Dataset) -> list[LayerDifferen
 
 def fidelity(want: torch.Tensor, got: torch.Tensor) -> tuple[float, float]:
     """(cosine, SQNR in dB); identical tensors have an SQNR of infinity."""
+    if want.equal(got):
+        return 1.0, math.inf
     w, g = want.double().flatten(), got.double().flatten()
-    cosine = float(torch.nn.functional.cosine_similarity(w, g, dim=0)) if w.norm() and g.norm() else float(w.equal(g))
-    error = float((w - g).square().sum())
-    if error == 0.0:
-        return cosine, math.inf
-    return cosine, 10 * math.log10(max(float(w.square().sum()), 1e-300) / error)
+    signal, size, product = (float(a.dot(b)) for a, b in ((w, w), (g, g), (w, g)))
+    difference = w - g
+    error = float(difference.dot(difference))
+    cosine = product / math.sqrt(signal) / math.sqrt(size) if signal and size else 0.0
+    return cosine, 10 * math.log10(max(signal, 1e-300) / error) if error else math.inf
 
 
 class _Recorder(fx.Interpreter):

@@ -1,16 +1,22 @@
-"""TIR kernels to an object file with plain C functions.
+"""TIR kernels to object files with plain C functions.
 
 The kernels are lowered without TVM's calling convention: every buffer becomes a pointer parameter, internal buffers
 that are too large for the stack become further pointer parameters (the memory planner gives them room in the arena),
-and nothing refers to the TVM runtime. The object links into any C program.
+and nothing refers to the TVM runtime. The objects link into any C program.
+
+Each kernel is compiled on its own, several at a time, and kept on disk by content (`edgec.targets.cache`).
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import os
 import re
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,18 @@ from tvm.tirx.buffer import is_buffer_var
 
 from edgec.errors import EdgecError
 from edgec.targets import elementary
+from edgec.targets.cache import ObjectCache
 from edgec.targets.device import Device
+from edgec.targets.elf import rename_symbol
+from edgec.targets.elf import text_bytes as text_bytes
+from edgec.targets.elf import undefined_symbols as undefined_symbols
+from edgec.targets.phases import Phase, accesses, divide, serial
 from edgec.targets.schedule import schedule
 
+# What kernels are called while they are compiled, so that equal ones of different models are found in the cache.
+CANONICAL = "edgec_kernel"
+# Part of every key of the cache: raise it when equal TIR becomes other machine code.
+GENERATION = 1
 RUNTIME_SYMBOL = re.compile(r"TVM|tvm|__tvm")
 UNWANTED_IR = (
     (re.compile(r'^define weak [^\n]*section "\.text\.tvm\.fp16\.conv"[^\n]*\{\n.*?^\}\n', re.M | re.S), ""),
@@ -39,15 +54,30 @@ UNWANTED_IR = (
 class LoweredKernels:
     """Kernels ready for LLVM.
 
+    module: the C functions.
     signature: C element type (numpy dtype name) of each pointer parameter, scratch included, by symbol.
     scratch: bytes of each scratch parameter; they follow the declared parameters.
     readonly: indices of parameters that the kernel never stores to.
+    phases: by symbol the C functions that make up a kernel, to be called one after the other, each with its number of
+        tasks. One with tasks has two more parameters, `int32_t begin, int32_t end`, and does those of its tasks, which
+        threads may share; 0 tasks: it is called once, with the pointers alone.
     """
 
     module: Any
     signature: dict[str, tuple[str, ...]]
     scratch: dict[str, tuple[int, ...]]
     readonly: dict[str, frozenset[int]]
+    phases: dict[str, tuple[tuple[str, int], ...]]
+
+
+def c_calls(lowered: LoweredKernels, symbol: str, arguments: Sequence[str]) -> tuple[str, str]:
+    """C text: declarations of a kernel's functions, and what one thread calls to do all of it with these pointers."""
+    declarations, calls = [], []
+    for name, tasks in lowered.phases[symbol]:
+        types = ["void *"] * len(arguments) + ["int32_t"] * (2 if tasks else 0)
+        declarations.append(f"void {name}({', '.join(types)});")
+        calls.append(f"{name}({', '.join([*arguments, *(['0', str(tasks)] if tasks else [])])});")
+    return "\n".join(declarations) + "\n", " ".join(calls)
 
 
 def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) -> LoweredKernels:
@@ -57,63 +87,88 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
     """
     target = tvm.target.Target(device.llvm_target())
     functions = {
-        var.name_hint: schedule(_sequential(f), device).with_attr("global_symbol", var.name_hint)
+        var.name_hint: schedule(_plain(f), device).with_attr("global_symbol", var.name_hint)
         for var, f in module.functions.items()
         if isinstance(f, tirx.PrimFunc)
     }
     low = _passes(target)(tvm.IRModule(functions))
-    lowered, signature, scratch, readonly = {}, {}, {}, {}
+
+    def is_scratch(buffer: Any) -> bool:
+        return buffer.scope() != "local" and _bytes(buffer) >= min_scratch
+
+    lowered: dict[str, Any] = {}
+    result = LoweredKernels(None, {}, {}, {}, {})
     for var, function in sorted(low.functions.items(), key=lambda item: item[0].name_hint):
         symbol = var.name_hint
-        raw, types, sizes, constant = _raw_signature(function, symbol, target, min_scratch)
-        lowered[symbol] = raw
-        signature[symbol], scratch[symbol], readonly[symbol] = types, sizes, constant
+        phases = divide(function.body, is_scratch)
+        names = [symbol] if len(phases) == 1 else [f"{symbol}_{number}" for number in range(len(phases))]
+        result.phases[symbol] = tuple(zip(names, (phase.tasks for phase in phases), strict=True))
+        for name, phase in zip(names, phases, strict=True):
+            lowered[name], types, sizes = _raw_signature(function, phase, name, target, is_scratch)
+            # The same for all: every phase has all pointers of the kernel, whichever it uses.
+            result.signature[symbol], result.scratch[symbol] = types, sizes
+        stored = accesses(function.body).stored
+        result.readonly[symbol] = frozenset(i for i, p in enumerate(function.params) if p not in stored)
     final = tirx.transform.LowerIntrin()(tvm.IRModule(lowered))
-    return LoweredKernels(final, signature, scratch, readonly)
+    return replace(result, module=final)
 
 
-def build_object(lowered: LoweredKernels, device: Device) -> bytes:
-    """Compile to one position-independent ELF object. The same kernels give the same bytes.
+def build_objects(
+    lowered: LoweredKernels, device: Device, *, cache: ObjectCache | None = None, workers: int | None = None
+) -> dict[str, bytes]:
+    """Compile each kernel to a position-independent ELF object, by symbol in sorted order.
 
     The kernels are hidden symbols: code linked into the same program or library calls them, nothing else sees them.
-    Raises EdgecError when a kernel needs the TVM runtime, which a device does not have.
+    Equal kernels give equal bytes, whatever `cache` (default: the user's) holds and however many `workers` (default:
+    as many threads as this process may use CPUs) compile at the same time. Raises EdgecError when a kernel needs the
+    TVM runtime, which a device does not have.
     """
-    target = tvm.target.Target(device.llvm_target())
-    built = tvm.get_global_func("target.build.llvm")(lowered.module, target)
+    store = ObjectCache.of_user() if cache is None else cache
+    functions = {var.name_hint: f.with_attr("global_symbol", CANONICAL) for var, f in lowered.module.functions.items()}
+    symbols = sorted(functions)
+    keys = {symbol: _key(functions[symbol], device) for symbol in symbols}
+    objects = {key: store.get(key) for key in keys.values()}
+    missing = {keys[symbol]: functions[symbol] for symbol in symbols if objects[keys[symbol]] is None}
+    if missing:
+        target = tvm.target.Target(device.llvm_target())
+        # TVM lets go of the interpreter while it works, so threads are enough.
+        with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+            try:
+                done = list(pool.map(lambda function: _compile(function, target), missing.values()))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        compiled = dict(zip(missing, done, strict=True))
+        runtime = sorted({s for data in compiled.values() for s in undefined_symbols(data) if RUNTIME_SYMBOL.match(s)})
+        if runtime:
+            raise EdgecError(
+                f"kernels need the TVM runtime: {', '.join(runtime)}",
+                where="code generation",
+                hint="rewrite the operator in the model; sorting, random numbers and data-dependent shapes have no "
+                "kernel",
+            )
+        for key, data in compiled.items():
+            store.put(key, data)
+        store.trim()
+        objects.update(compiled)
+    return {symbol: rename_symbol(objects[keys[symbol]] or b"", CANONICAL, symbol) for symbol in symbols}
+
+
+def _key(function: Any, device: Device) -> str:
+    """The name in the cache of what `_compile` makes of a lowered kernel. TIR prints with all digits of its numbers."""
+    llvm = tvm.get_global_func("target.llvm_version_major")()
+    parts = (GENERATION, tvm.__version__, llvm, repr(UNWANTED_IR), device.llvm_target(), function.script())
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _compile(function: Any, target: Any) -> bytes:
+    """The object of one kernel, called `CANONICAL`."""
+    built = tvm.get_global_func("target.build.llvm")(tvm.IRModule({CANONICAL: function}), target)
     with tempfile.TemporaryDirectory(prefix="edgec-object-") as folder:
-        source, path = Path(folder) / "kernels.ll", Path(folder) / "kernels.o"
+        source, path = Path(folder) / "kernel.ll", Path(folder) / "kernel.o"
         source.write_text(_plain_ir(built.inspect_source("ll")))
         tvm.get_global_func("ffi.Module.load_from_file.ll")(str(source), "ll").write_to_file(str(path), "o")
-        data = path.read_bytes()
-    runtime = sorted(s for s in undefined_symbols(data) if RUNTIME_SYMBOL.match(s))
-    if runtime:
-        raise EdgecError(
-            f"kernels need the TVM runtime: {', '.join(runtime)}",
-            where="code generation",
-            hint="rewrite the operator in the model; sorting, random numbers and data-dependent shapes have no kernel",
-        )
-    return data
-
-
-def text_bytes(data: bytes) -> int:
-    """Bytes of machine code and read-only tables in an ELF object or shared library."""
-    from elftools.elf.constants import SH_FLAGS
-    from elftools.elf.elffile import ELFFile
-
-    loaded = (s for s in ELFFile(io.BytesIO(data)).iter_sections() if s["sh_flags"] & SH_FLAGS.SHF_ALLOC)
-    return sum(s["sh_size"] for s in loaded if not s["sh_flags"] & SH_FLAGS.SHF_WRITE)
-
-
-def undefined_symbols(data: bytes) -> set[str]:
-    """Names an ELF object or shared library expects from elsewhere."""
-    from elftools.elf.elffile import ELFFile
-    from elftools.elf.sections import SymbolTableSection
-
-    found = set()
-    for section in ELFFile(io.BytesIO(data)).iter_sections():
-        if isinstance(section, SymbolTableSection):
-            found |= {s.name for s in section.iter_symbols() if s["st_shndx"] == "SHN_UNDEF" and s.name}
-    return found
+        return path.read_bytes()
 
 
 def _plain_ir(text: str) -> str:
@@ -129,22 +184,14 @@ def _plain_ir(text: str) -> str:
     return text
 
 
-def _sequential(function: Any) -> Any:
-    """A PrimFunc as TVM's operator library writes it, reduced to what one thread with plain pointers runs.
-
-    Parallel loops become serial, hints of the operator library are dropped and buffers start at their pointer.
-    """
-
-    def on_loop(loop: Any) -> Any:
-        if loop.kind != tirx.ForKind.PARALLEL:
-            return loop
-        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+def _plain(function: Any) -> Any:
+    """A PrimFunc without the hints of TVM's operator library; of its parallel loops only the outermost ones stay so."""
 
     def on_attribute(statement: Any) -> Any:
         return statement.body if statement.attr_key.startswith("pragma_") else statement
 
-    body = tvm_ffi.structural_map(function.body, [(tirx.For, on_loop), (tirx.AttrStmt, on_attribute)], order="post")
-    return function.with_body(body)
+    body = tvm_ffi.structural_map(function.body, [(tirx.AttrStmt, on_attribute)], order="post")
+    return function.with_body(serial(body, outermost=False))
 
 
 def _passes(target: Any) -> Any:
@@ -178,31 +225,25 @@ def _passes(target: Any) -> Any:
 
 
 def _raw_signature(
-    function: Any, symbol: str, target: Any, min_scratch: int
-) -> tuple[Any, tuple[str, ...], tuple[int, ...], frozenset[int]]:
-    """Buffer parameters become pointers, large allocations become parameters."""
-    pointers, declarations, types, buffers = [], [], [], []
-    for parameter in function.params:
-        dtype = _dtype(parameter)
-        pointer = tirx.Var(parameter.name, PointerType(PrimType(dtype), "global"))
-        pointers.append(pointer)
-        types.append(dtype)
-        buffers.append(parameter)
-        declarations.append(tirx.DeclBuffer(parameter, data=pointer))
-    sizes: list[int] = []
+    function: Any, phase: Phase, symbol: str, target: Any, is_scratch: Callable[[Any], bool]
+) -> tuple[Any, tuple[str, ...], tuple[int, ...]]:
+    """The C function of a phase: buffer parameters of the kernel become pointers, then its scratch memory.
+
+    Returns it with the types of the pointers and the bytes of the scratch memory.
+    """
+    allocated: list[Any] = []
+    tvm_ffi.structural_walk(function.body, [(tirx.AllocBuffer, lambda a: allocated.append(a.buffer))], order="pre")
+    buffers = [*function.params]
+    scratch = {b: tirx.Var(f"{b.name}_ws", _pointer(b)) for b in dict.fromkeys(allocated) if is_scratch(b)}
+    pointers = [tirx.Var(b.name, _pointer(b)) for b in buffers]
+    declarations = [tirx.DeclBuffer(b, data=pointer) for b, pointer in zip(buffers, pointers, strict=True)]
+    begin, end = tirx.Var("begin", "int32"), tirx.Var("end", "int32")
 
     def on_allocation(statement: Any) -> Any:
-        buffer = statement.buffer
-        size = _bytes(buffer)
-        if buffer.scope() == "local" or size < min_scratch:
-            return statement
-        pointer = tirx.Var(f"{buffer.name}_ws", PointerType(PrimType(_dtype(buffer)), "global"))
-        pointers.append(pointer)
-        types.append(_dtype(buffer))
-        sizes.append(size)
-        return tirx.DeclBuffer(buffer, data=pointer)
+        pointer = scratch.get(statement.buffer)
+        return statement if pointer is None else tirx.DeclBuffer(statement.buffer, data=pointer)
 
-    body = tvm_ffi.structural_map(function.body, [(tirx.AllocBuffer, on_allocation)], order="post")
+    body = tvm_ffi.structural_map(phase.body(begin, end), [(tirx.AllocBuffer, on_allocation)], order="post")
     body = tvm_ffi.structural_map(body, [(tvm.ir.Call, elementary.expand)], order="post")
     # TVM's operator library leaves the place of data behind a pointer open; ours always starts at the pointer.
     offsets = [b.elem_offset for b in buffers if isinstance(b.elem_offset, tirx.Var)]
@@ -211,32 +252,17 @@ def _raw_signature(
         body = tvm_ffi.structural_map(body, [(tirx.Var, lambda v: zero.get(v, v))], order="post")
     # An output that may share memory with an input must not be promised to be unaliased.
     aliased = function.attrs is not None and "edgec.inplace" in function.attrs
-    raw = tirx.PrimFunc(pointers, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
+    parameters = [*pointers, *scratch.values(), *([begin, end] if phase.tasks else [])]
+    raw = tirx.PrimFunc(parameters, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
     raw = raw.with_attr("global_symbol", symbol).with_attr("target", target)
     if not aliased:
         raw = raw.with_attr("tirx.noalias", True)
-    stored = _stored(function.body)
-    constant = frozenset(i for i, p in enumerate(buffers) if not any(p.same_as(b) for b in stored))
-    return raw, tuple(types), tuple(sizes), constant
+    types = tuple(_dtype(b) for b in (*buffers, *scratch))
+    return raw, types, tuple(_bytes(b) for b in scratch)
 
 
-def _stored(body: Any) -> list[Any]:
-    """Buffers that are written, looked up through the declarations that rename them."""
-    renamed: dict[Any, Any] = {}
-    stores: list[Any] = []
-
-    def on_declaration(statement: Any) -> None:
-        source = statement.data
-        renamed[statement.buffer] = source.args[0] if hasattr(source, "args") and len(source.args) else source
-
-    tvm_ffi.structural_walk(body, [(tirx.DeclBuffer, on_declaration)], order="pre")
-    tvm_ffi.structural_walk(body, [(tirx.BufferStore, lambda s: stores.append(s.buffer))], order="pre")
-    found = []
-    for buffer in stores:
-        while buffer in renamed:
-            buffer = renamed[buffer]
-        found.append(buffer)
-    return found
+def _pointer(buffer: Any) -> Any:
+    return PointerType(PrimType(_dtype(buffer)), "global")
 
 
 def _dtype(buffer: Any) -> str:

@@ -49,6 +49,7 @@ class Kernels:
 
     signature: Mapping[str, tuple[str, ...]]
     readonly: Mapping[str, frozenset[int]]
+    phases: Mapping[str, tuple[tuple[str, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _kernels(name: str) -> Kernels:
     return Kernels(
         {f"{name}_{k}": types for k, (types, _) in table.items()},
         {f"{name}_{k}": frozenset(constant) for k, (_, constant) in table.items()},
+        {f"{name}_{k}": ((f"{name}_{k}", 0),) for k in table},
     )
 
 
@@ -140,7 +142,7 @@ def build(model: Model, folder: Path, device: Device | None = None, **options: A
     """The bundle of a hand-made model in `folder`, with its self-test unless `selftest` is given."""
     device = device or load_device("host")
     options.setdefault("selftest", model.selftest())
-    return assemble(model.plan, model.kernels, compile_kernels(model.source, device), device, folder, **options)
+    return assemble(model.plan, model.kernels, [compile_kernels(model.source, device)], device, folder, **options)
 
 
 # Compiled for each of these, and run there.

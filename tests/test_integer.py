@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -69,6 +70,51 @@ def test_tiny_multiplier_is_an_exact_zero():
 def test_impossible_multiplier(scale):
     with pytest.raises(EdgecError, match="requantisation multiplier"):
         integer.quantize_multiplier(scale)
+    with pytest.raises(EdgecError, match="requantisation multiplier"):
+        integer.float_multipliers([scale])
+
+
+@given(st.integers(-(2**31), 2**31 - 1), st.floats(2.0**-32, 2.0**29, width=32))
+def test_rqf_is_two_float32_roundings_and_one_half_to_even(accumulator, m):
+    """Against exact rational arithmetic: the conversion and the product round to 24 bits, then to an integer."""
+
+    def float32(value: Fraction) -> Fraction:
+        """Half to even; all values here are far inside the normal range."""
+        if value == 0:
+            return value
+        exponent = math.floor(math.log2(abs(value))) - 23
+        step = Fraction(2) ** exponent
+        if abs(value) / step >= 2**24:  # log2 rounds up just below a power of two
+            step *= 2
+        elif abs(value) / step < 2**23:
+            step /= 2
+        return round(value / step) * step
+
+    exact = round(float32(float32(Fraction(accumulator)) * Fraction(m)))
+    assert int(integer.rqf(accumulator, np.float32(m))) == exact
+
+
+def test_rqf_ties_and_lost_bits():
+    half = np.float32(0.5)
+    assert integer.rqf([1, 3, 5, -1, -3], half).tolist() == [0, 2, 2, 0, -2]
+    assert integer.rqf([2**24 + 1, 2**24 + 3], np.float32(1)).tolist() == [2**24, 2**24 + 4]
+    assert integer.rqf(2**31 - 1, np.float32(2.0**29)) == 2**60
+
+
+def test_the_dtype_of_the_multiplier_chooses_the_rounding():
+    assert integer.requantize(1, *integer.quantize_multipliers(0.5)) == 1
+    assert integer.requantize(1, *integer.float_multipliers(0.5)) == 0
+    m, shift = integer.multipliers([0.25, 3.0], "RQF")
+    assert (m.dtype, shift.dtype) == (np.float32, np.int32)
+    assert m.tolist() == [0.25, 3.0] and shift.tolist() == [0, 0]
+    assert integer.multipliers([0.25], "RQ1")[0].dtype == np.int32
+
+
+def test_tiny_float_multiplier_is_an_exact_zero():
+    """Subnormal numbers are where devices differ."""
+    m, _ = integer.float_multipliers([0.0, 1e-40, np.nextafter(2.0**-32, 0), 2.0**-32])
+    assert m.tolist() == [0.0, 0.0, 0.0, 2.0**-32]
+    assert integer.rqf([-(2**31), 2**31 - 1], m[3]).tolist() == [0, 0]
 
 
 @settings(max_examples=300)

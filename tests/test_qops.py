@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgec import integer, qops
+from edgec.errors import EdgecError
 
 pytestmark = pytest.mark.pure
 edgec = torch.ops.edgec
@@ -36,9 +37,11 @@ def same(operator, definition, *args) -> np.ndarray:
     return want
 
 
-def requantisation(rng: np.random.Generator, channels: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
+def requantisation(
+    rng: np.random.Generator, channels: int, reach: float, requant: str = "RQ1"
+) -> tuple[np.ndarray, np.ndarray]:
     """Multipliers that spread accumulators of about `reach` over the int8 range, with one dead channel."""
-    m, shift = integer.quantize_multipliers(rng.uniform(20, 400, channels) / reach)
+    m, shift = integer.multipliers(rng.uniform(20, 400, channels) / reach, requant)
     m[0] = 0
     return m, shift
 
@@ -56,29 +59,31 @@ CONVS = [
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("requant", integer.REQUANTS)
 @pytest.mark.parametrize("case", CONVS)
-def test_qconv2d(case, layout):
+def test_qconv2d(case, requant, layout):
     n, h, w, ci, co, kernel, stride, padding, dilation, groups = case
     rng = np.random.default_rng(0)
     x = codes(rng, *((n, ci, h, w) if layout == "NCHW" else (n, h, w, ci)))
     weights = codes(rng, co, ci // groups, *kernel, low=-127)
     bias = rng.integers(-5000, 5000, co).astype(np.int32)
-    m, shift = requantisation(rng, co, 127 * 70 * np.sqrt(weights[0].size))
+    m, shift = requantisation(rng, co, 127 * 70 * np.sqrt(weights[0].size), requant)
     args = (x, weights, bias, m, shift, stride, padding, dilation, groups, -11, 5, -100, 90, layout)
     y = same(edgec.qconv2d, integer.qconv2d, *args)
     assert np.unique(y).size > 20
     assert y.min() >= -100 and y.max() <= 90
 
 
+@pytest.mark.parametrize("requant", integer.REQUANTS)
 @pytest.mark.parametrize("depth", [9, 1033, 20_000, 60_000])
-def test_qlinear_is_exact_at_every_depth(depth):
+def test_qlinear_is_exact_at_every_depth(depth, requant):
     """Worst-case operands, so that float32 alone would round: depth 1,033 is the first that needs split weights."""
     rng = np.random.default_rng(depth)
     x = np.concatenate([np.full((1, depth), -128, np.int8), codes(rng, 3, depth)])
     weights = np.concatenate([np.full((1, depth), 127, np.int8), codes(rng, 4, depth, low=-127)])
     weights[0, 0] = 126
     bias = rng.integers(-9, 9, 5).astype(np.int32)
-    m, shift = integer.quantize_multipliers(np.full(5, 0.99))
+    m, shift = integer.multipliers(np.full(5, 0.99), requant)
     acc = np.einsum("nk,ok->no", x.astype(np.int64), weights.astype(np.int64)) + bias
     got = qops._exact_sums(
         lambda w: torch.nn.functional.linear(torch.from_numpy(x).to(w.dtype), w), torch.from_numpy(weights)
@@ -92,6 +97,57 @@ def test_qlinear_keeps_leading_axes():
     m, shift = requantisation(rng, 6, 127 * 70 * 4)
     args = (codes(rng, 2, 3, 5, 16), codes(rng, 6, 16, low=-127), np.arange(6, dtype=np.int32), m, shift, 0, -128, 127)
     assert same(edgec.qlinear, integer.qlinear, *args).shape == (2, 3, 5, 6)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("case", CONVS)
+def test_qconv2d_float(case, layout):
+    n, h, w, ci, co, kernel, stride, padding, dilation, groups = case
+    rng = np.random.default_rng(0)
+    x = codes(rng, *((n, ci, h, w) if layout == "NCHW" else (n, h, w, ci)))
+    weights = codes(rng, co, ci // groups, *kernel, low=-127)
+    bias = rng.integers(-(2**31) + 2**24, 2**31 - 2**24, co).astype(np.int32)
+    scale = rng.uniform(1e-6, 1e-2, co).astype(np.float32)
+    same(
+        edgec.qconv2d_float,
+        integer.qconv2d_float,
+        x,
+        weights,
+        bias,
+        scale,
+        stride,
+        padding,
+        dilation,
+        groups,
+        -11,
+        layout,
+    )
+
+
+def test_qlinear_float_rounds_twice_in_float32():
+    rng = np.random.default_rng(1)
+    x, w = codes(rng, 2, 3, 5, 16), codes(rng, 6, 16, low=-127)
+    bias = np.array([0, 1, -7, 2**30 + 1, -(2**30) - 3, 2**24 + 1], np.int32)
+    scale = rng.uniform(1e-6, 1e-2, 6).astype(np.float32)
+    y = same(edgec.qlinear_float, integer.qlinear_float, x, w, bias, scale)
+    assert y.shape == (2, 3, 5, 6) and y.dtype == np.float32
+    exact = (np.einsum("...k,ok->...o", x.astype(float), w.astype(float)) + bias) * scale
+    assert np.abs(y / exact - 1).max() < 2.0**-22
+    with pytest.raises(EdgecError, match="left int32"):
+        integer.qlinear_float(x, w, np.full(6, 2**31 - 1, np.int32), scale)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1e-12, 5e8), min_size=1, max_size=9), CODES)
+def test_requantisation_by_floats_at_any_scale(scales, zero_point):
+    """Accumulators up to the ends of int32, as biases of a layer with zero weights; ties by powers of two."""
+    rng = np.random.default_rng(0)
+    channels = 64 * len(scales)
+    m, shift = integer.float_multipliers(np.repeat([*scales[:-1], 2.0 ** np.rint(np.log2(scales[-1]))], 64))
+    bias = (rng.uniform(-1, 1, channels) * 2.0 ** rng.uniform(0, 31, channels)).astype(np.int32)
+    bias[0], bias[-1] = -(2**31), 2**31 - 1
+    w = np.zeros((channels, 1), np.int8)
+    same(edgec.qlinear, integer.qlinear, codes(rng, 1, 1), w, bias, m, shift, zero_point, -128, 127)
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,7 +244,7 @@ class Everything(torch.nn.Module):
         super().__init__()
         rng = np.random.default_rng(0)
         m, shift = requantisation(rng, 8, 50_000)
-        linear_m, linear_shift = integer.quantize_multipliers(np.full(5, 0.01))
+        linear_m, linear_shift = integer.float_multipliers(np.full(5, 0.01))
         values = {
             "w": codes(rng, 8, 3, 3, 3, low=-127),
             "bias": np.arange(8, dtype=np.int32),
@@ -199,6 +255,8 @@ class Everything(torch.nn.Module):
             "lbias": np.arange(5, dtype=np.int32),
             "lm": linear_m,
             "lshift": linear_shift,
+            "scale": np.linspace(0.001, 0.002, 5, dtype=np.float32),
+            "fw": codes(rng, 5, 5, 1, 1, low=-127),
         }
         for name, value in values.items():
             self.register_buffer(name, torch.from_numpy(value))
@@ -213,8 +271,11 @@ class Everything(torch.nn.Module):
         q = edgec.qmul(q, gate, 1 << 30, 36, 0, 0, 0, -128, 127)
         q = edgec.qadd(q, q, 1 << 19, 1 << 19, 20, 0, 0, 0, -128, 127)
         q = edgec.qrescale(q, 1 << 30, 30, 0, 1, -128, 127)
-        q = edgec.qlinear(q.permute(0, 2, 3, 1), self.lw, self.lbias, self.lm, self.lshift, 0, -128, 127)
-        return edgec.dequantize(q, 0.5, 0)
+        q = q.permute(0, 2, 3, 1)
+        real = edgec.qlinear_float(q, self.lw, self.lbias, self.scale)
+        q = edgec.qlinear(q, self.lw, self.lbias, self.lm, self.lshift, 0, -128, 127)
+        y = edgec.qconv2d_float(q, self.fw, self.lbias, self.scale, [2, 1], [1, 0, 0, 1], [1, 1], 1, 3, "NHWC")
+        return edgec.dequantize(q, 0.5, 0) + real + y.sum()
 
 
 def test_export_with_symbolic_batch_and_saving(tmp_path):

@@ -16,7 +16,7 @@ from edgec import regions as region_ops  # noqa: F401  (registers the operators)
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
-from edgec.program import is_call, layer_of, origin_of, shape_of
+from edgec.program import dtype_of, is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -32,6 +32,15 @@ SMOOTH = {
     aten.mish.default: "mish",
     aten.tanh.default: "tanh",
 }
+MOVES = (
+    aten.permute.default,
+    aten.transpose.int,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -88,6 +97,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     Programs have no in-place operators (see `edgec.frontend`).
     """
     graph = module.graph
+    _sink_quantize(graph)
     for node in list(graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             # A view refuses a tensor in another memory order, which its operand is about to have.
@@ -102,6 +112,12 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 _replace(graph, edgec.conv2d_nhwc.default, args, node, last, residual=3)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
+        elif is_call(node, edgec.qconv2d_float.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
+            with graph.inserting_before(node):
+                args = (nhwc(graph, node.args[0]), *node.args[1:9], "NHWC")
+                _replace(graph, node.target, args, node, node)
+        elif is_call(node, edgec.qlinear_float.default):
+            _fuse_qlinear(graph, node)
         elif is_call(node, edgec.qavg_pool2d.default) and argument(node, 10, "layout", "NCHW") == "NCHW":
             with graph.inserting_before(node):
                 args = (nhwc(graph, node.args[0]), *node.args[1:10], "NHWC")
@@ -146,6 +162,24 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def _sink_quantize(graph: fx.Graph) -> None:
+    """Round behind operations that only move data, where the kernel in front of them can take both up."""
+    for node in list(graph.nodes):
+        reader = only_user(node)
+        while is_call(node, edgec.quantize.default) and reader is not None and is_call(reader, *MOVES):
+            x, scale, zero_point = node.args
+            reader.replace_input_with(node, x)
+            codes, reader.meta["val"] = reader.meta["val"], reader.meta["val"].to(torch.float32)
+            with graph.inserting_after(reader):
+                moved = graph.call_function(node.target, (reader, scale, zero_point))
+            reader.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            moved.meta.update(reader.meta, val=codes)
+            # Its value is now that of the tensor before rounding, which the Program does not have in this form.
+            reader.meta["edgec_origin"] = f"{origin_of(reader)}, real"
+            node, reader = moved, only_user(moved)
+    graph.eliminate_dead_code()
 
 
 def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
@@ -307,6 +341,20 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
         _replace(graph, node.target, (nhwc(graph, x), *rest, "NHWC"), node, node)
 
 
+def _fuse_qlinear(graph: fx.Graph, node: Any) -> None:
+    """`qlinear_float` with the float operations on its result, and with the rounding for the layer behind them."""
+    last, residual, act = _follow(node)
+    follower = only_user(last)
+    y_scale: Any = None
+    y_zp: Any = 0
+    if follower is not None and is_call(follower, edgec.quantize.default):
+        last, (_, y_scale, y_zp) = follower, follower.args
+    with graph.inserting_before(last):
+        new = graph.call_function(edgec.qlinear_act.default, (*node.args, residual, *act, y_scale, y_zp))
+    new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
+    last.replace_all_uses_with(new)
+
+
 def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float]]:
     """The last node of the region that starts at `node`, its residual operand and its activation."""
     last: fx.Node = node
@@ -321,6 +369,7 @@ def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float
             and "val" in other.meta
             and follower.kwargs.get("alpha", 1) == 1
             and shape_of(other) == shape_of(last)
+            and dtype_of(other) == dtype_of(last)
             and other.op != "get_attr"
         ):
             last, residual = follower, other

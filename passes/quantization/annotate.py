@@ -1,18 +1,27 @@
 """Decide which nodes of a graph become int8, and which node's range each of them needs.
 
-Convolutions and linear layers are int8 wherever they can be. Everything else only where it pays:
+Convolutions and linear layers multiply int8 numbers wherever they can. Any other tensor is put on a grid of 256 values
+only if that pays, because grids are where accuracy is lost:
 
 * Averages, clips and data movement behind an int8 tensor, because they shrink it or are free.
-* Activations directly behind a layer.
-* Other element-wise calls and concatenations when an int8 tensor comes in and their result reaches a layer; sums also
-  when a layer's only reader adds it to another int8 tensor. So the box decoding of a detector and the like, which lead
-  to no layer, stay float. So do sums that a layer norm or group norm reads: the residual stream of a transformer has a
-  few channels of much larger range, which one scale per tensor cannot serve.
+* Element-wise calls and concatenations when int8 tensors come in and their result reaches a layer. So the box decoding
+  of a detector and the like, which lead to no layer, stay float.
 * Data movement in front of layers, so that the smaller int8 tensor is moved.
+* Results of layers that one of these reads. A layer that only float calls read gives real numbers: its accumulators
+  are scaled and not rounded.
+
+In a transformer that leaves the inputs of the linear layers. Sums that a norm reads stay float, because the residual
+stream has a few channels of much larger range, which one scale per tensor cannot serve; so do sums with a float result,
+and GELU and its like behind linear layers.
+
+That is nonlinear="auto". With "integer", for cores without floating point, functions become tables wherever one comes
+directly behind a layer, sums at the end of the graph are int8, and every layer gives codes. With "float" no curved
+function becomes a table.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +30,8 @@ from torch import fx
 
 from edgec.passes.quantization.operators import (
     CONV2D,
+    CURVED,
+    FLOAT_BEHIND_LINEAR,
     IDENTITIES,
     MOVES,
     SPLITTERS,
@@ -31,17 +42,24 @@ from edgec.passes.quantization.operators import (
     has_channel_tables,
     is_float,
     op_name,
+    operand,
 )
 from edgec.program import is_call, layer_of, shape_of
+
+NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default)
+# What norms that are written out begin with.
+NORM_PARTS = (aten.pow.Tensor_Scalar, aten.var.correction, aten.var.dim, aten.var_mean.correction, aten.std.correction)
 
 
 @dataclass
 class Annotation:
-    """kinds: the int8 nodes. fused: producer -> the clip that is part of it. tied: producer -> the concatenation whose
-    scale it takes over. skipped: (layer, operator, reason) of what stays float.
+    """kinds: the int8 nodes. real: those layers among them whose result is float. fused: producer -> the clip that is
+    part of it. tied: producer -> the concatenation whose scale it takes over. skipped: (layer, operator, reason) of
+    what stays float.
     """
 
     kinds: dict[fx.Node, Kind] = field(default_factory=dict)
+    real: set[fx.Node] = field(default_factory=set)
     fused: dict[fx.Node, fx.Node] = field(default_factory=dict)
     tied: dict[fx.Node, fx.Node] = field(default_factory=dict)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
@@ -80,6 +98,11 @@ class Annotation:
             return None
         return 1 if is_call(node, *CONV2D) or len(shape_of(node)) == 2 else None
 
+    def ranged(self, graph: fx.Graph) -> list[fx.Node]:
+        """The nodes whose ranges give codes their meaning, in graph order."""
+        found = {self.observed(n) for n in self.kinds if n not in self.real} | set(self.boundary(graph))
+        return [n for n in graph.nodes if n in found and n.op != "get_attr"]
+
     def boundary(self, graph: fx.Graph) -> list[fx.Node]:
         """The float nodes that int8 nodes read, in graph order."""
         read = {x for node in self.kinds for x in operand_nodes(node) if not self.is_int8(x) and x.op != "get_attr"}
@@ -100,15 +123,20 @@ def _is_stored_number(node: fx.Node) -> bool:
     return node.op == "get_attr" and node.meta["val"].numel() == 1
 
 
-def annotate(module: fx.GraphModule, keep_float: Callable[[str], bool]) -> Annotation:
-    """Annotate a graph. `keep_float(layer name)` tells which layers the user wants left alone."""
-    candidates, reasons = _candidates(module, keep_float)
+def annotate(module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinear: str = "auto") -> Annotation:
+    """Annotate a graph. `keep_float(layer name)` tells which layers the user wants left alone; nonlinear: one of
+    `operators.NONLINEAR`, see above.
+    """
+    candidates, reasons = _candidates(module, keep_float, nonlinear)
     reaches = _reaching_layers(module, candidates)
+    pays = _pays_integer if nonlinear == "integer" else _pays
     found = Annotation()
     for node in module.graph.nodes:
         kind = candidates.get(node)
-        if kind is not None and _pays(node, kind, candidates, reaches, found):
+        if kind is not None and pays(node, kind, candidates, reaches, found):
             found.kinds[node] = kind
+    if nonlinear != "integer":
+        _find_real(module, found)
     _fuse_clips(found)
     _tie_concatenations(found)
     for node in module.graph.nodes:
@@ -121,7 +149,7 @@ def annotate(module: fx.GraphModule, keep_float: Callable[[str], bool]) -> Annot
 
 
 def _candidates(
-    module: fx.GraphModule, keep_float: Callable[[str], bool]
+    module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinear: str
 ) -> tuple[dict[fx.Node, Kind], dict[fx.Node, str]]:
     kinds: dict[fx.Node, Kind] = {}
     reasons: dict[fx.Node, str] = {}
@@ -135,6 +163,8 @@ def _candidates(
             kind, reason = None, "is changed in place"
         if kind in (Kind.PAIR, Kind.CONCAT) and _is_normalised(node):
             kind, reason = None, "is normalised afterwards: one scale does not serve a residual stream"
+        if kind is Kind.TABLE and _stays_curved(node, nonlinear):
+            kind, reason = None, "is computed in float before the result is rounded"
         moves = is_call(node, *MOVES, *IDENTITIES, *SPLITTERS)
         if kind is not None and not moves and keep_float(layer_of(node)):
             kind, reason = None, "kept float by keep_float"
@@ -149,9 +179,27 @@ def _candidates(
 
 
 def _is_normalised(node: fx.Node) -> bool:
-    """True when a norm over features reads `node`, directly or after data movement."""
-    norms = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default)
+    """True when a norm over features reads `node`, directly or after data movement; it may be written out."""
+    norms = (*NORMS, *NORM_PARTS)
     return any(is_call(u, *norms) or (is_call(u, *MOVES) and _is_normalised(u)) for u in node.users)
+
+
+def _stays_curved(node: fx.Node, nonlinear: str) -> bool:
+    """True for a function that is computed in float although it could be a table."""
+    if nonlinear == "float":
+        return is_call(node, *CURVED)
+    return (
+        nonlinear == "auto"
+        and is_call(node, *FLOAT_BEHIND_LINEAR)
+        and is_call(_unmoved(operand(node)), aten.linear.default)
+    )
+
+
+def _unmoved(node: fx.Node) -> fx.Node:
+    """The node that computed the elements of `node`: the start of a chain of data movement."""
+    while is_call(node, *MOVES, *SPLITTERS, *IDENTITIES):
+        node = operand(node)
+    return node
 
 
 def _reaching_layers(module: fx.GraphModule, candidates: dict[fx.Node, Kind]) -> set[fx.Node]:
@@ -166,6 +214,55 @@ def _reaching_layers(module: fx.GraphModule, candidates: dict[fx.Node, Kind]) ->
 
 
 def _pays(node: fx.Node, kind: Kind, candidates: dict[fx.Node, Kind], reaches: set[fx.Node], found: Annotation) -> bool:
+    coded = [found.is_int8(x) for x in operand_nodes(node)]
+    if kind is Kind.LAYER:
+        return True
+    if kind is Kind.SHARE:
+        if any(coded) or is_call(node, operator.getitem):
+            return any(coded)
+        return _only_feeds_layers(node, candidates) and not _drops(node)
+    if kind in (Kind.POOL, Kind.CLIP, Kind.SCALE):
+        return any(coded)
+    if kind is Kind.PAIR and any(_is_computed(x, found) for x in operand_nodes(node)):
+        return False  # in float the operands need no grid, and no conversion
+    return any(coded) and node in reaches
+
+
+def _drops(node: fx.Node) -> bool:
+    """True for a move that leaves elements out: better before rounding, which then does less and fits the rest."""
+    return is_float(node) and math.prod(shape_of(node)) < math.prod(shape_of(operand(node)))
+
+
+def _is_computed(node: fx.Node, found: Annotation) -> bool:
+    """True for a float result that no int8 node reads; inputs of the graph and stored tensors are none."""
+    computed = _unmoved(node).op == "call_function"
+    return computed and not found.is_int8(node) and not _has_int8_reader(node, found)
+
+
+def _find_real(module: fx.GraphModule, found: Annotation) -> None:
+    """Find the layers whose codes nobody would read. What moves, clips or scales their results becomes float."""
+    read: set[fx.Node] = set()
+    passing = (Kind.SHARE, Kind.CLIP, Kind.SCALE)
+    for node in reversed(module.graph.nodes):
+        if any(found.kinds.get(u) not in (None, *passing) or u in read for u in _code_readers(node, found)):
+            read.add(node)
+    for node in list(found.kinds):
+        kind = found.kinds[node]
+        if node in read or not (kind is Kind.LAYER or kind in passing):
+            continue
+        if kind is Kind.LAYER:
+            found.real.add(node)
+        elif all(x in found.real or not found.is_int8(x) for x in operand_nodes(node)):
+            del found.kinds[node]
+
+
+def _code_readers(node: fx.Node, found: Annotation) -> list[fx.Node]:
+    return [u for u in node.users if found.is_int8(u) and node in operand_nodes(u)]
+
+
+def _pays_integer(
+    node: fx.Node, kind: Kind, candidates: dict[fx.Node, Kind], reaches: set[fx.Node], found: Annotation
+) -> bool:
     operands = operand_nodes(node)
     coded = [x for x in operands if found.is_int8(x)]
     if kind is Kind.LAYER:
@@ -207,7 +304,7 @@ def _is_lone_layer(node: fx.Node, found: Annotation) -> bool:
 
 
 def _has_int8_reader(node: fx.Node, found: Annotation) -> bool:
-    return any(found.is_int8(user) and node in operand_nodes(user) for user in node.users)
+    return bool(_code_readers(node, found))
 
 
 def _fuse_clips(found: Annotation) -> None:
@@ -215,7 +312,12 @@ def _fuse_clips(found: Annotation) -> None:
     computed = (Kind.LAYER, Kind.POOL, Kind.PAIR)
     for node, kind in found.kinds.items():
         before = operand_nodes(node)[0] if kind is Kind.CLIP else None
-        if before is not None and len(before.users) == 1 and found.kinds.get(before) in computed:
+        if (
+            before is not None
+            and before not in found.real
+            and len(before.users) == 1
+            and found.kinds.get(before) in computed
+        ):
             found.fused[before] = node
 
 

@@ -2,7 +2,8 @@
 
 Every int8 node `n` of the float graph gets a node `n_q` that holds its codes, and a record of what the codes mean.
 Float nodes that need codes get `n_q` by `edgec::quantize`, int8 nodes with float readers get `n_dq` by
-`edgec::dequantize`; the inputs and outputs of the graph stay float.
+`edgec::dequantize`; where only float nodes read a layer, its `n_q` has a float result. The inputs and outputs of the
+graph stay float.
 """
 
 from __future__ import annotations
@@ -59,10 +60,11 @@ class Converter:
         observed: Mapping[fx.Node, QParams],
         per_channel: bool = True,
         rounding: Rounding = quantize_weights,
+        requant: str = "RQ1",
     ) -> None:
         self.module, self.graph = module, module.graph
         self.annotation, self.observed = annotation, observed
-        self.per_channel, self.rounding = per_channel, rounding
+        self.per_channel, self.rounding, self.requant = per_channel, rounding, requant
         self.codes: dict[fx.Node, fx.Node] = {}
         self.meaning: dict[fx.Node, QParams] = {}
         self.reals: dict[fx.Node, fx.Node] = {}
@@ -175,6 +177,19 @@ class Converter:
                 source, folded = operand(source), before
         x = self._codes(source)
         x_scale, x_zero = self.meaning[source].per_tensor
+        if geometry is not None:
+            stride, padding, dilation, groups = geometry
+            padding = [p + f for p, f in zip(padding, folded, strict=True)]
+            geometry = (stride, padding, dilation, groups, x_zero)
+        if node in self.annotation.real:
+            weights, bias, scales = self._integers(node, x_scale, x_zero)
+            path = f"{given['weight'].target}_q_scale"
+            scale = self._store(path, torch.from_numpy((x_scale * scales).astype(np.float32)))
+            target = edgec.qlinear_float.default if geometry is None else edgec.qconv2d_float.default
+            made = self._call(target, (x, weights, bias, scale, *(geometry or ())), node)
+            self.layers[made] = node
+            self.reals[node] = made
+            return
         if self.annotation.channel_axis(node) is None:
             params, lo, hi = self._output(node)
             y_scale, y_zero = params.per_tensor
@@ -184,35 +199,37 @@ class Converter:
             params, lo, hi, y_zero = self._params(node), integer.QMIN, integer.QMAX, 0
             y_scales, zeros = np.array(params.scale), np.array(params.zero_point)
             constants = self._constants(node, x_scale, x_zero, y_scales, y_scales * zeros)
-        if geometry is None:
-            args = (x, *constants, y_zero, lo, hi)
-            target = edgec.qlinear.default
-        else:
-            stride, padding, dilation, groups = geometry
-            padding = [p + f for p, f in zip(padding, folded, strict=True)]
-            args = (x, *constants, stride, padding, dilation, groups, x_zero, y_zero, lo, hi)
-            target = edgec.qconv2d.default
-        made = self._call(target, args, node)
+        target = edgec.qlinear.default if geometry is None else edgec.qconv2d.default
+        made = self._call(target, (x, *constants, *(geometry or ()), y_zero, lo, hi), node)
         self.layers[made] = node
-        self._finish(node, made, params)
+        self._finish(node, made, dataclasses.replace(params, requant=self.requant))
 
     def _constants(
         self, node: fx.Node, x_scale: float, x_zero: int, y_scale: np.ndarray, offset: np.ndarray | float = 0.0
     ) -> tuple[fx.Node, ...]:
         """(weights, bias, m, shift) of a layer whose bias is raised by `offset`, stored beside its float weights."""
+        weights, bias, scales = self._integers(node, x_scale, x_zero, offset)
+        path = str(arguments(node)["weight"].target)
+        values = integer.multipliers(x_scale * scales / y_scale, self.requant)
+        names = (f"{path}_q_m", f"{path}_q_shift")
+        return weights, bias, *(self._store(n, torch.from_numpy(v)) for n, v in zip(names, values, strict=True))
+
+    def _integers(
+        self, node: fx.Node, x_scale: float, x_zero: int, offset: np.ndarray | float = 0.0
+    ) -> tuple[fx.Node, fx.Node, np.ndarray]:
+        """(weights, bias, scales of the weights) of a layer; the first two are stored."""
         given = arguments(node)
         path = str(given["weight"].target)
         weights = get_weight(self.module, given["weight"]).numpy()
-        stored = constant_of(self.module, given["bias"])
-        bias = offset + (np.zeros(len(weights)) if stored is None else stored.numpy().astype(np.float64))
+        given_bias = constant_of(self.module, given["bias"])
+        bias = offset + (np.zeros(len(weights)) if given_bias is None else given_bias.numpy().astype(np.float64))
         # The bias of a dead or nearly dead channel must still fit int32.
         scales = np.maximum(symmetric_scales(weights, self.per_channel), np.abs(bias) / (x_scale * LARGEST_BIAS))
         codes = self.rounding(weights, scales)
-        m, shift = integer.quantize_multipliers(x_scale * scales / y_scale)
-        values = (codes, integer.bias_codes(bias, codes, x_scale, x_zero, scales), m, shift)
-        names = (f"{path}_q", f"{path}_q_bias", f"{path}_q_m", f"{path}_q_shift")
-        nodes = tuple(self._store(n, torch.from_numpy(v)) for n, v in zip(names, values, strict=True))
-        self.records[str(nodes[0].target)] = QParams(
+        sums = integer.bias_codes(bias, codes, x_scale, x_zero, scales)
+        stored = self._store(f"{path}_q", torch.from_numpy(codes))
+        biases = self._store(f"{path}_q_bias", torch.from_numpy(sums))
+        self.records[str(stored.target)] = QParams(
             tuple(float(s) for s in scales),
             (0,) * len(scales),
             n=-integer.WEIGHT_MAX,
@@ -220,7 +237,7 @@ class Converter:
             axis=0,
             source="max|w|" if self.per_channel else "max|w| of the tensor",
         )
-        return nodes
+        return stored, biases, scales
 
     def _average(self, node: fx.Node) -> None:
         source = operand(node)

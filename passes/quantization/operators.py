@@ -55,6 +55,22 @@ FUNCTIONS = (
     aten.pow.Tensor_Scalar,
 )
 
+# Functions that stay float behind a linear layer: their inputs have outliers, which one scale per tensor cannot serve,
+# and the layer can apply them before it rounds.
+FLOAT_BEHIND_LINEAR = (aten.gelu.default, aten.silu.default, aten.mish.default)
+# Functions that are not made of straight lines.
+CURVED = (
+    *FLOAT_BEHIND_LINEAR,
+    aten.sigmoid.default,
+    aten.tanh.default,
+    aten.elu.default,
+    aten.selu.default,
+    aten.celu.default,
+    aten.softplus.default,
+)
+# What `quantize-int8` does with functions, sums and results of layers; see `edgec.passes.quantization.annotate`.
+NONLINEAR = ("auto", "integer", "float")
+
 # Inputs outside these limits give the limit's value, within 1/1000 of the output range: their codes may saturate.
 SATURATION: dict[Any, tuple[float, float]] = {
     aten.hardswish.default: (-3.0, math.inf),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,13 +10,15 @@ from torch import fx
 
 from edgec.data import Dataset
 from edgec.errors import EdgecError
+from edgec.integer import REQUANTS
 from edgec.passbase import Context, Needs, Pass, option
+from edgec.passes.keep import check_patterns, fits, layer_names
 from edgec.passes.quantization.annotate import Annotation, annotate
 from edgec.passes.quantization.bias_correction import correct_biases
 from edgec.passes.quantization.calibrate import ChannelMean, Watcher, batches, calibrate
 from edgec.passes.quantization.convert import Converter
 from edgec.passes.quantization.equalize import equalize_module
-from edgec.passes.quantization.operators import CONV2D, SATURATION, Kind, make_functional, op_name
+from edgec.passes.quantization.operators import CONV2D, NONLINEAR, SATURATION, Kind, make_functional, op_name
 from edgec.passes.quantization.squant import squant_codes
 from edgec.program import Program, is_call, layer_of, output_nodes
 from edgec.quantparams import (
@@ -51,7 +51,7 @@ class Int8Summary:
 
 @dataclass(frozen=True)
 class QuantizeInt8(Pass):
-    """int8 weights and activations, int32 accumulators, requantisation by a fixed-point multiplier and a shift.
+    """int8 weights and activations, int32 accumulators, requantisation by one multiplier per channel.
 
     Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference";
     Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference: A whitepaper".
@@ -75,18 +75,23 @@ class QuantizeInt8(Pass):
     per_channel: bool = option(True, "one weight scale per output channel instead of one per layer")
     equalize: bool = option(False, "cross-layer equalisation before calibration")
     bias_correction: bool = option(False, "remove the mean error of every layer on the calibration samples")
+    requant: str = option(
+        "auto",
+        "how layers round: RQ1 with integers, RQF with a float32 product; auto: as is fastest on the target",
+        choices=("auto", *REQUANTS),
+    )
+    nonlinear: str = option(
+        "auto",
+        "what is computed in float between layers: auto, GELU and SiLU behind linear layers, sums with float operands "
+        "and what reaches no layer; integer, as little as possible; float, every curved function",
+        choices=NONLINEAR,
+    )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
     calibration_samples: int = option(256, "at most this many calibration samples are used", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.keep_float, str) or not all(isinstance(p, str) for p in self.keep_float):
-            raise EdgecError(
-                f"{self.keep_float!r} is not a list of layer names",
-                where=f"{self.name}{{keep_float}}",
-                hint="write keep_float=[conv1,fc] or, in Python, keep_float=('conv1', 'fc')",
-            )
-        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        object.__setattr__(self, "keep_float", layer_names(self.keep_float, f"{self.name}{{keep_float}}"))
 
     def run(self, program: Program, context: Context) -> Program:
         if context.calibration is None:
@@ -95,8 +100,8 @@ class QuantizeInt8(Pass):
         module = program.edit()
         module.graph.eliminate_dead_code()
         make_functional(module)
-        self._check_patterns(module)
-        annotation = annotate(module, self._keeps)
+        check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
+        annotation = annotate(module, self._keeps, self.nonlinear)
         for skip in annotation.skipped:
             context.skip(*skip)
         summary = self._summary(module, annotation, len(samples))
@@ -108,7 +113,10 @@ class QuantizeInt8(Pass):
         subset = samples.limit(CORRECTION_SAMPLES, context.seed)
         means = self._layer_means(program, module, annotation, subset) if self.bias_correction else {}
         rounding = squant_codes if self.rounding == "squant" else quantize_weights
-        converter = Converter(module, annotation, observed, self.per_channel, rounding)
+        requant = self.requant
+        if requant == "auto":
+            requant = "RQ1" if context.device is None else context.device.requant
+        converter = Converter(module, annotation, observed, self.per_channel, rounding, requant)
         records = converter.convert()
         module.graph.eliminate_dead_code()
         if means:
@@ -119,15 +127,7 @@ class QuantizeInt8(Pass):
         return program.replace(module, {**kept, self.name: summary})
 
     def _keeps(self, layer: str) -> bool:
-        return any(_matches(layer, pattern) for pattern in self.keep_float)
-
-    def _check_patterns(self, module: fx.GraphModule) -> None:
-        layers = sorted({layer_of(n) for n in module.graph.nodes if n.op == "call_function"})
-        for pattern in self.keep_float:
-            if not any(_matches(layer, pattern) for layer in layers):
-                near = difflib.get_close_matches(pattern, layers, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"layers are {', '.join(layers[:5])}, ..."
-                raise EdgecError(f"no layer is called '{pattern}'", where=f"{self.name}{{keep_float}}", hint=hint)
+        return fits(layer, self.keep_float)
 
     def _summary(self, module: fx.GraphModule, annotation: Annotation, samples: int) -> Int8Summary:
         quantised = [layer_of(n) for n, kind in annotation.kinds.items() if kind is Kind.LAYER]
@@ -143,13 +143,10 @@ class QuantizeInt8(Pass):
         context: Context,
     ) -> dict[fx.Node, QParams]:
         """Run the calibration samples; the parameters of every tensor whose range matters."""
-        ranged = {annotation.observed(n) for n in annotation.kinds} | set(annotation.boundary(module.graph))
         exact = set(output_nodes(module))
         observers: dict[fx.Node, Observer] = {}
         channels: dict[fx.Node, ChannelMinMax] = {}
-        for node in module.graph.nodes:
-            if node not in ranged or node.op == "get_attr":
-                continue
+        for node in annotation.ranged(module.graph):
             axis = annotation.channel_axis(node)
             if axis is not None:
                 channels[node] = ChannelMinMax(axis)
@@ -205,8 +202,3 @@ def _useful_range(node: fx.Node, annotation: Annotation) -> tuple[float, float] 
     if len(readers) == 1 and annotation.kinds.get(readers[0]) is Kind.TABLE:
         return SATURATION.get(readers[0].target)
     return None
-
-
-def _matches(layer: str, pattern: str) -> bool:
-    """True for the layer itself, a layer inside it, or a pattern that fits."""
-    return layer == pattern or layer.startswith(f"{pattern}.") or fnmatch.fnmatchcase(layer, pattern)

@@ -1,30 +1,123 @@
 """Direct convolution on NHWC: also the matrix product (a 1x1 convolution over rows) and grouped convolution.
 
-A register tile of `pixels` output pixels by `block` output channels is accumulated over kernel window and input
-channels; weights are packed to [groups * blocks, kh, kw, ci / groups, block] so that the inner loop reads them in
-order. Spatial padding is a padded copy of the input in scratch memory, which keeps the inner loop free of branches.
+A register tile of a few output pixels by a few vectors of output channels is accumulated over kernel window and input
+channels; weights are packed so that the inner loop reads them in order. Padding is never stored: see `tiling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, splat, vec
+from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
+from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smull, dot, pack_weights
+from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
 from edgec.targets.tir import T, tirx
+
+# An inner loop of at most this many multiplications is unrolled.
+UNROLLED = 96
 
 
 @dataclass(frozen=True)
-class Conv2D:
-    """One sample, NHWC. padding is [top, bottom, left, right]; `x_zp` is the code in padded places (int8)."""
+class Blocking:
+    """Register tile: `pixels` by `vectors` vectors of output channels. `rows_first`: all channels of a tile of pixels
+    before the next one, which reads inputs once and weights often, instead of the other way round."""
+
+    pixels: int
+    vectors: int
+    rows_first: bool
+
+
+@dataclass(frozen=True)
+class Window:
+    """Geometry of a convolution or a pool of one sample, NHWC. padding is [top, bottom, left, right]."""
 
     h: int
     w: int
+
+    @property
+    def axes(self) -> tuple[Axis, Axis]:
+        """The vertical and the horizontal axis."""
+        spec: Any = self
+        size = (self.h, self.w)
+        return tuple(  # type: ignore[return-value]
+            Axis(
+                size[i],
+                (size[i] + spec.padding[2 * i] + spec.padding[2 * i + 1] - spec.dilation[i] * (spec.kernel[i] - 1) - 1)
+                // spec.stride[i]
+                + 1,
+                spec.kernel[i],
+                spec.stride[i],
+                spec.dilation[i],
+                spec.padding[2 * i],
+            )
+            for i in range(2)
+        )
+
+    @property
+    def out(self) -> tuple[int, int]:
+        return tuple(axis.out for axis in self.axes)  # type: ignore[return-value]
+
+    def key(self) -> str:
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Weighted(Window):
+    """What convolutions with weights share: the order of parameters and the epilogue."""
+
+    @property
+    def tuning_key(self) -> str:
+        """What the choice of a register tile depends on, as text: no values of the epilogue, no defaults."""
+        spec: Any = self
+        parts = [spec.name, spec.dtype]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("dtype", "x_zp", "epilogue") and value != f.default:
+                parts.append(f"{f.name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        if spec.dtype == "int8":
+            parts.append(spec.epilogue.requant)
+        return " ".join(parts + ["residual"] * self.residual)
+
+    @property
+    def residual(self) -> bool:
+        spec: Any = self
+        return spec.epilogue.residual or spec.epilogue.add is not None
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Types of the per-channel vectors behind the bias: m and, for RQ1, shift."""
+        spec: Any = self
+        if spec.dtype != "int8":
+            return ()
+        return ("int32", "int32") if spec.epilogue.requant == "RQ1" else ("float32",)
+
+    @property
+    def parameters(self) -> int:
+        return 4 + len(self.factors) + self.residual
+
+    @property
+    def out_type(self) -> str:
+        spec: Any = self
+        return spec.epilogue.out_type(spec.dtype)
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        """The output may overwrite the residual: every element is read right before it is written."""
+        spec: Any = self
+        same = self.residual and spec.epilogue.residual_type(spec.dtype) == self.out_type
+        return (self.parameters - 2,) if same else ()
+
+
+@dataclass(frozen=True)
+class Conv2D(Weighted):
+    """One sample, NHWC. padding is [top, bottom, left, right]; `x_zp` is the code in padded places (int8)."""
+
     ci: int
     co: int
     kernel: tuple[int, int] = (1, 1)
@@ -37,16 +130,8 @@ class Conv2D:
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "conv2d"
-
-    @property
-    def out(self) -> tuple[int, int]:
-        size = (self.h, self.w)
-        return tuple(  # type: ignore[return-value]
-            (size[i] + self.padding[2 * i] + self.padding[2 * i + 1] - self.dilation[i] * (self.kernel[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in range(2)
-        )
+    # Whether a tile says in which order its loops run.
+    reorders = True
 
     @property
     def macs(self) -> int:
@@ -54,36 +139,51 @@ class Conv2D:
         return oh * ow * self.co * self.kernel[0] * self.kernel[1] * (self.ci // self.groups)
 
     @property
-    def residual(self) -> bool:
-        return self.epilogue.residual or self.epilogue.add is not None
+    def walk(self) -> tuple[Axis, Axis]:
+        """The axes as walked: a pointwise convolution without stride or padding is one long row."""
+        if self.kernel == (1, 1) and self.stride == (1, 1) and not any(self.padding):
+            pixels = self.h * self.w
+            return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
+        return self.axes
 
-    @property
-    def inplace(self) -> tuple[int, ...]:
-        """The output may overwrite the residual: every element is read right before it is written."""
-        return (self.parameters - 2,) if self.residual else ()
+    def expanded(self, device: Device) -> Conv2D:
+        """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
+        group = dot(device, self.dtype).group
+        inputs = self.ci // self.groups
+        if inputs % group == 0:
+            return self
+        top, bottom, left, right = self.padding
+        return replace(
+            self,
+            h=self.h + top + bottom,
+            w=self.w + left + right,
+            ci=self.groups * round_up(inputs, group),
+            padding=(0, 0, 0, 0),
+        )
 
-    @property
-    def parameters(self) -> int:
-        return 4 + (2 if self.dtype == "int8" else 0) + self.residual
+    def blocking(self, device: Device) -> Blocking:
+        """The register tile, and the order of the loops around it: from the device's table or the cheapest modelled."""
+        return device.tuning.get(self.tuning_key) or self.candidates(device)[0]
 
-    def key(self) -> str:
-        return repr(self)
-
-    def blocking(self, device: Device) -> tuple[int, int, int]:
-        """(lanes, channels per block, pixels per tile): accumulators fill about two thirds of the registers."""
-        lanes = device.lanes
-        vectors = 2 if self.co // self.groups > lanes else 1
-        accumulators = 12 if device.registers >= 32 else 8 if device.registers >= 16 else 4
-        most = max(1, accumulators // vectors)
-        _, ow = self._walk()
-        tiles = -(-ow // most)
-        return lanes, vectors * lanes, -(-ow // tiles)
-
-    def _walk(self) -> tuple[int, int]:
-        """Output rows and columns as walked: a pointwise convolution without padding is one long row."""
-        oh, ow = self.out
-        plain = self.kernel == (1, 1) and self.stride == (1, 1) and not any(self.padding)
-        return (1, oh * ow) if plain else (oh, ow)
+    def candidates(self, device: Device) -> list[Blocking]:
+        """All register tiles that fit, lowest modelled cost first."""
+        how = dot(device, self.dtype)
+        outputs, inputs = self.co // self.groups, self.ci // self.groups
+        rows, columns = self.expanded(device).walk
+        depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
+        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
+        rows_first = weights <= device.l2_kb * 1024 // 2
+        options: dict[Blocking, float] = {}
+        for vectors in range(1, 9):
+            if (vectors - 1) * how.lanes >= outputs:
+                break
+            for most in range(1, 29):
+                if not fits(how, device, most, vectors):
+                    break
+                pixels = balanced(columns.out, most)
+                cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
+                options.setdefault(Blocking(pixels, vectors, rows_first), cost)
+        return sorted(options, key=lambda option: options[option])
 
     def pack(
         self,
@@ -93,109 +193,117 @@ class Conv2D:
         m: np.ndarray | None = None,
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
-        """Weights OIHW and per-channel vectors to the order of the kernel's parameters, padded to whole blocks."""
-        _, block, _ = self.blocking(device)
+        """Weights OIHW and per-channel vectors to the order of the kernel's parameters, padded to whole blocks.
+
+        An int8 bias has one row for each set of taps that the border leaves, with what the missing ones would add.
+        """
+        how = dot(device, self.dtype)
+        block = self.blocking(device).vectors * how.lanes
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
-        kh, kw = self.kernel
-        grouped = np.zeros((self.groups, padded, self.ci // self.groups, kh, kw), w.dtype)
-        grouped[:, :per_group] = w.reshape(self.groups, per_group, self.ci // self.groups, kh, kw)
-        packed = grouped.reshape(self.groups * (padded // block), block, self.ci // self.groups, kh, kw)
-        packed = np.ascontiguousarray(packed.transpose(0, 3, 4, 2, 1))
+        grouped = w.reshape(self.groups, per_group, self.ci // self.groups, *self.kernel).transpose(0, 1, 3, 4, 2)
+        packed = pack_weights(grouped, how, block)
 
         def channels(values: np.ndarray | None, dtype: str, fill: int = 0) -> np.ndarray:
-            full = np.full((self.groups, padded), fill, dtype)
+            lead = values.shape[:-1] if values is not None else ()
+            full = np.full((*lead, self.groups, padded), fill, dtype)
             if values is not None:
-                full[:, :per_group] = values.reshape(self.groups, per_group)
-            return full.reshape(-1)
+                full[..., :per_group] = values.reshape(*lead, self.groups, per_group)
+            return full.reshape(*lead, -1)
 
-        if self.dtype == "float32":
-            return packed, channels(bias, "float32")
-        return packed, channels(bias, "int32"), channels(m, "int32"), channels(shift, "int32", 1)
+        if self.dtype != "int8":
+            return packed, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
+        extra = (channels(m, "int32"), channels(shift, "int32", 1))
+        if self.epilogue.requant != "RQ1":
+            extra = (channels(m, "float32"),)
+        whole = self.expanded(device)
+        rows = [self._border_bias(w, bias, how, i, j) for i in whole._row_classes() for j in whole._column_classes()]
+        return packed, channels(np.stack(rows), "int32"), *extra
+
+    def _row_classes(self) -> list[tuple[int, ...]]:
+        return self.axes[0].classes() if self._bordered else [tuple(range(self.kernel[0]))]
+
+    def _column_classes(self) -> list[tuple[int, ...]]:
+        return self.axes[1].classes() if self._bordered else [tuple(range(self.kernel[1]))]
+
+    @property
+    def _bordered(self) -> bool:
+        return self.dtype == "int8" and any(axis.padded for axis in self.walk)
+
+    def _border_bias(
+        self, w: np.ndarray, bias: np.ndarray | None, how: Dot, rows: tuple[int, ...], columns: tuple[int, ...]
+    ) -> np.ndarray:
+        """Bias [co] of outputs that have these taps. The taps left out see the code of zero; the others `offset`."""
+        sums = w.astype(np.int64).sum(1)
+        there = sums[:, list(rows)][:, :, list(columns)].sum((1, 2))
+        total = (0 if bias is None else bias.astype(np.int64)) + self.x_zp * (sums.sum((1, 2)) - there)
+        return (total - how.offset * there).astype(np.int32)
 
     def prim_func(self, device: Device) -> Any:
-        """Parameters: x, packed weights, bias, [m, shift], [residual], y."""
-        lanes, block, pixels = self.blocking(device)
-        kh, kw = self.kernel
-        cig = self.ci // self.groups
-        blocks = round_up(self.co // self.groups, block) // block
-        oh, ow = self.out
-        rows, columns = self._walk()
-        acc_type = "int32" if self.dtype == "int8" else "float32"
-        flat = (rows, columns) != (oh, ow)
-        top, bottom, left, right = self.padding
-        hp, wp = self.h + top + bottom, self.w + left + right
+        """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        how = dot(device, self.dtype)
+        inner = self.expanded(device)
+        shape = self.blocking(device)
+        block = shape.vectors * how.lanes
+        per_group = self.co // self.groups
+        blocks = round_up(per_group, block) // block
+        depth = inner.ci // self.groups // how.group
+        rows, columns = inner.walk
+        packed = (self.groups * blocks, self.kernel[0], self.kernel[1] * depth, shape.vectors, how.weight_elements)
+        classes = len(inner._row_classes()) * len(inner._column_classes())
+        channels = self.groups * blocks * block
         with common.prim_func(self.name, self.inplace) as builder:
-            x = param("x", (self.h * self.w, self.ci) if flat else (self.h, self.w, self.ci), self.dtype)
-            w = param("w", (self.groups * blocks, kh, kw, cig, block), self.dtype)
-            bias = param("bias", (self.groups * blocks * block,), acc_type)
-            m = shift = None
-            if self.dtype == "int8":
-                m = param("m", (self.groups * blocks * block,), "int32")
-                shift = param("shift", (self.groups * blocks * block,), "int32")
-            residual = param("residual", (rows, columns, self.co), self.dtype) if self.residual else None
-            y = param("y", (rows, columns, self.co), self.dtype)
+            x = param("x", (self.h * self.w * self.ci,), self.dtype)
+            w = param("w", packed, self.dtype)
+            bias = param("bias", (classes, channels), how.acc_type)
+            factors = [param(f"factor{i}", (channels,), t) for i, t in enumerate(self.factors)]
+            size = rows.out * columns.out * self.co
+            other = self.epilogue.residual_type(self.dtype)
+            residual = param("residual", (size,), other) if self.residual else None
+            y = param("y", (size,), self.out_type)
             source = x
-            if any(self.padding):
-                source = T.alloc_buffer((hp, wp, self.ci), self.dtype)
-                pad_copy(x, source, (self.h, self.w, self.ci), self.padding, self.x_zp, self.dtype)
-            acc = T.alloc_buffer((pixels, block), acc_type, scope="local")
-            tail = T.alloc_buffer((lanes,), self.dtype, scope="local")
+            if inner is not self:
+                source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
+                expand_copy(x, source, self, inner.ci)
+            tile = _Tile(inner, device, shape, source, w, bias, factors, residual, y)
+            runs = tiles(columns, shape.pixels)
+            whole, rest = divmod(per_group, block)
 
-            def pixel(row: Any, column: Any, i: Any, j: Any, channel: Any) -> Any:
-                if flat:
-                    return source[column, channel]
-                return source[
-                    row * self.stride[0] + i * self.dilation[0], column * self.stride[1] + j * self.dilation[1], channel
-                ]
-
-            def tile(group: Any, number: Any, row: Any, column: Any, count: int, channels: int) -> None:
-                index = group * blocks + number
-                offset = index * block
-                used = -(-channels // lanes)
-                for p in range(count):
-                    for v in range(used):
-                        T.buffer_store(acc, bias[ramp(offset + v * lanes, lanes)], [p, ramp(v * lanes, lanes)])
-
-                def step(i: Any, j: Any, k: Any) -> None:
-                    # Weights first: one vector load serves all pixels of the tile.
-                    values = [w[index, i, j, k, ramp(v * lanes, lanes)] for v in range(used)]
-                    for p in range(count):
-                        xv = pixel(row, column + p, i, j, group * cig + k)
-                        for v in range(used):
-                            here = [p, ramp(v * lanes, lanes)]
-                            product = multiply(xv, values[v], self.dtype, lanes)
-                            T.buffer_store(acc, acc[p, ramp(v * lanes, lanes)] + product, here)
-
-                loop(kh, lambda i: loop(kw, lambda j: loop(cig, lambda k: step(i, j, k))))
-                first = group * (self.co // self.groups) + number * block
-                for p in range(count):
-                    for v in range(used):
-                        store_vector(
-                            acc[p, ramp(v * lanes, lanes)],
-                            (m, shift, offset + v * lanes),
-                            residual,
-                            y,
-                            (row, column + p, first + v * lanes),
-                            (lanes, min(lanes, channels - v * lanes)),
-                            tail,
-                            self,
-                            device,
-                        )
-
-            def row_of_tiles(group: Any, number: Any, row: Any, channels: int) -> None:
-                full, rest = divmod(columns, pixels)
-                loop(full, lambda t: tile(group, number, row, t * pixels, pixels, channels))
+            def all_blocks(body: Callable[[Any, int], None]) -> None:
+                loop(whole, lambda b: body(b, block))
                 if rest:
-                    tile(group, number, row, full * pixels, rest, channels)
+                    body(whole, rest)
 
-            def group_body(group: Any) -> None:
-                whole, rest = divmod(self.co // self.groups, block)
-                loop(whole, lambda b: loop(rows, lambda r: row_of_tiles(group, b, r, block)))
+            def across(row: Any, body: Callable[[Run, Any], None]) -> None:
+                """All tiles of a row."""
+                for run in runs:
+                    loop(run.repeat, lambda t, run=run: body(run, run.start + t * run.count))
+
+            def pixels_first(group: Any) -> None:
+                def at(row: Any, run: Run, column: Any) -> None:
+                    all_blocks(lambda b, n: tile.emit(group, b, row, column, run, n))
+
+                if rows.out > 1:
+                    parallel(rows.out, lambda row: across(row, lambda run, column: at(row, run, column)))
+                else:
+                    # One long row: its tiles are the parallel loop.
+                    steps = sum(run.repeat for run in runs)
+                    parallel(steps, lambda t: _pick(t, runs, lambda run, i: at(0, run, run.start + i * run.count)))
+
+            def channels_first(group: Any) -> None:
+                def body(b: Any, n: int) -> None:
+                    loop(
+                        rows.out,
+                        lambda row: across(row, lambda run, column: tile.emit(group, b, row, column, run, n)),
+                    )
+
                 if rest:
-                    loop(rows, lambda r: row_of_tiles(group, whole, r, rest))
+                    last = lambda: body(whole, rest)  # noqa: E731
+                    parallel(whole + 1, lambda b: _either(b < whole, lambda: body(b, block), last))
+                else:
+                    parallel(whole, lambda b: body(b, block))
 
-            loop(self.groups, group_body)
+            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
@@ -209,18 +317,271 @@ class Conv2D:
     ) -> np.ndarray:
         """NumPy meaning on unpacked weights: x [h, w, ci], w OIHW, result [oh, ow, co]."""
         acc = accumulate(x, w, self)
-        return finish(acc, bias, m, shift, residual, self.epilogue, self.dtype)
+        return common.finish_reference(acc, bias, m, shift, residual, self.epilogue, self.dtype)
 
 
-def multiply(x: Any, w: Any, dtype: str, lanes: int) -> Any:
-    """Broadcast x times the vector w. int8 goes through int16, which is what NEON's widening multiply takes."""
-    if dtype == "float32":
-        return splat(x, lanes) * w
-    wide = splat(x.astype("int16").astype("int32"), lanes)
-    return wide * w.astype(vec("int16", lanes)).astype(vec("int32", lanes))
+def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
+    """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop."""
+    if isinstance(how, Smull):
+        return pixels * vectors <= 8 and vectors <= 2
+    if isinstance(how, Lane | Sdot):
+        return pixels * vectors + pixels + vectors < device.registers
+    return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
 
 
-def pad_copy(x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence[int], value: int, dtype: str) -> None:
+def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int) -> float:
+    """Modelled instructions of one row of tiles; `depth` groups are summed.
+
+    Counted: multiplications, or what the latency of too few accumulators takes; input and weight loads, of which
+    neighbours pair up; the loop's own; and the epilogue.
+    """
+
+    def tile(count: int, used: int) -> float:
+        busy = max(count * used * (3 if isinstance(how, Smull) else 1), 8) * how.wide
+        extra = count * (5 if isinstance(how, Smull) else 1)
+        epilogue = count * used * (8.0 if how.dtype == "int8" else 2.5)
+        return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
+
+    full, rest = divmod(columns, pixels)
+    whole, tail = divmod(-(-outputs // how.lanes), vectors)
+    total = 0.0
+    for count, repeat in ((pixels, full), (rest, 1)):
+        if count and repeat:
+            total += repeat * (whole * tile(count, vectors) + (tile(count, tail) if tail else 0.0))
+    return total
+
+
+class _Tile:
+    """Code of one register tile of a convolution."""
+
+    def __init__(
+        self,
+        spec: Conv2D,
+        device: Device,
+        shape: Blocking,
+        x: Any,
+        w: Any,
+        bias: Any,
+        factors: list[Any],
+        residual: Any,
+        y: Any,
+    ) -> None:
+        self.spec, self.device, self.how = spec, device, dot(device, spec.dtype)
+        self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
+        self.rows, self.columns = spec.walk
+        how = self.how
+        self.block = shape.vectors * how.lanes
+        elements, held = how.held
+        self.acc = T.alloc_buffer((shape.pixels, shape.vectors, how.sums, how.lanes), how.acc_type, scope="local")
+        self.held = T.alloc_buffer((shape.pixels, elements), held, scope="local")
+        self.weights = T.alloc_buffer((shape.vectors, how.weight_elements), spec.dtype, scope="local")
+
+    def emit(self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int) -> None:
+        """Pixels column .. column + run.count of `row`, `channels` channels of block `number` of `group`."""
+        spec, how, rows, columns = self.spec, self.how, self.rows, self.columns
+        inputs, per_group = spec.ci // spec.groups, spec.co // spec.groups
+        depth = inputs // how.group
+        index = group * (round_up(per_group, self.block) // self.block) + number
+        used = -(-channels // how.lanes)
+        offset = index * self.block
+        bias_rows = [self._bias_row(row, run.start + p) for p in range(run.count)]
+        for p in range(run.count):
+            for v in range(used):
+                for s in range(how.sums):
+                    start = const(0, how.acc_type, how.lanes)
+                    if how.sums == 1:
+                        start = self.bias[bias_rows[p], ramp(offset + v * how.lanes, how.lanes)]
+                    T.buffer_store(self.acc, start, [p, v, s, ramp(0, how.lanes)])
+
+        def first(i: Any, j: Any, p: int) -> Any:
+            """Place in x of the first channel under tap (i, j) of a pixel."""
+            line = row * rows.stride + i * rows.dilation - rows.before
+            place = (column + p) * columns.stride + j * columns.dilation - columns.before
+            return (line * spec.w + place) * spec.ci + group * inputs
+
+        def kernel_row(i: Any) -> None:
+            everyone = list(range(run.count))
+            if run.inner and columns.dilation == 1 and spec.groups == 1:
+                # The window's row is one stretch of memory.
+                self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
+            elif run.inner:
+                loop(
+                    columns.kernel,
+                    lambda j: self._products(index, i, j * depth, depth, everyone, used, lambda p: first(i, j, p)),
+                )
+            else:
+                for j in range(columns.kernel):
+                    there = [p for p in everyone if j in columns.taps(run.start + p)]
+                    if there:
+                        self._products(index, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
+
+        low, high = rows.bounds(row)
+        if isinstance(high, int):
+            loop(high, kernel_row)
+        else:
+            with T.serial(low, high) as i:
+                kernel_row(i)
+        here = (row * columns.out + column) * spec.co + group * per_group + number * self.block
+        for p in range(run.count):
+            self._store(p, used, channels, offset, here + p * spec.co, bias_rows[p])
+
+    def _bias_row(self, row: Any, pixel: int) -> Any:
+        if not self.spec._bordered:
+            return 0
+        return self.rows.class_of(row) * len(self.columns.classes()) + self.columns.class_of(pixel)
+
+    def _products(
+        self,
+        index: Any,
+        i: Any,
+        start: Any,
+        count: int,
+        pixels: list[int],
+        used: int,
+        first: Callable[[int], Any],
+    ) -> None:
+        """Add the products of `count` groups from group `start` of kernel row `i`; `first` is where a pixel's lie."""
+        how = self.how
+
+        def step(k: Any, groups: int) -> None:
+            """The products of groups k .. k + groups."""
+            for p in pixels:
+                base = first(p) + k * how.group
+                value = self.x[ramp(base, how.group * groups)]
+                value = how.hold(value) if groups == 1 else value
+                T.buffer_store(self.held, value, [p, ramp(0, how.held[0])])
+            for g in range(groups):
+                for v in range(used):
+                    place = [index, i, start + k + g, v, ramp(0, how.weight_elements)]
+                    T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
+                for p in pixels:
+                    x = self.held[p, ramp(0, how.held[0])]
+                    for v in range(used):
+                        acc = [self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
+                        weights = self.weights[v, ramp(0, how.weight_elements)]
+                        for s, value in enumerate(how.multiply(acc, weights, x, g if groups > 1 else None)):
+                            T.buffer_store(self.acc, value, [p, v, s, ramp(0, how.lanes)])
+
+        repeat = max(1, min(8, UNROLLED // (2 * len(pixels) * used))) if how.wide == 1 else 1
+
+        def several(k: Any, times: int) -> None:
+            for t in range(times):
+                step(k + t * how.wide, how.wide)
+
+        whole = count // (how.wide * repeat)
+        loop(whole, lambda k: several(k * (how.wide * repeat), repeat))
+        done = whole * how.wide * repeat
+        several(done, (count - done) // how.wide)
+        done += (count - done) // how.wide * how.wide
+        for k in range(done, count):
+            step(k, 1)
+
+    def _store(self, p: int, used: int, channels: int, offset: Any, here: Any, bias_row: Any) -> None:
+        spec, how = self.spec, self.how
+        values = []
+        for v in range(used):
+            value = how.total([self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)])
+            if how.sums > 1:
+                value = value + self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)]
+            values.append(value)
+        store_channels(
+            values, how.lanes, channels, self.factors, offset, self.residual, self.y, here, spec, self.device
+        )
+
+
+def store_channels(
+    values: list[Any],
+    lanes: int,
+    channels: int,
+    factors: list[Any],
+    offset: Any,
+    residual: Any,
+    y: Any,
+    here: Any,
+    spec: Any,
+    device: Device,
+) -> None:
+    """Apply the epilogue of `spec` to the first `channels` lanes of `values` and store them from y[here].
+
+    Per-channel factors are read from `offset`. Bytes are stored in whole registers where they fill them.
+    """
+    most = max(16, 4 * lanes if lanes == 16 else lanes) if spec.out_type == "int8" else lanes
+    for start, size in pieces(channels, most):
+        width = min(size, lanes)
+        parts = range(start, start + size, width)
+        T.buffer_store(
+            y,
+            common.finish(
+                [lanes_of(values, lanes, at, width) for at in parts],
+                [[f[ramp(offset + at, width)] for f in factors] for at in parts],
+                [] if residual is None else [residual[ramp(here + at, width)] for at in parts],
+                spec.epilogue,
+                spec.dtype,
+                width,
+                device,
+            ),
+            [ramp(here + start, size)],
+        )
+
+
+def _pick(t: Any, runs: Sequence[Run], body: Callable[[Run, Any], None]) -> None:
+    """`body` of the run that step `t` falls in, and the tile's number in it."""
+    first, *others = runs
+    if not others:
+        body(first, t)
+        return
+    _either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
+
+
+def _either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    if isinstance(condition, bool):
+        (then if condition else otherwise)()
+        return
+    with T.If(condition):
+        with T.Then():
+            then()
+        with T.Else():
+            otherwise()
+
+
+def expand_copy(x: Any, padded: Any, spec: Conv2D, channels: int) -> None:
+    """Copy the input of `spec` into a larger map: its padding around it, `channels` channels in all, zeros behind."""
+    top, bottom, left, right = spec.padding
+    width = spec.w + left + right
+    inputs, outputs = spec.ci // spec.groups, channels // spec.groups
+    border, zero = const(spec.x_zp, spec.dtype), const(0, spec.dtype)
+
+    def fill(row: Any, first: int, count: int) -> None:
+        start = (row * width + first) * channels
+        loop(count * channels, lambda k: T.buffer_store(padded, border, [start + k]))
+
+    def pixel(row: Any, column: Any) -> None:
+        source, target = (row * spec.w + column) * spec.ci, ((row + top) * width + column + left) * channels
+
+        def group(g: Any) -> None:
+            for k in range(outputs) if outputs <= 16 else ():
+                value = x[source + g * inputs + k] if k < inputs else zero
+                T.buffer_store(padded, value, [target + g * outputs + k])
+            if outputs > 16:
+                loop(inputs, lambda k: T.buffer_store(padded, x[source + g * inputs + k], [target + g * outputs + k]))
+                for k in range(inputs, outputs):
+                    T.buffer_store(padded, zero, [target + g * outputs + k])
+
+        loop(spec.groups, group)
+
+    def line(row: Any) -> None:
+        fill(row + top, 0, left)
+        loop(spec.w, lambda column: pixel(row, column))
+        fill(row + top, left + spec.w, right)
+
+    loop(top, lambda row: fill(row, 0, width))
+    loop(spec.h, line)
+    loop(bottom, lambda row: fill(row + (top + spec.h), 0, width))
+
+
+def pad_copy(
+    x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence[int], value: float, dtype: str
+) -> None:
     """Copy an NHWC map into the middle of a larger one and fill the border."""
     h, w, c = shape
     top, bottom, left, right = padding
@@ -238,44 +599,6 @@ def pad_copy(x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence
     loop(top, lambda i: border(i, 0, wp))
     loop(h, row)
     loop(bottom, lambda i: border(i + (top + h), 0, wp))
-
-
-def store_vector(
-    value: Any,
-    scale: tuple[Any, Any, Any],
-    residual: Any,
-    y: Any,
-    at: tuple[Any, Any, Any],
-    size: tuple[int, int],
-    tail: Any,
-    spec: Any,
-    device: Device,
-) -> None:
-    """Apply `spec`'s epilogue and store `size[1]` of `size[0]` lanes; a partial vector goes through `tail`, by lane."""
-    lanes, valid = size
-    m, shift, offset = scale
-    row, column, channel = at
-    here = [row, column, ramp(channel, lanes)]
-    other = None
-    if residual is not None:
-        if valid == lanes:
-            other = residual[row, column, ramp(channel, lanes)]
-        else:
-            for lane in range(lanes):
-                source = residual[row, column, channel + lane] if lane < valid else tirx.const(0, spec.dtype)
-                T.buffer_store(tail, source, [lane])
-            other = tail[ramp(0, lanes)]
-    if spec.dtype == "int8":
-        here_m, here_shift = m[ramp(offset, lanes)], shift[ramp(offset, lanes)]
-        result = common.store_code(value, here_m, here_shift, other, spec.epilogue, lanes, device)
-    else:
-        result = common.activate(value if other is None else value + other, spec.epilogue, lanes)
-    if valid == lanes:
-        T.buffer_store(y, result, here)
-        return
-    T.buffer_store(tail, result, [ramp(0, lanes)])
-    for lane in range(valid):
-        T.buffer_store(y, tail[lane], [row, column, channel + lane])
 
 
 def accumulate(x: np.ndarray, w: np.ndarray, spec: Any) -> np.ndarray:
@@ -296,23 +619,3 @@ def accumulate(x: np.ndarray, w: np.ndarray, spec: Any) -> np.ndarray:
             taps = w[:, :, i, j].astype(exact).reshape(groups, co // groups, cig)
             acc += np.einsum("hwgc,goc->hwgo", window, taps).reshape(oh, ow, co)
     return acc
-
-
-def finish(
-    acc: np.ndarray,
-    bias: np.ndarray | None,
-    m: np.ndarray | None,
-    shift: np.ndarray | None,
-    residual: np.ndarray | None,
-    epilogue: Epilogue,
-    dtype: str,
-) -> np.ndarray:
-    """Bias and epilogue in NumPy."""
-    if bias is not None:
-        acc = acc + bias
-    if dtype == "int8":
-        assert m is not None and shift is not None
-        return common.code_reference(acc, m, shift, residual, epilogue)
-    if residual is not None:
-        acc = acc + residual
-    return common.activate_reference(acc, epilogue).astype(np.float32)

@@ -1,4 +1,8 @@
-"""Depthwise convolution on NHWC: one filter per channel, vectorised over channels."""
+"""Depthwise convolution on NHWC: one filter per channel, vectorised over channels.
+
+A tile of neighbouring output pixels is accumulated row by row of the window; every input vector is loaded once per
+row and multiplied into all the pixels that see it. Padding is never stored: see `tiling`.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,17 @@ from typing import Any
 import numpy as np
 
 from edgec.targets.device import Device
-from edgec.targets.kernels import common
-from edgec.targets.kernels.common import Epilogue, loop, param, ramp, round_up, vec
-from edgec.targets.kernels.conv2d import accumulate, finish, pad_copy, store_vector
+from edgec.targets.kernels import common, depthwise_vnni
+from edgec.targets.kernels.common import Epilogue, const, loop, parallel, param, pieces, ramp, vec
+from edgec.targets.kernels.conv2d import Blocking, Weighted, accumulate, store_channels
+from edgec.targets.kernels.tiling import Run, balanced, tiles
 from edgec.targets.tir import T
 
 
 @dataclass(frozen=True)
-class Depthwise:
+class Depthwise(Weighted):
     """One sample, NHWC, `c` channels in and out. padding is [top, bottom, left, right]."""
 
-    h: int
-    w: int
     c: int
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)
@@ -30,46 +33,44 @@ class Depthwise:
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "depthwise"
+    # Whether a tile says in which order its loops run.
+    reorders = False
 
     @property
     def groups(self) -> int:
         return self.c
 
     @property
-    def out(self) -> tuple[int, int]:
-        size = (self.h, self.w)
-        return tuple(  # type: ignore[return-value]
-            (size[i] + self.padding[2 * i] + self.padding[2 * i + 1] - self.dilation[i] * (self.kernel[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in range(2)
-        )
-
-    @property
     def macs(self) -> int:
         oh, ow = self.out
         return oh * ow * self.c * self.kernel[0] * self.kernel[1]
 
-    @property
-    def residual(self) -> bool:
-        return self.epilogue.residual or self.epilogue.add is not None
-
-    @property
-    def inplace(self) -> tuple[int, ...]:
-        return (self.parameters - 2,) if self.residual else ()
-
-    @property
-    def parameters(self) -> int:
-        return 4 + (2 if self.dtype == "int8" else 0) + self.residual
-
-    def key(self) -> str:
-        return repr(self)
-
     def blocking(self, device: Device) -> tuple[int, int]:
-        """(lanes, pixels per tile)."""
-        most = 12 if device.registers >= 32 else 6
-        ow = self.out[1]
-        return device.lanes, -(-ow // -(-ow // most))
+        """(channels per block, pixels per tile): from the device's table or the largest that fits registers."""
+        tile = device.tuning.get(self.tuning_key) or self.candidates(device)[0]
+        return tile.vectors * device.lanes_of(self.dtype), tile.pixels
+
+    def candidates(self, device: Device) -> list[Blocking]:
+        """Register tiles that fit, the default first, then those with most pixels."""
+        if depthwise_vnni.applies(self, device):
+            counts = (depthwise_vnni.PIXELS, *range(depthwise_vnni.PIXELS + 1, 0, -1))
+            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), 1, True) for n in counts))
+        registers, lanes = device.registers, device.lanes_of(self.dtype)
+        channels = lanes if lanes >= 16 else 2 * lanes
+        if self.dtype == "int8":
+            channels = 16
+
+        # A row of weights, an input and a spare share the registers with the accumulators.
+        def pixels(used: int) -> int:
+            return min(max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used), 14)
+
+        first = channels // lanes
+        # Bytes are worked on sixteen at a time, whatever the width of a register.
+        others = [first] if self.dtype == "int8" else [v for v in (1, 2, 3, 4) if v == 1 or (v - 1) * lanes < self.c]
+        found = [Blocking(balanced(self.out[1], pixels(first)), first, True)]
+        for used in others:
+            found += [Blocking(balanced(self.out[1], n), used, True) for n in range(pixels(used), 0, -1)]
+        return list(dict.fromkeys(found))
 
     def pack(
         self,
@@ -79,92 +80,97 @@ class Depthwise:
         m: np.ndarray | None = None,
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
-        """Weights [c, 1, kh, kw] to [kh, kw, c padded to whole vectors]."""
-        padded = round_up(self.c, device.lanes)
-        packed = np.zeros((*self.kernel, padded), w.dtype)
-        packed[:, :, : self.c] = w[:, 0].transpose(1, 2, 0)
-
-        def channels(values: np.ndarray | None, dtype: str, fill: int = 0) -> np.ndarray:
-            full = np.full(padded, fill, dtype)
-            if values is not None:
-                full[: self.c] = values
-            return full
-
-        if self.dtype == "float32":
-            return packed, channels(bias, "float32")
-        return packed, channels(bias, "int32"), channels(m, "int32"), channels(shift, "int32", 1)
+        """Weights [c, 1, kh, kw] to [kh, kw, c]; vectors as they are."""
+        if depthwise_vnni.applies(self, device):
+            assert m is not None
+            return depthwise_vnni.pack(self, device, w, bias, m)
+        packed = np.ascontiguousarray(w[:, 0].transpose(1, 2, 0))
+        if self.dtype != "int8":
+            return packed, np.zeros(self.c, self.dtype) if bias is None else bias
+        # Every tap sees the difference to the zero point here, which the bias counts on the other side.
+        folded = self.x_zp * w.astype(np.int64).sum((1, 2, 3))
+        start = ((0 if bias is None else bias) + folded).astype(np.int32)
+        assert m is not None
+        if self.epilogue.requant == "RQ1":
+            assert shift is not None
+            return packed, start, m, shift
+        return packed, start, m
 
     def prim_func(self, device: Device) -> Any:
-        """Parameters: x, packed weights, bias, [m, shift], [residual], y."""
-        lanes, pixels = self.blocking(device)
-        kh, kw = self.kernel
-        oh, ow = self.out
-        padded = round_up(self.c, lanes)
-        acc_type = "int32" if self.dtype == "int8" else "float32"
-        top, bottom, left, right = self.padding
+        """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        if depthwise_vnni.applies(self, device):
+            return depthwise_vnni.prim_func(self, device)
+        block, pixels = self.blocking(device)
+        rows, columns = self.axes
+        acc_type = "int32" if self.dtype == "int8" else self.dtype
+        # int8 is multiplied as int16, which the zero point of the input is taken off from.
+        wide = "int16" if self.dtype == "int8" else self.dtype
+        size = rows.out * columns.out * self.c
         with common.prim_func(self.name, self.inplace) as builder:
-            x = param("x", (self.h, self.w, self.c), self.dtype)
-            w = param("w", (kh, kw, padded), self.dtype)
-            bias = param("bias", (padded,), acc_type)
-            m = shift = None
-            if self.dtype == "int8":
-                m, shift = param("m", (padded,), "int32"), param("shift", (padded,), "int32")
-            residual = param("residual", (oh, ow, self.c), self.dtype) if self.residual else None
-            y = param("y", (oh, ow, self.c), self.dtype)
-            source = x
-            if any(self.padding):
-                source = T.alloc_buffer((self.h + top + bottom, self.w + left + right, self.c), self.dtype)
-                pad_copy(x, source, (self.h, self.w, self.c), self.padding, self.x_zp, self.dtype)
-            acc = T.alloc_buffer((pixels, lanes), acc_type, scope="local")
-            tail = T.alloc_buffer((lanes,), self.dtype, scope="local")
+            x = param("x", (self.h * self.w * self.c,), self.dtype)
+            w = param("w", (*self.kernel, self.c), self.dtype)
+            bias = param("bias", (self.c,), acc_type)
+            factors = [param(f"factor{i}", (self.c,), t) for i, t in enumerate(self.factors)]
+            other = self.epilogue.residual_type(self.dtype)
+            residual = param("residual", (size,), other) if self.residual else None
+            y = param("y", (size,), self.out_type)
+            acc = T.alloc_buffer((pixels, block), acc_type, scope="local")
+            held = T.alloc_buffer((block,), wide, scope="local")
+            weights = T.alloc_buffer((self.kernel[1], block), wide, scope="local")
 
-            def tile(row: Any, column: Any, count: int, channel: Any, width: int) -> None:
-                # The last channels of a row are done one at a time: a whole vector would read the next pixel.
-                vector = [0] if width == lanes else list(range(width))
-                for lane in vector:
-                    size = lanes if width == lanes else 1
-                    at = channel + lane
-                    for p in range(count):
-                        T.buffer_store(acc, bias[ramp(at, size)], [p, ramp(lane, size)])
+            def widen(value: Any, lanes: int, zero: int) -> Any:
+                if self.dtype != "int8":
+                    return value
+                value = value.astype(vec("int16", lanes))
+                return value - const(zero, "int16", lanes) if zero else value
 
-                    def tap(i: Any, j: Any, at: Any = at, size: int = size, lane: int = lane) -> None:
-                        weight = w[i, j, ramp(at, size)]
-                        for p in range(count):
-                            value = source[
-                                row * self.stride[0] + i * self.dilation[0],
-                                (column + p) * self.stride[1] + j * self.dilation[1],
-                                ramp(at, size),
-                            ]
-                            product = _product(value, weight, self.dtype, size)
-                            T.buffer_store(acc, acc[p, ramp(lane, size)] + product, [p, ramp(lane, size)])
+            def tile(row: Any, column: Any, run: Run, channel: Any, lanes: int) -> None:
+                there = {p: columns.taps(run.start + p) for p in range(run.count)}
+                for p in there:
+                    T.buffer_store(acc, bias[ramp(channel, lanes)], [p, ramp(0, lanes)])
+                # Input columns, from the first pixel's tap 0, and who multiplies them.
+                users: dict[int, list[tuple[int, int]]] = {}
+                for p, taps in there.items():
+                    for j in taps:
+                        users.setdefault(p * columns.stride + j * columns.dilation, []).append((p, j))
 
-                    loop(kh, lambda i, tap=tap: loop(kw, lambda j: tap(i, j)))
-                    for p in range(count):
-                        store_vector(
-                            acc[p, ramp(lane, size)],
-                            (m, shift, at),
-                            residual,
-                            y,
-                            (row, column + p, at),
-                            (size, size),
-                            tail,
-                            self,
-                            device,
-                        )
+                def kernel_row(i: Any) -> None:
+                    for j in sorted({j for taps in there.values() for j in taps}):
+                        value = widen(w[i, j, ramp(channel, lanes)], lanes, 0)
+                        T.buffer_store(weights, value, [j, ramp(0, lanes)])
+                    line = (row * rows.stride + i * rows.dilation - rows.before) * self.w
+                    first = line + column * columns.stride - columns.before
+                    for place, taps in sorted(users.items()):
+                        value = x[ramp((first + place) * self.c + channel, lanes)]
+                        T.buffer_store(held, widen(value, lanes, self.x_zp), [ramp(0, lanes)])
+                        for p, j in taps:
+                            a = held[ramp(0, lanes)].astype(vec(acc_type, lanes))
+                            b = weights[j, ramp(0, lanes)].astype(vec(acc_type, lanes))
+                            T.buffer_store(acc, acc[p, ramp(0, lanes)] + a * b, [p, ramp(0, lanes)])
 
-            def channels(row: Any, column: Any, count: int) -> None:
-                whole, rest = divmod(self.c, lanes)
-                loop(whole, lambda b: tile(row, column, count, b * lanes, lanes))
-                if rest:
-                    loop(rest, lambda r: tile(row, column, count, whole * lanes + r, 1))
+                low, high = rows.bounds(row)
+                if isinstance(high, int):
+                    loop(high, kernel_row)
+                else:
+                    with T.serial(low, high) as i:
+                        kernel_row(i)
+                here = (row * columns.out + column) * self.c + channel
+                width = min(lanes, device.lanes_of(self.dtype))
+                for p in there:
+                    values = [acc[p, ramp(at, width)] for at in range(0, lanes, width)]
+                    store_channels(values, width, lanes, factors, channel, residual, y, here + p * self.c, self, device)
+
+            def channels(row: Any, column: Any, run: Run) -> None:
+                whole, rest = divmod(self.c, block)
+                loop(whole, lambda b: tile(row, column, run, b * block, block))
+                for start, lanes in pieces(rest, block):
+                    tile(row, column, run, whole * block + start, lanes)
 
             def row_of_tiles(row: Any) -> None:
-                full, rest = divmod(ow, pixels)
-                loop(full, lambda t: channels(row, t * pixels, pixels))
-                if rest:
-                    channels(row, full * pixels, rest)
+                for run in tiles(columns, pixels):
+                    loop(run.repeat, lambda t, run=run: channels(row, run.start + t * run.count, run))
 
-            loop(oh, row_of_tiles)
+            parallel(rows.out, row_of_tiles)
         return builder.get()
 
     def reference(
@@ -177,14 +183,5 @@ class Depthwise:
         residual: np.ndarray | None = None,
     ) -> np.ndarray:
         """NumPy meaning on unpacked weights: x [h, w, c], w [c, 1, kh, kw], result [oh, ow, c]."""
-        return finish(accumulate(x, w, self), bias, m, shift, residual, self.epilogue, self.dtype)
-
-
-def _product(value: Any, weight: Any, dtype: str, lanes: int) -> Any:
-    if dtype == "float32":
-        return value * weight
-
-    def wide(codes: Any) -> Any:
-        return codes.astype(vec("int16", lanes)).astype(vec("int32", lanes))
-
-    return wide(value) * wide(weight)
+        acc = accumulate(x, w, self)
+        return common.finish_reference(acc, bias, m, shift, residual, self.epilogue, self.dtype)

@@ -183,6 +183,18 @@ def test_lowering_is_deterministic() -> None:
     assert first.text() == second.text()
 
 
+@pytest.mark.host
+def test_the_bundle_does_not_depend_on_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = lower(zoo.program("squeeze_excite"), HOST)
+    found = []
+    for number, cache in enumerate(("0", "kernels", "kernels")):
+        monkeypatch.setenv("EDGEC_CACHE", cache if cache == "0" else str(tmp_path / cache))
+        folder = build_bundle(lowered, HOST, tmp_path / f"bundle{number}").path
+        found.append({p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()})
+    assert list((tmp_path / "kernels").iterdir())
+    assert found[0] == found[1] == found[2]
+
+
 def test_fallbacks_name_the_kernel() -> None:
     lowered = lower(
         load(Net(lambda m, x: m.up(m.conv(x)), conv=conv(3, 4), up=nn.ConvTranspose2d(4, 2, 2, 2)), MAP), HOST

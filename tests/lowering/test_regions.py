@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from edgec.data import random_data
+from edgec.frontend import load_model
 from edgec.lowering.lower import lower_torch
+from edgec.passbase import Context
+from edgec.passes.quantization.quantize_int8 import QuantizeInt8
+from edgec.program import shape_of
+from tests import zoo
 from tests.lowering.helpers import Stages, calls, errors, load, operators, samples
 from tests.lowering.networks import MAP, Net, chain, conv
 
 pytestmark = pytest.mark.pure
 
 INF = math.inf
+edgec = torch.ops.edgec
 
 
 def region(net: nn.Module, name: str = "conv2d_nhwc") -> fx.Node:
@@ -151,6 +158,100 @@ def test_linear_residual_and_activation() -> None:
     second, first = calls(Stages(load(net, MAP)).regions, "linear_act")
     assert [second.args[3], epilogue(second)] == [None, ("none", 0.0, 0.0)]
     assert [first.args[3], epilogue(first)] == [second, ("clip", 0.0, INF)]
+
+
+# -- int8 layers with a float result -----------------------------------------------------------------------------------
+
+
+class Int8Block(nn.Module):
+    """int8 matrix products as `quantize-int8` leaves them in a transformer; `forward` gets what lies between."""
+
+    def __init__(self, forward: Any) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def buffer(name: str, value: torch.Tensor) -> None:
+            self.register_buffer(name, value)
+
+        for layer in "ab":
+            buffer(f"{layer}_w", torch.randint(-127, 128, (7, 7), generator=generator, dtype=torch.int8))
+            buffer(f"{layer}_bias", torch.randint(-999, 999, (7,), generator=generator, dtype=torch.int32))
+            buffer(f"{layer}_scale", torch.rand(7, generator=generator) * 2e-4)
+        self.between = forward
+
+    def layer(self, name: str, codes: torch.Tensor) -> torch.Tensor:
+        parts = (getattr(self, f"{name}_{part}") for part in ("w", "bias", "scale"))
+        return edgec.qlinear_float(codes, *parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.between(self, x, edgec.quantize(x, 0.01, 3))
+
+
+def int8_block(forward: Any) -> list[fx.Node]:
+    program = load_model(Int8Block(forward).eval(), input_shape=(1, 5, 7))
+    return calls(Stages(program).regions, "qlinear_act")
+
+
+@pytest.mark.parametrize(
+    ("forward", "residual", "act", "grid"),
+    [
+        (lambda m, x, q: m.layer("a", q), False, "none", (None, 0)),
+        (lambda m, x, q: F.gelu(m.layer("a", q)), False, "gelu", (None, 0)),
+        (lambda m, x, q: F.relu(m.layer("a", q) + x), True, "clip", (None, 0)),
+        (lambda m, x, q: x + m.layer("a", q), True, "none", (None, 0)),
+        (lambda m, x, q: F.silu(x + m.layer("a", q)).exp(), True, "silu", (None, 0)),
+        (lambda m, x, q: m.layer("a", q).exp() + x, False, "none", (None, 0)),
+    ],
+    ids=["plain", "gelu", "residual_relu", "residual", "residual_silu", "other"],
+)
+def test_int8_linear_takes_what_follows(forward: Any, residual: bool, act: str, grid: Any) -> None:
+    (node,) = int8_block(forward)
+    assert (node.args[4] is not None, node.args[5], tuple(node.args[8:])) == (residual, act, grid)
+
+
+@pytest.mark.parametrize("function", [F.gelu, lambda y: y], ids=["gelu", "nothing"])
+def test_int8_linear_rounds_for_the_next_layer(function: Any) -> None:
+    first, second = int8_block(lambda m, x, q: m.layer("b", edgec.quantize(function(m.layer("a", q)), 0.031, -7)))
+    assert first.args[8:] == (0.031, -7) and first.meta["val"].dtype == torch.int8
+    assert second.args[0] is first and second.args[8:] == (None, 0)
+
+
+def test_int8_linear_with_two_readers_stays_float() -> None:
+    """Two layers read the sum: one of them rounds it."""
+    first, second = int8_block(lambda m, x, q: (lambda y: y + m.layer("b", edgec.quantize(y, 0.1, 0)))(m.layer("a", q)))
+    assert first.args[8:] == (None, 0) and second.args[4] is first
+
+
+def test_rounding_by_a_product_differs_from_a_quotient_by_ties_only() -> None:
+    block = Int8Block(None)
+    codes = torch.randint(-128, 128, (400, 7), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    real = block.layer("a", codes)
+    for scale in (0.1, 0.0173, 3e-4):
+        args = (codes, block.a_w, block.a_bias, block.a_scale, None, "none", 0.0, 0.0, scale, 5)
+        difference = edgec.qlinear_act(*args).int() - edgec.quantize(real, scale, 5).int()
+        assert difference.abs().max() <= 1 and difference.count_nonzero() <= 2
+
+
+def test_int8_convolution_with_a_float_result_works_channels_last() -> None:
+    torch.manual_seed(0)
+    program = load_model(nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 5)).eval(), input_shape=(1, *MAP[1:]))
+    data = random_data(program.inputs, 8, seed=1)
+    stages = Stages(QuantizeInt8().run(program, Context(calibration=data)))
+    assert operators(stages.regions)["qconv2d_float"] == 1
+    (node,) = calls(stages.layout, "qconv2d_float")
+    assert node.args[-1] == "NHWC" and shape_of(node)[-1] == 5
+    assert operators(stages.layout)["permute"] == 2, "the input's and the output's"
+
+
+def test_regions_of_an_int8_transformer() -> None:
+    program = zoo.program("vit_block")
+    after = QuantizeInt8().run(program, Context(calibration=zoo.calibration("vit_block")))
+    stages = Stages(after)
+    acts = calls(stages.layout, "qlinear_act")
+    assert [n.args[5] for n in acts] == ["none", "none", "gelu", "none", "none"]
+    assert [n.args[4] is not None for n in acts] == [False, True, False, True, False]
+    assert [n.args[8] is not None for n in acts] == [False, False, True, False, False]
+    assert not {"qlinear_float", "gelu"} & set(operators(stages.layout))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from edgec.errors import EdgecError
-from edgec.targets.codegen import build_object, lower_kernels, text_bytes, undefined_symbols
-from edgec.targets.device import load_device
+from edgec.targets import codegen
+from edgec.targets.cache import ObjectCache
+from edgec.targets.codegen import build_objects, lower_kernels, text_bytes, undefined_symbols
+from edgec.targets.device import Device, load_device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.eltwise import QAdd
@@ -47,6 +50,9 @@ LIBRARY = {
     "nearbyintf",
 }
 CONV = Conv2D(8, 8, 16, 24, (3, 3), (1, 1), (1, 1, 1, 1), dtype="int8", epilogue=Epilogue(lo=-128, hi=127))
+
+# One C function: no padding and whole blocks of channels.
+POINT = Conv2D(4, 4, 8, 32, dtype="int8", epilogue=Epilogue(lo=-128, hi=127))
 
 
 def erf(x: np.ndarray) -> np.ndarray:
@@ -192,39 +198,46 @@ def test_scatter_with_parallel_loops_and_open_offsets() -> None:
     np.testing.assert_array_equal(run_calls([call], HOST)[0][0], expected)
 
 
-def objects(device_name: str) -> tuple[bytes, Any]:
-    device = load_device(device_name)
+def kernels(device: Device) -> dict[str, tirx.PrimFunc]:
     functions = {f"k_{name}": tir(build, *shapes) for name, (build, _, shapes) in OPERATORS.items()}
-    lowered = lower_kernels(tvm.IRModule({**functions, "k_conv": CONV.prim_func(device)}), device)
-    return build_object(lowered, device), lowered
+    return {**functions, "k_conv": CONV.prim_func(device)}
+
+
+def objects(device_name: str, **options: Any) -> tuple[dict[str, bytes], Any]:
+    device = load_device(device_name)
+    lowered = lower_kernels(tvm.IRModule(kernels(device)), device)
+    return build_objects(lowered, device, **options), lowered
 
 
 @pytest.mark.pure
 @pytest.mark.parametrize("name", ("host", *CROSS))
 def test_symbols(name: str) -> None:
     """Only the kernels are defined, hidden; only the C library is needed."""
-    data, lowered = objects(name)
-    extra = {
-        s
-        for s in undefined_symbols(data) - LIBRARY
-        if not s.startswith(("__aeabi_", "__gnu_", "__extendhf", "__trunc"))
-    }
-    assert not extra
-    table = ELFFile(io.BytesIO(data)).get_section_by_name(".symtab")
-    defined = {
-        s.name: s["st_other"]["visibility"]
-        for s in table.iter_symbols()
-        if s["st_shndx"] != "SHN_UNDEF" and s["st_info"]["bind"] != "STB_LOCAL"
-    }
-    assert defined == {f"k_{n}": "STV_HIDDEN" for n in (*OPERATORS, "conv")}
-    assert set(defined) == set(lowered.signature) == set(lowered.scratch) == set(lowered.readonly)
+    found, lowered = objects(name)
+    for symbol, data in found.items():
+        extra = {
+            s
+            for s in undefined_symbols(data) - LIBRARY
+            if not s.startswith(("__aeabi_", "__gnu_", "__extendhf", "__trunc"))
+        }
+        assert not extra
+        table = ELFFile(io.BytesIO(data)).get_section_by_name(".symtab")
+        defined = {
+            s.name: s["st_other"]["visibility"]
+            for s in table.iter_symbols()
+            if s["st_shndx"] != "SHN_UNDEF" and s["st_info"]["bind"] != "STB_LOCAL"
+        }
+        assert defined == {symbol: "STV_HIDDEN"}
+    names = {f"k_{n}" for n in (*OPERATORS, "conv")}
+    assert names == set(lowered.signature) == set(lowered.scratch) == set(lowered.readonly) == set(lowered.phases)
+    assert list(found) == sorted(symbol for phases in lowered.phases.values() for symbol, _ in phases)
 
 
 @pytest.mark.pure
 def test_sizes() -> None:
     """Code size counts what is loaded, not symbols and notes."""
-    data, _ = objects("cortex-a72")
-    assert 1000 < text_bytes(data) < len(data)
+    data = objects("cortex-a72")[0]["k_matmul"]
+    assert 500 < text_bytes(data) < len(data)
 
 
 @pytest.mark.cross
@@ -233,28 +246,86 @@ def test_links_into_a_shared_library_without_text_relocations(name: str, tmp_pat
     device = load_device(name)
     if shutil.which(device.cc) is None:
         pytest.skip(f"{device.cc} is not installed")
-    data, _ = objects(name)
-    (tmp_path / "k.o").write_bytes(data)
+    files = []
+    for symbol, data in objects(name)[0].items():
+        files.append(tmp_path / f"{symbol}.o")
+        files[-1].write_bytes(data)
     library = tmp_path / "k.so"
-    command = [device.cc, *device.cflags, "-shared", "-Wl,-z,text", "-Wl,-z,defs", str(tmp_path / "k.o"), "-o"]
+    command = [device.cc, *device.cflags, "-shared", "-Wl,-z,text", "-Wl,-z,defs", *map(str, files), "-o"]
     done = subprocess.run([*command, str(library), "-lm", "-lc"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     exported = ELFFile(io.BytesIO(library.read_bytes())).get_section_by_name(".dynsym").iter_symbols()
     assert not [s.name for s in exported if s.name.startswith("k_")], "kernels of two bundles must not meet"
 
 
+def digest(device_name: str) -> str:
+    """Hash of freshly compiled kernels and of the keys they are cached under."""
+    with tempfile.TemporaryDirectory() as folder:
+        found, _ = objects(device_name, cache=ObjectCache(Path(folder)))
+        keys = sorted(path.name for path in Path(folder).iterdir())
+    assert len(keys) == len(found)
+    return hashlib.sha256(repr((keys, found)).encode()).hexdigest()
+
+
 @pytest.mark.pure
 def test_same_kernels_give_the_same_bytes() -> None:
     """Also in another process, where hashes and addresses differ."""
-    script = (
-        "import hashlib; from tests.targets.test_codegen import objects; "
-        "print(hashlib.sha256(objects('cortex-a72')[0]).hexdigest())"
-    )
-    here = hashlib.sha256(objects("cortex-a72")[0]).hexdigest()
-    assert here == hashlib.sha256(objects("cortex-a72")[0]).hexdigest()
+    script = "from tests.targets.test_codegen import digest; print(digest('cortex-a72'))"
+    here = digest("cortex-a72")
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.split()[-1] == here
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("name", ("cortex-a72", "cortex-a7"))
+def test_cache_and_workers_change_no_byte(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ObjectCache(tmp_path / "cache")
+    one, _ = objects(name, cache=ObjectCache(None), workers=1)
+    assert objects(name, cache=cache, workers=3)[0] == one
+    compiled: list[Any] = []
+    monkeypatch.setattr(codegen, "_compile", lambda *a: compiled.append(a))
+    assert objects(name, cache=cache)[0] == one
+    assert not compiled, "all are in the cache"
+    # The name is no part of the key.
+    again = {f"other_{symbol}": f for symbol, f in kernels(load_device(name)).items()}
+    found = build_objects(lower_kernels(tvm.IRModule(again), load_device(name)), load_device(name), cache=cache)
+    assert not compiled and list(found) == sorted(f"other_{symbol}" for symbol in one)
+    for symbol, data in one.items():
+        assert (
+            ELFFile(io.BytesIO(found[f"other_{symbol}"]))
+            .get_section_by_name(".symtab")
+            .get_symbol_by_name(f"other_{symbol}")
+        )
+        assert text_bytes(found[f"other_{symbol}"]) == text_bytes(data)
+
+
+@pytest.mark.pure
+def test_what_the_cache_depends_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other TIR, another device or another version of code generation is another file."""
+
+    def compile_for(device: Device, spec: Conv2D) -> int:
+        module = tvm.IRModule({"k": spec.prim_func(device)})
+        build_objects(lower_kernels(module, device), device, cache=ObjectCache(tmp_path))
+        return len(list(tmp_path.iterdir()))
+
+    assert compile_for(HOST, POINT) == compile_for(HOST, POINT) == 1
+    assert compile_for(load_device("cortex-a72"), POINT) == 2
+    assert compile_for(load_device("cortex-a76"), POINT) == 3
+    # The least difference that a float32 can have.
+    limit = np.float32(6)
+    for number, hi in enumerate((limit, np.nextafter(limit, np.float32(7))), start=4):
+        spec = Conv2D(4, 4, 8, 32, epilogue=Epilogue("clip", lo=0.0, hi=float(hi)))
+        assert compile_for(HOST, spec) == number
+    monkeypatch.setattr(codegen, "GENERATION", codegen.GENERATION + 1)
+    assert compile_for(HOST, POINT) == 6
+
+
+@pytest.mark.pure
+def test_a_failing_kernel_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(EdgecError, match="TVM runtime"):
+        build_objects(lower_kernels(runtime_call(), HOST), HOST, cache=ObjectCache(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.pure
@@ -272,19 +343,22 @@ def test_large_buffers_become_parameters(limit: int, scratch: tuple[int, ...]) -
 def test_only_kernels_that_work_in_place_may_alias() -> None:
     add = QAdd((64,), (64,), AddEpilogue(1, 1, 1, 0, 0, 0, -128, 127))
     lowered = lower_kernels(tvm.IRModule({"add": add.prim_func(HOST), "conv": CONV.prim_func(HOST)}), HOST)
-    aliased = {v.name_hint: "tirx.noalias" not in f.attrs for v, f in lowered.module.functions.items()}
-    assert aliased == {"add": True, "conv": False}
+    aliased = {(v.name_hint[:3], "tirx.noalias" not in f.attrs) for v, f in lowered.module.functions.items()}
+    assert aliased == {("add", True), ("con", False)}
 
 
-@pytest.mark.pure
-def test_runtime_calls_are_refused() -> None:
+def runtime_call() -> tvm.IRModule:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("k")
         y = T.arg("y", T.buffer((1,), "int32"))
         T.buffer_store(y, T.call_extern("int32", "TVMBackendGetFuncFromEnv"), [0])
-    lowered = lower_kernels(tvm.IRModule({"k": builder.get()}), HOST)
+    return tvm.IRModule({"k": builder.get()})
+
+
+@pytest.mark.pure
+def test_runtime_calls_are_refused() -> None:
     with pytest.raises(EdgecError, match="kernels need the TVM runtime: TVMBackendGetFuncFromEnv"):
-        build_object(lowered, HOST)
+        build_objects(lower_kernels(runtime_call(), HOST), HOST)
 
 
 @pytest.mark.cross
@@ -296,7 +370,8 @@ def test_integer_convolution_uses_vector_instructions(name: str, tmp_path: Path)
     if shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
     lowered = lower_kernels(tvm.IRModule({"k": CONV.prim_func(device)}), device)
-    data = build_object(lowered, device)
+    symbol, _ = lowered.phases["k"][-1]
+    data = build_objects(lowered, device)[symbol]
     assert {s.replace("__aeabi_", "") for s in undefined_symbols(data)} <= {"memcpy", "memset", "memclr"}
     (tmp_path / "k.o").write_bytes(data)
     text = subprocess.run([tool, "-d", str(tmp_path / "k.o")], capture_output=True, text=True, check=True).stdout

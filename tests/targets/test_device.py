@@ -13,7 +13,7 @@ from edgec.targets.device import Device, device_names, load_device
 pytestmark = pytest.mark.pure
 V3 = "cx16 popcnt sse4_1 sse4_2 ssse3 abm avx avx2 bmi1 bmi2 f16c fma movbe"
 V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
-ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "cortex-x2")
+ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1", "cortex-x2")
 
 
 def test_names() -> None:
@@ -42,6 +42,13 @@ def test_llvm_accepts_the_cpu_and_its_features(name: str) -> None:
     for feature in device.features:
         assert check(feature[1:], target) == feature.startswith("+")
     assert tvm.get_global_func("target.llvm_is_valid_cpu")(device.mcpu, device.triple)
+
+
+@pytest.mark.parametrize("name", device_names())
+def test_requantisation_in_floats_needs_ieee_vectors(name: str) -> None:
+    device = load_device(name)
+    assert device.requant == ("RQ1" if device.is_arm32 else "RQF")
+    assert Device("core", "", "mcu", "thumbv7em-none-none-eabi", "cortex-m4", "", "", 4, 1).requant == "RQ1"
 
 
 @pytest.mark.parametrize("name", ARM64)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tvm
 
-from edgec.targets.codegen import build_object, lower_kernels, undefined_symbols
+from edgec.targets.codegen import build_objects, lower_kernels, undefined_symbols
 from edgec.targets.device import load_device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import param, ramp
@@ -72,5 +72,5 @@ def test_values(name: str, lanes: int) -> None:
 def test_no_library_calls(name: str) -> None:
     device = load_device(name)
     functions = {function: kernel(function, 4) for function in FUNCTIONS}
-    data = build_object(lower_kernels(tvm.IRModule(functions), device), device)
-    assert undefined_symbols(data) == set()
+    objects = build_objects(lower_kernels(tvm.IRModule(functions), device), device)
+    assert {symbol: undefined_symbols(data) for symbol, data in objects.items()} == {f: set() for f in functions}

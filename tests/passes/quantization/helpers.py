@@ -24,6 +24,11 @@ from edgec.quantparams import QParams
 edgec = torch.ops.edgec
 
 
+def is_layer(node: fx.Node) -> bool:
+    """True for an int8 convolution or linear layer, whatever its result is."""
+    return node.target in (*_CODE_LAYERS, *_REAL_LAYERS)
+
+
 @dataclass(frozen=True)
 class Result:
     before: Program
@@ -81,7 +86,10 @@ class LayerByLayer(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         got = super().run_node(n)
         real = self._real(n)
-        if real is not None:
+        if real is not None and n.target in _REAL_LAYERS:
+            # In units of what float32 may lose: accumulator, scale and product have 24 bits each.
+            self.differences[n.name] = ((got - real).abs() / (2.0**-22 * real.abs().max())).numpy().astype(int)
+        elif real is not None:
             record = self.records[n.name]
             scale, zero = (torch.as_tensor(v, dtype=torch.float64) for v in (record.scale, record.zero_point))
             if record.axis is not None:
@@ -98,13 +106,13 @@ class LayerByLayer(fx.Interpreter):
         given = {k: self.env[v] if isinstance(v, fx.Node) else v for k, v in arguments(n).items()}
         x = n.args[0]
         value = self._reals(x)
-        if n.target in (edgec.qconv2d.default, edgec.qlinear.default):
+        if n.target in (*_CODE_LAYERS, *_REAL_LAYERS):
             _, w, bias = (n.args[i] for i in range(3))
             weights, biases = self._layer(x, w, bias)
-            y = self.records[n.name]
-            if y.axis is not None:  # zero points per channel are part of the bias
+            y = self.records.get(n.name)
+            if y is not None and y.axis is not None:  # zero points per channel are part of the bias
                 biases = biases - torch.tensor(y.scale, dtype=torch.float64) * torch.tensor(y.zero_point)
-            if n.target is edgec.qlinear.default:
+            if n.target in (edgec.qlinear.default, edgec.qlinear_float.default):
                 return F.linear(value, weights, biases)
             top, bottom, left, right = given["padding"]
             padded = F.pad(value, (left, right, top, bottom))
@@ -142,6 +150,8 @@ class LayerByLayer(fx.Interpreter):
         return (self.env[node].to(torch.float64) - zero) * scale
 
 
+_CODE_LAYERS = (edgec.qconv2d.default, edgec.qlinear.default)
+_REAL_LAYERS = (edgec.qconv2d_float.default, edgec.qlinear_float.default)
 _BORDERS = (edgec.quantize.default, edgec.dequantize.default, edgec.qlut.default, edgec.qmax_pool2d.default)
 
 

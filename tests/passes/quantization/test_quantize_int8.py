@@ -15,14 +15,17 @@ from edgec.data import Preprocess, load_data, random_data
 from edgec.errors import EdgecError
 from edgec.passbase import Context, Needs
 from edgec.passes.graph.fold_bn import FoldBN
+from edgec.passes.quantization.operators import arguments
 from edgec.passes.quantization.quantize_int8 import Int8Summary, QuantizeInt8
 from edgec.program import Program, get_weight, is_call, layer_of, origin_of
+from edgec.targets.device import load_device
 from tests import zoo
 from tests.passes.quantization.helpers import (
     Result,
     by_definition,
     differences,
     edgec,
+    is_layer,
     noise,
     quantised,
     records,
@@ -103,18 +106,41 @@ def test_options_keep_the_model_close(result: Result, options):
     assert other.operators == result.operators
 
 
+def test_rounding_follows_the_target(result: Result):
+    """RQF where the target says so; its codes are those of RQ1, except that a few are the neighbours."""
+    calibration = result.context.calibration
+    cores = {name: Context(device=load_device(name), calibration=calibration) for name in ("cortex-a72", "cortex-a7")}
+    by_name = {name: QuantizeInt8().run(result.before, context) for name, context in cores.items()}
+    assert by_name["cortex-a7"].text() == result.after.text()
+    floats = QuantizeInt8(requant="RQF").run(result.before, cores["cortex-a7"])
+    assert floats.text() == by_name["cortex-a72"].text()
+    layers = [n for n in floats.graph.nodes if is_call(n, edgec.qconv2d.default, edgec.qlinear.default)]
+    for node in layers:
+        m, shift = (get_weight(floats.module, a) for a in node.args[3:5])
+        assert (m.dtype, shift.dtype) == (torch.float32, torch.int32) and not shift.any()
+        assert records(floats)[node.name].requant == "RQF"
+    assert all(records(result.after)[n.name].requant == "RQ1" for n in layers)
+    for got, want in zip(floats(result.samples), by_definition(floats, result.samples), strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(floats(result.samples), result.after(result.samples), strict=True):
+        assert (got - want).norm() <= 0.03 * want.norm()
+
+
 def test_weights_and_tables_are_all_that_is_stored(result: Result):
-    """Int8 weights take a byte each; beside them a layer has three int32 values per output channel."""
+    """Int8 weights take a byte each; beside them a layer has three int32 values per output channel, or two values where
+    its result is float."""
     if result.before.name in FLOAT_ONLY:
         assert result.after is result.before
         assert result.context.skipped
         return
-    layers = [n for n in result.after.graph.nodes if is_call(n, edgec.qconv2d.default, edgec.qlinear.default)]
+    layers = [n for n in result.after.graph.nodes if is_layer(n)]
     assert layers
     for node in layers:
-        w, *per_channel = (get_weight(result.after.module, a) for a in node.args[1:5])
+        real = node.meta["val"].dtype == torch.float32
+        w, *per_channel = (get_weight(result.after.module, a) for a in node.args[1 : 4 if real else 5])
         assert w.dtype == torch.int8
-        assert all(v.dtype == torch.int32 and v.shape == (len(w),) for v in per_channel)
+        assert all(v.shape == (len(w),) for v in per_channel)
+        assert [v.dtype for v in per_channel] == [torch.int32, *([torch.float32] if real else [torch.int32] * 2)]
     summary = result.after.annotations["quantize-int8"]
     assert isinstance(summary, Int8Summary)
     assert len(summary.quantised) == len(layers)
@@ -143,7 +169,7 @@ def around(function, size: int = 8, fold: bool = True, **options) -> Result:
 
 def inside(result: Result) -> list[str]:
     """The operators between the two convolutions."""
-    convolutions = [i for i, name in enumerate(result.operators) if name == "qconv2d"]
+    convolutions = [i for i, name in enumerate(result.operators) if name.startswith("qconv2d")]
     return result.operators[convolutions[0] + 1 : convolutions[-1]]
 
 
@@ -329,7 +355,7 @@ def test_float_islands_are_reported(case: str):
     function, what, reason = STAY_FLOAT[case]
     result = around(function)
     assert (what, reason) in [(s.what, s.reason) for s in result.context.skipped]
-    assert result.operators.count("qconv2d") == 2
+    assert [name for name in result.operators if "conv" in name] == ["qconv2d_float"] * 2
     assert what in inside(result)
     assert result.error < 0.05
 
@@ -347,11 +373,10 @@ def test_clips_end_up_in_the_codes():
             return x
 
     result = quantised(Clips(), noise(8, 4, 6, 6), observer="min-max")
-    assert result.operators == ["quantize", *["qconv2d", "clamp"] * 4, "dequantize"]
-    fused = quantised(
-        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardtanh(-0.1, 0.2)), noise(8, 4, 6, 6)
-    )
-    assert fused.operators == ["quantize", "qconv2d", "qconv2d", "dequantize"]
+    assert result.operators == ["quantize", *["qconv2d", "clamp"] * 3, "qconv2d_float", "mul", "clamp"]
+    layers = [nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardtanh(-0.1, 0.2), nn.Conv2d(4, 4, 1), nn.ReLU()]
+    fused = quantised(nn.Sequential(*layers), noise(8, 4, 6, 6))
+    assert fused.operators == ["quantize", "qconv2d", "qconv2d", "qconv2d_float", "relu"]
     limits = [(n, n.args[11:13]) for n in fused.after.graph.nodes if is_call(n, edgec.qconv2d.default)]
     for (node, (lo, hi)), (low, high) in zip(limits, ((0.0, 6.0), (-0.1, 0.2)), strict=True):
         scale, zero = records(fused.after)[node.name].per_tensor
@@ -373,7 +398,7 @@ def test_concatenation_ties_producers_or_rescales_them():
             return self.last(y + self.again(a)) if self.reused else self.last(y)
 
     tied = quantised(Branches(False), noise(8, 3, 6, 6))
-    assert tied.operators == ["quantize", "qconv2d", "qconv2d", "qlut", "qrescale", "cat", "qconv2d", "dequantize"]
+    assert tied.operators == ["quantize", "qconv2d", "qconv2d", "qlut", "qrescale", "cat", "qconv2d_float"]
     found = records(tied.after)
     (cat,) = [n for n in tied.after.graph.nodes if is_call(n, aten.cat.default)]
     assert {found[n.name].per_tensor for n in cat.args[0]} == {found[cat.name].per_tensor}
@@ -399,7 +424,7 @@ def test_concatenation_with_a_constant_and_with_the_input():
     x = noise(8, 5, 4)
     program = Program.from_exported(torch.export.export(model, (x,)), "constants")
     result = quantised(program, x)
-    assert result.operators == ["quantize", "qlinear", "qrescale", "qrescale", "cat", "qlinear", "dequantize"]
+    assert result.operators == ["quantize", "qlinear", "qrescale", "qrescale", "cat", "qlinear_float"]
     assert result.after.weights()["token_q"].dtype == torch.int8
     assert result.error < 0.03
 
@@ -417,7 +442,7 @@ def test_zero_pads_fold_into_convolutions():
 
     result = quantised(Pads(), noise(8, 3, 9, 9, low=0.5))
     assert "constant_pad_nd" in result.operators, "the second pad of c cannot fold: only one is looked through"
-    padding = [n.args[6] for n in result.after.graph.nodes if is_call(n, edgec.qconv2d.default)]
+    padding = [arguments(n)["padding"] for n in result.after.graph.nodes if is_layer(n)]
     assert padding == [[0, 1, 0, 1], [1, 1, 2, 2], [0, 0, 1, 1]]
     assert result.error < 0.02
 
@@ -436,21 +461,111 @@ def test_splits_and_gates():
             return self.last(torch.cat([e[:, :2], c, f], 1))
 
     result = quantised(Gated(), 2 * noise(8, 3, 6, 6))
-    assert result.operators.count("dequantize") == 1
+    assert "dequantize" not in result.operators
     assert operator.getitem in {n.target for n in result.after.graph.nodes}
     assert "qmul" in result.operators and "qlut" in result.operators
     assert result.error < 0.03
 
 
+def transformer(**options) -> list[str]:
+    """The operators of a transformer block after quantisation."""
+    return quantised(zoo.program("vit_block"), noise(8, *zoo.ZOO["vit_block"].shape[1:]), **options).operators
+
+
 def test_moves_before_layers_carry_codes():
-    """Patches are cut out of int8 pixels, and attention's output is reshaped as int8."""
-    program = zoo.program("vit_block")
-    result = quantised(program, noise(8, *zoo.ZOO["vit_block"].shape[1:]))
-    names = result.operators
+    """Attention's output is reshaped as int8, what reaches attention is not rounded."""
+    names = transformer()
     attention = names.index("scaled_dot_product_attention")
-    assert names[attention + 1 : attention + 5] == ["quantize", "transpose", "reshape", "qlinear"]
-    assert names[attention - 3 : attention] == ["dequantize"] * 3
+    assert names[attention + 1 : attention + 5] == ["quantize", "transpose", "reshape", "qlinear_float"]
+    assert "dequantize" not in names
     assert "linear" not in names and "conv2d" not in names
+
+
+def test_only_the_inputs_of_layers_are_codes_in_a_transformer():
+    block = ["layer_norm", "quantize", "qlinear_float", "gelu", "quantize", "qlinear_float", "add"]
+    names = transformer()
+    start = len(names) - 1 - names[::-1].index("layer_norm")
+    assert names[start:] == [*block, "select", "quantize", "qlinear_float"], "only the class token is rounded"
+    assert not {"qlut", "qadd", "qlinear", "qconv2d"} & set(names)
+
+
+def test_integer_only_transformers_have_tables_and_no_float_layers():
+    names = transformer(nonlinear="integer")
+    assert names.count("qlut") == 1 and "gelu" not in names
+    assert not {"qlinear_float", "qconv2d_float"} & set(names)
+    assert names[-2:] == ["qlinear", "dequantize"]
+
+
+@pytest.mark.parametrize("function", [F.gelu, F.silu, F.mish])
+def test_functions_with_outliers_stay_float_behind_linear_layers(function):
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.last = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 5)
+            self.gated = False
+
+        def forward(self, x):
+            y = function(self.a(x))
+            return self.last(y * self.b(x) if self.gated else y)
+
+    model = Mlp()
+    plain = quantised(model, 3 * noise(8, 6))
+    assert plain.operators == ["quantize", "qlinear_float", function.__name__, "quantize", "qlinear_float"]
+    assert (function.__name__, "is computed in float before the result is rounded") in [
+        (s.what, s.reason) for s in plain.context.skipped
+    ]
+    model.gated = True
+    gated = quantised(model, 3 * noise(8, 6))
+    assert gated.operators.count("quantize") == 2 and "qmul" not in gated.operators
+    tables = quantised(model, 3 * noise(8, 6), nonlinear="integer")
+    assert tables.operators == ["quantize", "qlinear", "qlut", "qlinear", "qmul", "qlinear", "dequantize"]
+    assert plain.error < 0.02 and gated.error < tables.error
+
+
+def test_functions_behind_convolutions_are_tables_unless_told_otherwise():
+    assert inside(around(F.silu)) == ["qlut"]
+    result = quantised(Around(F.silu), 2 * noise(8, 3, 8, 8), nonlinear="float")
+    assert inside(result) == ["silu", "quantize"]
+    assert inside(quantised(Around(F.hardswish), 2 * noise(8, 3, 8, 8), nonlinear="float")) == ["qlut"]
+
+
+def test_sums_that_a_written_out_norm_reads_stay_float():
+    class Rms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            x = x + self.a(x)
+            return self.b(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
+
+    result = quantised(Rms(), noise(8, 6))
+    assert result.operators[:3] == ["quantize", "qlinear_float", "add"]
+    assert result.operators[-2:] == ["quantize", "qlinear_float"]
+
+
+def test_a_layer_with_an_int8_and_a_float_reader_gives_codes():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = self.a(x)
+            return self.b(y), y.flatten(2)
+
+    result = quantised(Both(), noise(8, 3, 4, 4))
+    assert result.operators == ["quantize", "qconv2d", "qconv2d_float", "flatten", "dequantize"]
+
+
+def test_sums_with_a_float_operand_are_float():
+    """One grid, that of the sum, instead of three."""
+    result = around(lambda x: x + F.interpolate(x[:, :, ::2, ::2], scale_factor=2, mode="bilinear"))
+    names = inside(result)
+    assert names.index("add") == len(names) - 2 and names[-1] == "quantize"
 
 
 def test_sums_between_float_islands_stay_float():
@@ -463,10 +578,10 @@ def test_sums_between_float_islands_stay_float():
             return (self.fc(x).softmax(-1) + x.sin()) * x.cos()
 
     result = quantised(Islands(), noise(8, 6))
-    assert result.operators == ["quantize", "qlinear", "dequantize", "softmax", "sin", "add", "cos", "mul"]
+    assert result.operators == ["quantize", "qlinear_float", "softmax", "sin", "add", "cos", "mul"]
 
 
-def test_a_sum_with_the_input_at_the_end_is_int8():
+def test_a_sum_with_the_input_at_the_end_does_not_round_the_input():
     class Skip(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -477,7 +592,10 @@ def test_a_sum_with_the_input_at_the_end_is_int8():
             return x + self.b(F.relu(self.a(x)))
 
     result = quantised(Skip(), noise(8, 1, 8, 8))
-    assert result.operators == ["quantize", "qconv2d", "qconv2d", "qadd", "dequantize"]
+    assert result.operators == ["quantize", "qconv2d", "qconv2d_float", "add"]
+    integers = quantised(Skip(), noise(8, 1, 8, 8), nonlinear="integer")
+    assert integers.operators == ["quantize", "qconv2d", "qconv2d", "qadd", "dequantize"]
+    assert result.error < 0.7 * integers.error
 
 
 def test_in_place_calls():
@@ -568,7 +686,7 @@ def test_batch_norms_left_by_the_user():
         noise(4, 3, 6, 6),
         fold=False,
     )
-    assert result.operators == ["conv2d", "batch_norm", "relu", "quantize", "qconv2d", "dequantize"]
+    assert result.operators == ["conv2d", "batch_norm", "relu", "quantize", "qconv2d_float"]
     assert ("0", "conv2d", "a batch norm follows: run fold-bn first") in [
         (s.layer, s.what, s.reason) for s in result.context.skipped
     ]
