@@ -100,7 +100,8 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
     result = LoweredKernels(None, {}, {}, {}, {})
     for var, function in sorted(low.functions.items(), key=lambda item: item[0].name_hint):
         symbol = var.name_hint
-        phases = divide(function.body, is_scratch)
+        slices = function.attrs is not None and "edgec.slices" in function.attrs
+        phases = divide(function.body, is_scratch, slices)
         names = [symbol] if len(phases) == 1 else [f"{symbol}_{number}" for number in range(len(phases))]
         result.phases[symbol] = tuple(zip(names, (phase.tasks for phase in phases), strict=True))
         for name, phase in zip(names, phases, strict=True):

@@ -43,11 +43,12 @@ class Accesses(NamedTuple):
     loaded: list[Any]
 
 
-def divide(body: Any, is_scratch: Callable[[Any], bool]) -> list[Phase]:
+def divide(body: Any, is_scratch: Callable[[Any], bool], slices: bool = False) -> list[Phase]:
     """The phases of a lowered kernel, in order; loops inside are serial.
 
     is_scratch: whether an allocated buffer is memory that all threads share. A marked loop that needs such memory for
-    itself (it is allocated inside, or both written and read there) is not divided. A kernel whose phases would hand
+    itself (it is allocated inside, or both written and read there) is not divided; `slices` says that each iteration
+    has a part of what is written and read. A kernel whose phases would hand
     anything else than such memory from one to the next is not divided either.
     """
     statements = list(body.seq) if isinstance(body, tirx.SeqStmt) else [body]
@@ -61,7 +62,7 @@ def divide(body: Any, is_scratch: Callable[[Any], bool]) -> list[Phase]:
     for statement in statements:
         if isinstance(statement, NAMING):
             continue
-        tasks = 0 if _needs_scratch(statement, scratch, origin) else _tasks(statement)
+        tasks = 0 if _needs_scratch(statement, scratch, origin, slices) else _tasks(statement)
         if tasks or not groups or groups[-1][1]:
             groups.append(([], tasks))
         groups[-1][0].append(serial(statement, outermost=not tasks))
@@ -115,10 +116,12 @@ def _tasks(statement: Any) -> int:
     return int(statement.extent) if int(statement.min) == 0 and statement.step is None else 0
 
 
-def _needs_scratch(statement: Any, scratch: set[Any], origin: dict[Any, Any]) -> bool:
-    """Whether a loop allocates scratch memory, or writes and reads some of it."""
+def _needs_scratch(statement: Any, scratch: set[Any], origin: dict[Any, Any], slices: bool) -> bool:
+    """Whether a loop allocates scratch memory, or writes and reads some of it that is not in slices."""
     if any(allocation.buffer in scratch for allocation in _found(statement, tirx.AllocBuffer)):
         return True
+    if slices:
+        return False
     stored, loaded = accesses(statement, origin)
     return not scratch.isdisjoint(set(stored) & set(loaded))
 

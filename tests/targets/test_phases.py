@@ -22,7 +22,7 @@ N = 12
 
 def kernel(body: Callable[[Any, Any, Any, Any], None]) -> Any:
     """body(x, y, scratch, local) on buffers float32[12, 128]: parameters, shared memory and the thread's stack."""
-    with common.prim_func("k") as builder:
+    with common.prim_func("k", slices=body is own_row) as builder:
         x, y = param("x", (N, 128), "float32"), param("y", (N, 128), "float32")
         shared = T.alloc_buffer((N, 128), "float32")
         body(x, y, shared, T.alloc_buffer((128,), "float32", scope="local"))
@@ -84,6 +84,16 @@ def shared_inside(x: Any, y: Any, shared: Any, local: Any) -> None:
     parallel(N, row)
 
 
+def own_row(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """Each iteration writes its own row of the scratch memory, and reads it again; the kernel says so."""
+
+    def row(i: Any) -> None:
+        loop(128, lambda j: T.buffer_store(shared, x[i, j] * common.const(3.0, "float32"), [i, j]))
+        loop(128, lambda j: T.buffer_store(y, shared[i, j], [i, j]))
+
+    parallel(N, row)
+
+
 def stack_between(x: Any, y: Any, shared: Any, local: Any) -> None:
     """The second loop reads from the stack what the first has left there."""
     parallel(128, lambda j: T.buffer_store(local, common.const(3.0, "float32"), [j]))
@@ -98,6 +108,7 @@ CASES = {
     serial_around: (0, N, 0),
     own_stack: (N,),
     shared_inside: (0,),
+    own_row: (N,),
     stack_between: (0,),
 }
 
