@@ -339,7 +339,10 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
     def tile(count: int, used: int) -> float:
         busy = max(count * used * (3 if isinstance(how, Smull) else 1), 8) * how.wide
         extra = count * (5 if isinstance(how, Smull) else 1)
-        epilogue = count * used * (8.0 if how.dtype == "int8" else 2.5)
+        epilogue = count * used * 2.5
+        if how.dtype == "int8":
+            # Whole registers of codes are stored with fewer instructions than parts of them.
+            epilogue = count * sum(8 + 1.5 * size for _, size in pieces(used * how.lanes, 4 * how.lanes))
         return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
 
     full, rest = divmod(columns, pixels)
