@@ -28,11 +28,11 @@ from benchmarks.models import CASES, IMAGENET, shared_folder
 from edgec.bundle import build_bundle
 from edgec.errors import EdgecError
 from edgec.targets import loops
-from edgec.targets.codegen import build_objects, lower_kernels
 from edgec.targets.device import Device, load_device
 from edgec.targets.kernels import common, conv2d, depthwise, eltwise, pool, transpose
 from edgec.targets.loops import KernelReport, inspect_function
-from edgec.targets.qemu.counter import Profile, link, profile_bundle, profile_program
+from edgec.targets.qemu.counter import profile_bundle
+from edgec.targets.qemu.kernel import kernel_functions, profile_kernel
 
 # A single kernel needs no torch, whose import would take longer than the measurement.
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from edgec.plan import Step
     from edgec.program import Program
 
-PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
+PASSES = {"fp32": "fold-bn", "fp16": "fold-bn, cast-fp16", "int8": "fold-bn, quantize-int8"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 DEVICES = ("cortex-a72", "neoverse-n1")
 # Instructions do not depend on the quantisation parameters.
 CALIBRATION_SAMPLES = 8
@@ -207,37 +209,17 @@ def measure_kernel(spec: Any, device: Device, inspect: bool = True) -> Measureme
     """Compile one kernel template for the device and count one call on zeros. Raises EdgecError, ToolchainMissing."""
     with tempfile.TemporaryDirectory(prefix="edgec-aarch64-") as name:
         profile = profile_kernel(spec, device, Path(name))
-        symbol = kernel_symbol(spec)
+        functions = kernel_functions(profile)
         rows = []
         for function, instructions in profile.by_symbol.items():
-            report = inspect_function(profile.program, function, device, profile) if function == symbol else None
-            macs = spec.macs if function == symbol else 0
+            report = inspect_function(profile.program, function, device, profile) if function in functions else None
+            macs = spec.macs if function == functions[0] else 0
             rows.append(KernelRow(function, (), macs, instructions, report if inspect else None))
-        kind = "int8" if getattr(spec, "dtype", "") == "int8" else "fp32"
-        return Measurement(text_of(spec), kind, device, spec.macs, profile.total, tuple(rows))
+        return Measurement(text_of(spec), kind_of(spec), device, spec.macs, profile.total, tuple(rows))
 
 
-def kernel_symbol(spec: Any) -> str:
-    return f"kernel_{spec.name}"
-
-
-def profile_kernel(spec: Any, device: Device, folder: Path) -> Profile:
-    """What runs in one call of a kernel template on zeros; the program stays in `folder`."""
-    import tvm
-
-    symbol = kernel_symbol(spec)
-    function = spec.prim_func(device).with_attr("global_symbol", symbol)
-    lowered = lower_kernels(tvm.IRModule({symbol: function}), device)
-    sizes = [math.prod(int(e) for e in p.ty.shape) * p.ty.dtype.dtype.itemsize for p in function.params]
-    sizes += lowered.scratch[symbol]
-    arrays = "".join(f"static char a{i}[{max(1, n)}] __attribute__((aligned(64)));\n" for i, n in enumerate(sizes))
-    types = ", ".join("void *" for _ in sizes)
-    arguments = ", ".join(f"a{i}" for i in range(len(sizes)))
-    main = f"{arrays}void {symbol}({types});\nint main(void) {{\n    {symbol}({arguments});\n    return 0;\n}}\n"
-    (folder / "main.c").write_text(main)
-    (folder / "kernel.o").write_bytes(build_objects(lowered, device)[symbol])
-    program = link([str(folder / "main.c"), str(folder / "kernel.o"), "-lm"], device, folder / "kernel")
-    return profile_program(program, symbol, device, folder)
+def kind_of(spec: Any) -> str:
+    return KINDS[getattr(spec, "dtype", "float32")]
 
 
 def parse_spec(text: str) -> Any:
@@ -266,7 +248,7 @@ def parse_spec(text: str) -> Any:
 
 def with_kind(spec: Any, kind: str) -> Any:
     """The template for another type, with the epilogue that type needs."""
-    dtype = {"fp32": "float32", "int8": "int8"}[kind]
+    dtype = DTYPES[kind]
     changes: dict[str, Any] = {"dtype": dtype} if hasattr(spec, "dtype") else {}
     epilogue = getattr(spec, "epilogue", None)
     if epilogue is not None and dtype == "int8" and math.isinf(epilogue.lo):
@@ -367,7 +349,7 @@ def show(m: Measurement, layers: bool, asm: bool) -> None:
 def main(
     model: Annotated[list[str] | None, typer.Option(help="network, or a part of its name")] = None,
     spec: Annotated[list[str] | None, typer.Option(help='kernel, e.g. "Conv2D(1, 196, 96, 576)"')] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="fp32, int8; default both, a kernel's own type")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; default those the core computes in, a kernel's own type")] = None,
     device: Annotated[list[str] | None, typer.Option(help=f"cores; default {', '.join(DEVICES)}")] = None,
     layers: Annotated[bool, typer.Option(help="a line for each kernel, with its hot loop in llvm-mca")] = False,
     asm: Annotated[bool, typer.Option(help="print the instructions of the hot loops")] = False,
@@ -407,10 +389,12 @@ def _measurements(
         program, data = load(name)
         for kind in kinds or PASSES:
             for d in devices:
+                if kinds is None and kind == "fp16" and not d.has_fp16:
+                    continue
                 yield measure(prepare(program, data, kind, d), kind, d, inspect)
     for text in specs:
         spec = parse_spec(text)
-        for kind in kinds or ["int8" if getattr(spec, "dtype", "") == "int8" else "fp32"]:
+        for kind in kinds or [kind_of(spec)]:
             for d in devices:
                 yield measure_kernel(with_kind(spec, kind), d)
 

@@ -42,7 +42,13 @@ def _permute(node: Any, importer: Any) -> Any:
 
 def _mean(node: Any, importer: Any) -> Any:
     x, dims = importer.env[node.args[0]], node.args[1]
-    return relax.op.mean(x, dims, keepdims=bool(node.args[2]) if len(node.args) > 2 else False)
+    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    if node.meta["val"].dtype != torch.float16:
+        return relax.op.mean(x, dims, keepdims=keep)
+    # A sum over a map has more digits than float16.
+    wide = importer.block_builder.emit(relax.op.astype(x, "float32"))
+    mean = importer.block_builder.emit(relax.op.mean(wide, dims, keepdims=keep))
+    return relax.op.astype(mean, "float16")
 
 
 def _softmax(node: Any, importer: Any) -> Any:
@@ -116,6 +122,13 @@ def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Impo
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise EdgecError(f"TVM's importer refused the graph: {lines[-1].strip()}", where="import") from error
     return Imported(module, bindings)
+
+
+def bindings_of(exported: torch.export.ExportedProgram) -> list[Binding]:
+    """The calls of our kernel templates that `import_graph` makes of a graph, in its order."""
+    constants = _constants(exported)
+    found = (bind(node, constants) for node in exported.graph.nodes)
+    return [binding for binding in found if binding is not None]
 
 
 def legalize_relax(module: tvm.IRModule, device: Device) -> tvm.IRModule:

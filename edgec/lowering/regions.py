@@ -17,7 +17,7 @@ from edgec.as_conv2d import as_conv2d
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
-from edgec.program import is_call, layer_of, origin_of, shape_of
+from edgec.program import dtype_of, is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -32,6 +32,15 @@ SMOOTH = {
     aten.silu.default: "silu",
     aten.tanh.default: "tanh",
 }
+MOVES = (
+    aten.permute.default,
+    aten.transpose.int,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -86,9 +95,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = module.graph
     as_conv2d(module)
-    fuse_attention(module)
-    fuse_products(module)
-    fuse_norms(module)
+    _sink_quantize(graph)
     for node in list(graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             # A view refuses a tensor in another memory order, which its operand is about to have.
@@ -101,13 +108,6 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 around = None if residual is None else nhwc(graph, residual)
                 args = (nhwc(graph, x), w, bias, around, *geometry, *act)
                 _replace(graph, edgec.conv2d_nhwc.default, args, node, last, residual=3)
-        elif is_call(node, aten.linear.default) and _packable(node):
-            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
-            last, residual, act = _follow(node)
-            with graph.inserting_before(last):
-                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
-            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
-            last.replace_all_uses_with(new)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
         elif is_call(node, edgec.qconv2d_float.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
@@ -144,10 +144,40 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
         elif is_call(node, aten.group_norm.default, aten.instance_norm.default):
             _fuse_group_norm(graph, node)
+    # Behind the convolutions, whose results they read channels last; before the linear layers, which they move.
+    fuse_attention(module)
+    fuse_products(module)
+    fuse_norms(module)
+    for node in list(graph.nodes):
+        if is_call(node, aten.linear.default) and _packable(node):
+            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+            last, residual, act = _follow(node)
+            with graph.inserting_before(last):
+                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
+            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
+            last.replace_all_uses_with(new)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def _sink_quantize(graph: fx.Graph) -> None:
+    """Round behind operations that only move data, where the kernel in front of them can take both up."""
+    for node in list(graph.nodes):
+        reader = only_user(node)
+        while is_call(node, edgec.quantize.default) and reader is not None and is_call(reader, *MOVES):
+            x, scale, zero_point = node.args
+            reader.replace_input_with(node, x)
+            codes, reader.meta["val"] = reader.meta["val"], reader.meta["val"].to(torch.float32)
+            with graph.inserting_after(reader):
+                moved = graph.call_function(node.target, (reader, scale, zero_point))
+            reader.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            moved.meta.update(reader.meta, val=codes)
+            # Its value is now that of the tensor before rounding, which the Program does not have in this form.
+            reader.meta["edgec_origin"] = f"{origin_of(reader)}, real"
+            node, reader = moved, only_user(moved)
+    graph.eliminate_dead_code()
 
 
 def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
@@ -164,11 +194,10 @@ def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
     stored = all(w is None or w.op == "get_attr" for w in (weight, bias))
     if not stored or not is_tensor(x) or len(shape_of(x)) < 3 or 0 in shape_of(x):
         return
-    last, act = node, ("none", 0.0, 0.0)
     follower = only_user(node)
-    if follower is not None and activation_of(follower) is not None:
-        last, act = follower, activation_of(follower)  # type: ignore[assignment]
-    rest = (weight, bias, int(groups), eps, *act)
+    act = None if follower is None else activation_of(follower)
+    last = node if act is None else follower
+    rest = (weight, bias, int(groups), eps, *(act or ("none", 0.0, 0.0)))
     with graph.inserting_before(last):
         if _is_map(node):
             _replace(graph, edgec.group_norm.default, (nhwc(graph, x), *rest, "NHWC"), node, last)
@@ -313,7 +342,7 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
 def _fuse_qlinear(graph: fx.Graph, node: Any) -> None:
     """`qlinear_float` with the float operations on its result, and with the rounding for the layer behind them."""
     last, residual, act = _follow(node)
-    follower = _only_user(last)
+    follower = only_user(last)
     y_scale: Any = None
     y_zp: Any = 0
     if follower is not None and is_call(follower, edgec.quantize.default):
@@ -338,6 +367,7 @@ def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float
             and "val" in other.meta
             and follower.kwargs.get("alpha", 1) == 1
             and shape_of(other) == shape_of(last)
+            and dtype_of(other) == dtype_of(last)
             and other.op != "get_attr"
         ):
             last, residual = follower, other

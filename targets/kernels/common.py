@@ -49,6 +49,7 @@ class Epilogue:
     `requant` says what turns an int32 accumulator into the next value (specification 1.9): "RQ1", an integer factor
     and a shift per channel; "RQF", a float32 factor; "float", a float32 factor that gives real values, to which
     residual and activation apply as for float32, and which are stored as float32, or as int8 where `y_scale` is set.
+    `bounded`: no rounded value of RQF can leave int32, which saves a clamp.
     """
 
     act: str = "none"
@@ -59,6 +60,7 @@ class Epilogue:
     add: AddEpilogue | None = None
     requant: str = "RQ1"
     y_scale: float | None = None
+    bounded: bool = False
 
     def out_type(self, dtype: str) -> str:
         """Element type of the result of a kernel on elements of `dtype`."""
@@ -111,8 +113,18 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
 
 
 def parallel(extent: int, body: Callable[[Any], None]) -> None:
-    """A loop whose iterations may run on several threads: the only outermost loop, without scratch they share."""
-    loop(extent, body)
+    """A kernel's outermost loop, whose iterations may run on several threads and in any order; at most `extent` do.
+
+    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that
+    it needs for itself has scope "local", which is the stack of its thread: a loop that writes and reads a larger
+    buffer of the kernel stays serial. A kernel may have several such loops, one after the other; the threads meet in
+    between. A loop inside another is serial.
+    """
+    if extent == 1:
+        body(0)
+    elif extent > 1:
+        with T.parallel(0, extent) as i:
+            body(i)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -215,6 +227,8 @@ def concat(parts: Sequence[Any], width: int) -> Any:
 
 def narrow(codes: Sequence[Any], z: int, lo: int, hi: int, lanes: int, device: Device) -> Any:
     """clamp(code + z, lo, hi) as one int8 vector, for any int32 codes in vectors of `lanes`."""
+    if device.is_x86 and lanes == 16 and len(codes) in (2, 4):
+        return _narrow_x86(codes, z, lo, hi)
     if not device.is_arm64 or lanes != 4 or len(codes) == 1:
         inside = [clamp(code, lo - z, hi - z, "int32", lanes) + const(z, "int32", lanes) for code in codes]
         return concat([code.astype(vec("int8", lanes)) for code in inside], lanes)
@@ -224,7 +238,41 @@ def narrow(codes: Sequence[Any], z: int, lo: int, hi: int, lanes: int, device: D
     if z:
         eights = [intrinsic("llvm.aarch64.neon.sqadd.v8i16", "int16x8", e, const(z, "int16", 8)) for e in eights]
     result = concat([intrinsic("llvm.aarch64.neon.sqxtn.v8i8", "int8x8", e) for e in eights], 8)
-    return clamp(result, lo if lo > -128 else -math.inf, hi if hi < 127 else math.inf, "int8", lanes * len(codes))
+    return clamp_codes(result, lo, hi, lanes * len(codes))
+
+
+def _narrow_x86(codes: Sequence[Any], z: int, lo: int, hi: int) -> Any:
+    """`narrow` of two or four AVX-512 vectors by saturating packs, which work within 128 bits: a last shuffle sorts."""
+    words = pack_words(codes, 16)
+    if len(codes) == 4:
+        order = [4 * k + v for v in range(4) for k in range(4)]
+    else:
+        words = [words[0], words[0]]
+        order = [4 * k + v for v in range(2) for k in range(4)]
+    packed = tirx.reinterpret("int32x16", pack_bytes(words, z, 16))
+    sorted_words = tirx.Shuffle([packed], [const(k, "int32") for k in order])
+    result = tirx.reinterpret(f"int8x{16 * len(codes)}", sorted_words)
+    return clamp_codes(result, lo, hi, 16 * len(codes))
+
+
+def pack_words(codes: Sequence[Any], lanes: int) -> list[Any]:
+    """Neighbouring x86 int32 vectors to int16 with saturation, within 128 bits: four of the first, four of the second."""
+    name = {4: "llvm.x86.sse2.packssdw.128", 8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}[lanes]
+    return [intrinsic(name, f"int16x{2 * lanes}", *codes[i : i + 2]) for i in range(0, len(codes), 2)]
+
+
+def pack_bytes(words: Sequence[Any], z: int, lanes: int) -> Any:
+    """Two x86 int16 vectors plus z to int8, all with saturation, within 128 bits."""
+    name = {4: "llvm.x86.sse2.packsswb.128", 8: "llvm.x86.avx2.packsswb", 16: "llvm.x86.avx512.packsswb.512"}[lanes]
+    if z:
+        kind = f"int16x{2 * lanes}"
+        words = [intrinsic("llvm.sadd.sat", kind, word, const(z, "int16", 2 * lanes)) for word in words]
+    return intrinsic(name, f"int8x{4 * lanes}", *words)
+
+
+def clamp_codes(codes: Any, lo: int, hi: int, lanes: int) -> Any:
+    """int8 codes limited to lo .. hi, where that is less than all of int8."""
+    return clamp(codes, lo if lo > -128 else -math.inf, hi if hi < 127 else math.inf, "int8", lanes)
 
 
 def finish(
@@ -242,6 +290,8 @@ def finish(
     """
     if dtype != "int8":
         values = [acc + r for acc, r in zip(accs, residuals, strict=True)] if residuals else accs
+        if dtype == "float16":
+            return concat([activate_half(value, epilogue, lanes) for value in values], lanes)
         return concat([activate(value, epilogue, lanes) for value in values], lanes)
     lo, hi, z = int(max(epilogue.lo, -128)), int(min(epilogue.hi, 127)), epilogue.y_zp
 
@@ -250,7 +300,7 @@ def finish(
 
     def whole(value: Any, lo: int, hi: int) -> Any:
         # The conversion to an integer is defined for values in range only; NEON's is for all.
-        exact = device.is_arm64 and lanes == 4
+        exact = (device.is_arm64 and lanes == 4) or (epilogue.bounded and epilogue.requant == "RQF")
         return nearest(value if exact else clamp(value, lo - z, hi - z, "float32", lanes), lanes, device)
 
     if epilogue.requant == "float":
@@ -316,6 +366,15 @@ def activate(x: Any, epilogue: Epilogue, lanes: int) -> Any:
     if act == "gelu":
         return c(0.5) * x * (c(1.0) + tirx.erf(x * c(math.sqrt(0.5))))
     raise ValueError(f"no epilogue for activation {act}")
+
+
+def activate_half(x: Any, epilogue: Epilogue, lanes: int) -> Any:
+    """The activation on float16 vectors: clips as they are, curves by way of float32."""
+    if epilogue.act == "none":
+        return x
+    if epilogue.act == "clip":
+        return clamp(x, epilogue.lo, epilogue.hi, "float16", lanes)
+    return activate(x.astype(vec("float32", lanes)), epilogue, lanes).astype(vec("float16", lanes))
 
 
 def activate_reference(x: np.ndarray, epilogue: Epilogue) -> np.ndarray:

@@ -7,7 +7,7 @@ channels; weights are packed so that the inner loop reads them in order. Padding
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smull, dot, pack_weights
-from edgec.targets.kernels.tiling import Axis, Run, balanced, best, tiles
+from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
 from edgec.targets.tir import T, tirx
 
 # An inner loop of at most this many multiplications is unrolled.
@@ -72,6 +72,19 @@ class Weighted(Window):
     """What convolutions with weights share: the order of parameters and the epilogue."""
 
     @property
+    def tuning_key(self) -> str:
+        """What the choice of a register tile depends on, as text: no values of the epilogue, no defaults."""
+        spec: Any = self
+        parts = [spec.name, spec.dtype]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("dtype", "x_zp", "epilogue") and value != f.default:
+                parts.append(f"{f.name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        if spec.dtype == "int8":
+            parts.append(spec.epilogue.requant)
+        return " ".join(parts + ["residual"] * self.residual)
+
+    @property
     def residual(self) -> bool:
         spec: Any = self
         return spec.epilogue.residual or spec.epilogue.add is not None
@@ -117,6 +130,8 @@ class Conv2D(Weighted):
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "conv2d"
+    # Whether a tile says in which order its loops run.
+    reorders = True
 
     @property
     def macs(self) -> int:
@@ -147,24 +162,28 @@ class Conv2D(Weighted):
         )
 
     def blocking(self, device: Device) -> Blocking:
-        """The register tile with the lowest modelled cost, and the order of the loops around it."""
+        """The register tile, and the order of the loops around it: from the device's table or the cheapest modelled."""
+        return device.tuning.get(self.tuning_key) or self.candidates(device)[0]
+
+    def candidates(self, device: Device) -> list[Blocking]:
+        """All register tiles that fit, lowest modelled cost first."""
         how = dot(device, self.dtype)
         outputs, inputs = self.co // self.groups, self.ci // self.groups
-        rows, columns = self.walk
+        rows, columns = self.expanded(device).walk
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
-        options = []
+        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
+        rows_first = weights <= device.l2_kb * 1024 // 2
+        options: dict[Blocking, float] = {}
         for vectors in range(1, 9):
+            if (vectors - 1) * how.lanes >= outputs:
+                break
             for most in range(1, 29):
                 if not fits(how, device, most, vectors):
                     break
-                if (vectors - 1) * how.lanes >= outputs:
-                    continue
                 pixels = balanced(columns.out, most)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
-                options.append((cost, (pixels, vectors)))
-        pixels, vectors = best(options)
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * (1 if self.dtype == "int8" else 4)
-        return Blocking(pixels, vectors, weights <= device.l2_kb * 1024 // 2)
+                options.setdefault(Blocking(pixels, vectors, rows_first), cost)
+        return sorted(options, key=lambda option: options[option])
 
     def pack(
         self,
@@ -224,7 +243,7 @@ class Conv2D(Weighted):
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
         how = dot(device, self.dtype)
         inner = self.expanded(device)
-        shape = inner.blocking(device)
+        shape = self.blocking(device)
         block = shape.vectors * how.lanes
         per_group = self.co // self.groups
         blocks = round_up(per_group, block) // block
@@ -284,7 +303,7 @@ class Conv2D(Weighted):
                 else:
                     parallel(whole, lambda b: body(b, block))
 
-            loop(self.groups, pixels_first if shape.rows_first else channels_first)
+            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
@@ -484,9 +503,9 @@ def store_channels(
 ) -> None:
     """Apply the epilogue of `spec` to the first `channels` lanes of `values` and store them from y[here].
 
-    Per-channel factors are read from `offset`. Bytes are stored up to sixteen at a time.
+    Per-channel factors are read from `offset`. Bytes are stored in whole registers where they fill them.
     """
-    most = max(16, lanes) if spec.out_type == "int8" else lanes
+    most = max(16, 4 * lanes if lanes == 16 else lanes) if spec.out_type == "int8" else lanes
     for start, size in pieces(channels, most):
         width = min(size, lanes)
         parts = range(start, start + size, width)

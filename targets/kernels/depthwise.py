@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from edgec.targets.device import Device
-from edgec.targets.kernels import common
+from edgec.targets.kernels import common, depthwise_vnni
 from edgec.targets.kernels.common import Epilogue, const, loop, parallel, param, pieces, ramp, vec
-from edgec.targets.kernels.conv2d import Weighted, accumulate, store_channels
+from edgec.targets.kernels.conv2d import Blocking, Weighted, accumulate, store_channels
 from edgec.targets.kernels.tiling import Run, balanced, tiles
 from edgec.targets.tir import T
 
@@ -33,6 +33,8 @@ class Depthwise(Weighted):
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "depthwise"
+    # Whether a tile says in which order its loops run.
+    reorders = False
 
     @property
     def groups(self) -> int:
@@ -44,15 +46,31 @@ class Depthwise(Weighted):
         return oh * ow * self.c * self.kernel[0] * self.kernel[1]
 
     def blocking(self, device: Device) -> tuple[int, int]:
-        """(channels per block, pixels per tile)."""
-        registers, lanes = device.registers, device.lanes
+        """(channels per block, pixels per tile): from the device's table or the largest that fits registers."""
+        tile = device.tuning.get(self.tuning_key) or self.candidates(device)[0]
+        return tile.vectors * device.lanes_of(self.dtype), tile.pixels
+
+    def candidates(self, device: Device) -> list[Blocking]:
+        """Register tiles that fit, the default first, then those with most pixels."""
+        if depthwise_vnni.applies(self, device):
+            counts = (depthwise_vnni.PIXELS, *range(depthwise_vnni.PIXELS + 1, 0, -1))
+            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), 1, True) for n in counts))
+        registers, lanes = device.registers, device.lanes_of(self.dtype)
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":
             channels = 16
+
         # A row of weights, an input and a spare share the registers with the accumulators.
-        used = channels // lanes
-        most = max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used)
-        return channels, balanced(self.out[1], min(most, 14))
+        def pixels(used: int) -> int:
+            return min(max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used), 14)
+
+        first = channels // lanes
+        # Bytes are worked on sixteen at a time, whatever the width of a register.
+        others = [first] if self.dtype == "int8" else [v for v in (1, 2, 3, 4) if v == 1 or (v - 1) * lanes < self.c]
+        found = [Blocking(balanced(self.out[1], pixels(first)), first, True)]
+        for used in others:
+            found += [Blocking(balanced(self.out[1], n), used, True) for n in range(pixels(used), 0, -1)]
+        return list(dict.fromkeys(found))
 
     def pack(
         self,
@@ -63,6 +81,9 @@ class Depthwise(Weighted):
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Weights [c, 1, kh, kw] to [kh, kw, c]; vectors as they are."""
+        if depthwise_vnni.applies(self, device):
+            assert m is not None
+            return depthwise_vnni.pack(self, device, w, bias, m)
         packed = np.ascontiguousarray(w[:, 0].transpose(1, 2, 0))
         if self.dtype != "int8":
             return packed, np.zeros(self.c, self.dtype) if bias is None else bias
@@ -77,6 +98,8 @@ class Depthwise(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        if depthwise_vnni.applies(self, device):
+            return depthwise_vnni.prim_func(self, device)
         block, pixels = self.blocking(device)
         rows, columns = self.axes
         acc_type = "int32" if self.dtype == "int8" else self.dtype
@@ -132,7 +155,7 @@ class Depthwise(Weighted):
                     with T.serial(low, high) as i:
                         kernel_row(i)
                 here = (row * columns.out + column) * self.c + channel
-                width = min(lanes, device.lanes)
+                width = min(lanes, device.lanes_of(self.dtype))
                 for p in there:
                     values = [acc[p, ramp(at, width)] for at in range(0, lanes, width)]
                     store_channels(values, width, lanes, factors, channel, residual, y, here + p * self.c, self, device)

@@ -21,6 +21,7 @@ from edgec.targets.kernels.common import (
     loop,
     narrow,
     nearest,
+    parallel,
     param,
     pieces,
     ramp,
@@ -104,10 +105,10 @@ def _build(
 
         def walk(index: list[Any]) -> None:
             if len(index) < len(shape) - 1:
-                loop(shape[len(index)], lambda i: walk([*index, i]))
+                parallel(shape[len(index)], lambda i: walk([*index, i]))
                 return
             whole, rest = divmod(shape[-1], most)
-            loop(whole, lambda b: piece(index, b * most, most))
+            parallel(whole, lambda b: piece(index, b * most, most))
             for start, size in pieces(rest, most):
                 piece(index, whole * most + start, size)
 
@@ -287,7 +288,7 @@ class QLut(_Elementwise):
                     found = intrinsic("llvm.aarch64.neon.tbx4.v16i8", "int8x16", found, *part, here)
                 T.buffer_store(y, found, [i, c, ramp(j, 16)])
 
-            loop(outer, lambda i: loop(channels, lambda c: row(i, c)))
+            parallel(outer, lambda i: parallel(channels, lambda c: row(i, c)))
         return builder.get()
 
     inplace = ()

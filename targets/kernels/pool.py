@@ -84,7 +84,7 @@ class _Pool(Window):
         The last vector overlaps the one before it. That costs little where the result is what was read; sums take
         several registers and requantisation, and rather use smaller vectors.
         """
-        most = min(device.vector_bytes // (1 if self.dtype == "int8" else 4), 1 << (self.c.bit_length() - 1))
+        most = min(vector_elements(device, self.dtype), 1 << (self.c.bit_length() - 1))
         if self._accumulator() == self.dtype:
             return most
         options = [b for b in (most, most // 2, most // 4) if b >= min(most, device.lanes)]
@@ -95,7 +95,7 @@ class _Pool(Window):
         rows, columns = self.axes
         acc_type = self._accumulator()
         block = self._block(device)
-        held = max(1, block * (1 if acc_type == "int8" else 2 if acc_type == "int16" else 4) // device.vector_bytes)
+        held = max(1, block // vector_elements(device, acc_type))
         most = max(1, min(UNROLLED, (device.registers - 4) // held))
         wide = self.kernel[1] > UNROLLED
         pixels = 1 if wide else balanced(columns.out, most)
@@ -169,6 +169,11 @@ class _Pool(Window):
         return np.stack(taps)
 
 
+def vector_elements(device: Device, dtype: str) -> int:
+    """Elements of one register."""
+    return device.vector_bytes // np.dtype(dtype).itemsize
+
+
 def overlapping(number: Any, block: int, size: int) -> Any:
     """Start of block `number` of 0 .. size, where the last one is moved back to end with it."""
     return number * block if size % block == 0 else tirx.min(number * block, size - block)
@@ -191,14 +196,17 @@ def _store(y: Any, place: Any, parts: list[Any], size: int) -> None:
 
 @dataclass(frozen=True)
 class AvgPool(_Pool):
-    """Average over the full window, padding included. int8 needs `requant`, whose factor contains 1 / window size."""
+    """Average over the full window, padding included. int8 needs `requant`, whose factor contains 1 / window size.
+
+    Floats are summed in float32, float16 too: a map has more elements than float16 has digits.
+    """
 
     requant: Requant | None = None
     name = "avg_pool"
 
     def _accumulator(self) -> str:
         if self.dtype != "int8":
-            return self.dtype
+            return "float32"
         return "int16" if self.taps <= FIT16 else "int32"
 
     def _step(self, acc: Any, value: Any, lanes: int) -> Any:
@@ -207,7 +215,7 @@ class AvgPool(_Pool):
     def _end(self, acc: Any, count: Any, lanes: int, device: Device) -> list[Any]:
         q = self.requant
         if q is None:
-            return [acc * const(1.0 / self.taps, "float32", lanes)]
+            return [(acc * const(1.0 / self.taps, "float32", lanes)).astype(vec(self.dtype, lanes))]
         total = acc.astype(vec("int32", lanes))
         if q.x_zp:
             total = total - splat(tirx.const(q.x_zp, "int32") * count, lanes)
@@ -225,8 +233,8 @@ class AvgPool(_Pool):
 
         With few channels neighbouring pixels count as channels, and are added up at the end.
         """
-        sums = "float32" if self.dtype != "int8" else "int32"
-        vector = device.vector_bytes // (1 if self.dtype == "int8" else 4)
+        sums = "int32" if self.dtype == "int8" else "float32"
+        vector = vector_elements(device, self.dtype)
         joined = 1 if self.c >= vector else min(self.taps, -(-vector // self.c))
         rows, columns = self.taps // joined, joined * self.c
         with common.prim_func(self.name) as builder:
@@ -260,7 +268,7 @@ class AvgPool(_Pool):
         """NumPy meaning: x [h, w, c] to [oh, ow, c]."""
         q = self.requant
         if q is None:
-            return self._windows(x, 0.0, np.float64).mean(0).astype(np.float32)
+            return self._windows(x, 0.0, np.float64).mean(0).astype(self.dtype)
         acc = (self._windows(x, q.x_zp, np.int64) - q.x_zp).sum(0)
         return np.clip(integer.rq1(acc, np.int64(q.m), np.int64(q.shift)) + q.y_zp, q.lo, q.hi).astype(np.int8)
 
@@ -270,15 +278,16 @@ def _column_sums(
 ) -> None:
     """Sums of the columns of a matrix, as float32 or int32 vectors of `lanes`: emit(first column, vector, lanes)."""
     integer_sums = dtype == "int8"
-    lanes = min(device.vector_bytes // (1 if integer_sums else 4), 1 << (columns.bit_length() - 1))
+    lanes = min(vector_elements(device, dtype), 1 << (columns.bit_length() - 1))
     vectors = -(-columns // lanes)
     most = min(vectors, 4)
     # Additions wait for one another: rows take turns with accumulators when there are few vectors.
     turns = max(1, min(rows, 4 // most))
     once = rows if not integer_sums else min(rows, FIT16 * turns)
-    partial = "int16" if integer_sums else dtype
+    total = "int32" if integer_sums else "float32"
+    partial = "int16" if integer_sums else "float32"
     acc = T.alloc_buffer((turns, most, lanes), partial, scope="local")
-    sums = T.alloc_buffer((most, lanes), "int32" if integer_sums else dtype, scope="local")
+    sums = T.alloc_buffer((most, lanes), total, scope="local")
     here = ramp(0, lanes)
 
     def group(first: Any, used: int) -> None:
@@ -303,7 +312,7 @@ def _column_sums(
             loop(whole, some)
             for u in range(count - whole * turns):
                 add(u, row + whole * turns + u)
-            wide = vec("int32" if integer_sums else dtype, lanes)
+            wide = vec(total, lanes)
             parts = [[acc[u, v, here].astype(wide) for u in range(turns)] for v in range(used)]
             return [functools.reduce(lambda a, b: a + b, values) for values in parts]
 
@@ -324,7 +333,7 @@ def _column_sums(
         for v, start in enumerate(starts):
             emit(start, sums[v, here], lanes)
 
-    loop(vectors // most, lambda g: group(g * most, most))
+    parallel(vectors // most, lambda g: group(g * most, most))
     if vectors % most:
         group(vectors // most * most, vectors % most)
 
