@@ -146,9 +146,13 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
+    def dot(self, device: Device) -> Dot:
+        """How the device multiplies here."""
+        return dot(device, self.dtype, self.ci // self.groups)
+
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
-        group = dot(device, self.dtype).group
+        group = self.dot(device).group
         inputs = self.ci // self.groups
         if inputs % group == 0:
             return self
@@ -167,7 +171,7 @@ class Conv2D(Weighted):
 
     def candidates(self, device: Device) -> list[Blocking]:
         """All register tiles that fit, lowest modelled cost first."""
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         outputs, inputs = self.co // self.groups, self.ci // self.groups
         rows, columns = self.expanded(device).walk
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
@@ -197,7 +201,7 @@ class Conv2D(Weighted):
 
         An int8 bias has one row for each set of taps that the border leaves, with what the missing ones would add.
         """
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         block = self.blocking(device).vectors * how.lanes
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
@@ -241,7 +245,7 @@ class Conv2D(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         inner = self.expanded(device)
         shape = self.blocking(device)
         block = shape.vectors * how.lanes
@@ -369,7 +373,7 @@ class _Tile:
         residual: Any,
         y: Any,
     ) -> None:
-        self.spec, self.device, self.how = spec, device, dot(device, spec.dtype)
+        self.spec, self.device, self.how = spec, device, spec.dot(device)
         self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how

@@ -219,7 +219,10 @@ def dot(device: Device, dtype: str) -> Dot:
     if dtype != "int8":
         return Lane(device.lanes, dtype=dtype) if device.is_arm64 else Dot(device.lanes, dtype=dtype)
     if device.is_arm64:
-        return Sdot(4) if device.has_dot else Smull(4)
+        if device.has_dot:
+            return Sdot(4)
+        # Images of one to four channels would fill at most half of a group of eight.
+        return Smull(4) if inputs > 4 else Widening(4)
     if device.is_x86 and device.lanes == 16 and device.has_vnni:
         return Vnni(16)
     if device.is_x86 and device.lanes in (4, 8):
