@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from edgec.plan import Step
     from edgec.program import Program
 
-PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
+PASSES = {"fp32": "fold-bn", "fp16": "fold-bn, cast-fp16", "int8": "fold-bn, quantize-int8"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
+KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 DEVICES = ("cortex-a72", "neoverse-n1")
 # Instructions do not depend on the quantisation parameters.
 CALIBRATION_SAMPLES = 8
@@ -213,8 +215,11 @@ def measure_kernel(spec: Any, device: Device, inspect: bool = True) -> Measureme
             report = inspect_function(profile.program, function, device, profile) if function in functions else None
             macs = spec.macs if function == functions[0] else 0
             rows.append(KernelRow(function, (), macs, instructions, report if inspect else None))
-        kind = "int8" if getattr(spec, "dtype", "") == "int8" else "fp32"
-        return Measurement(text_of(spec), kind, device, spec.macs, profile.total, tuple(rows))
+        return Measurement(text_of(spec), kind_of(spec), device, spec.macs, profile.total, tuple(rows))
+
+
+def kind_of(spec: Any) -> str:
+    return KINDS[getattr(spec, "dtype", "float32")]
 
 
 def parse_spec(text: str) -> Any:
@@ -243,7 +248,7 @@ def parse_spec(text: str) -> Any:
 
 def with_kind(spec: Any, kind: str) -> Any:
     """The template for another type, with the epilogue that type needs."""
-    dtype = {"fp32": "float32", "int8": "int8"}[kind]
+    dtype = DTYPES[kind]
     changes: dict[str, Any] = {"dtype": dtype} if hasattr(spec, "dtype") else {}
     epilogue = getattr(spec, "epilogue", None)
     if epilogue is not None and dtype == "int8" and math.isinf(epilogue.lo):
@@ -344,7 +349,7 @@ def show(m: Measurement, layers: bool, asm: bool) -> None:
 def main(
     model: Annotated[list[str] | None, typer.Option(help="network, or a part of its name")] = None,
     spec: Annotated[list[str] | None, typer.Option(help='kernel, e.g. "Conv2D(1, 196, 96, 576)"')] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="fp32, int8; default both, a kernel's own type")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; default those the core computes in, a kernel's own type")] = None,
     device: Annotated[list[str] | None, typer.Option(help=f"cores; default {', '.join(DEVICES)}")] = None,
     layers: Annotated[bool, typer.Option(help="a line for each kernel, with its hot loop in llvm-mca")] = False,
     asm: Annotated[bool, typer.Option(help="print the instructions of the hot loops")] = False,
@@ -384,10 +389,12 @@ def _measurements(
         program, data = load(name)
         for kind in kinds or PASSES:
             for d in devices:
+                if kinds is None and kind == "fp16" and not d.has_fp16:
+                    continue
                 yield measure(prepare(program, data, kind, d), kind, d, inspect)
     for text in specs:
         spec = parse_spec(text)
-        for kind in kinds or ["int8" if getattr(spec, "dtype", "") == "int8" else "fp32"]:
+        for kind in kinds or [kind_of(spec)]:
             for d in devices:
                 yield measure_kernel(with_kind(spec, kind), d)
 

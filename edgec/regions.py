@@ -213,8 +213,8 @@ def layer_norm(
 ) -> torch.Tensor:
     """Layer norm over the last axes, `columns` elements together; with a scale, int8 codes of the result."""
     rows = x.reshape(-1, columns)
-    flat = [None if v is None else v.reshape(columns) for v in (weight, bias)]
-    return _encode(F.layer_norm(rows, (columns,), *flat, eps).reshape(x.shape), scale, zero_point)
+    gain, shift = (None if v is None else v.reshape(columns) for v in (weight, bias))
+    return _encode(F.layer_norm(rows, (columns,), gain, shift, eps).reshape(x.shape), scale, zero_point)
 
 
 @layer_norm.register_fake

@@ -94,6 +94,15 @@ class Device:
         """32-bit elements in one SIMD register."""
         return self.vector_bytes // 4
 
+    def lanes_of(self, dtype: str) -> int:
+        """Sums in one SIMD register when elements of `dtype` are added: bytes are summed in 32 bits.
+
+        Raises EdgecError for float16 on a core that does not compute in it.
+        """
+        if dtype == "float16" and not self.has_fp16:
+            raise EdgecError("has no float16 arithmetic", where=f"target {self.name}", hint="compile it in float32")
+        return self.vector_bytes // 2 if dtype == "float16" else self.lanes
+
 
 def device_names() -> list[str]:
     """Names of the built-in devices, in the order of the table."""

@@ -57,12 +57,18 @@ ERF_Q = (
 
 
 def expand(call: Any) -> Any:
-    """The expansion of a TIR call to exp, sigmoid, tanh or erf on float32 scalars or vectors, else the call itself."""
+    """The expansion of a TIR call to exp, sigmoid, tanh or erf on float32 scalars or vectors, else the call itself.
+
+    float16 goes by way of float32.
+    """
     rule = RULES.get(getattr(call.op, "name", ""))
     if rule is None:
         return call
     kind, _, lanes = str(call.args[0].ty.dtype).partition("x")
-    return rule(call.args[0], int(lanes or 1)) if kind == "float32" else call
+    count = int(lanes or 1)
+    if kind == "float16":
+        return rule(call.args[0].astype(_kind("float32", count)), count).astype(_kind("float16", count))
+    return rule(call.args[0], count) if kind == "float32" else call
 
 
 def exp(x: Any, lanes: int) -> Any:

@@ -34,6 +34,7 @@ aten = torch.ops.aten
 edgec = torch.ops.edgec
 
 Weights = Mapping[str, np.ndarray]
+SUFFIXES = {"float32": "f32", "float16": "f16", "int8": "i8"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Binding:
     @property
     def symbol(self) -> str:
         dtype = getattr(self.spec, "dtype", None)
-        return self.spec.name if dtype is None else f"{self.spec.name}_{'i8' if dtype == 'int8' else 'f32'}"
+        return self.spec.name if dtype is None else f"{self.spec.name}_{SUFFIXES[dtype]}"
 
     def pack(self, device: Device) -> tuple[np.ndarray, ...]:
         return self.spec.pack(device, **self.weights)
@@ -64,6 +65,11 @@ def bind(node: Any, constants: Weights) -> Binding | None:
     rule = RULES.get(node.target) if node.op == "call_function" else None
     binding = rule(node, constants) if rule is not None else None
     return None if binding is None else dataclasses.replace(binding, origin=origin_of(node))
+
+
+def _dtype(node: Any) -> str:
+    """Element type of a node's result, as NumPy spells it."""
+    return str(node.meta["val"].dtype).removeprefix("torch.")
 
 
 def _value(constants: Weights, node: Any) -> np.ndarray | None:
@@ -94,7 +100,7 @@ def _conv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, *geometry, act, lo, hi = node.args
     weights = {"w": constants[w.name], "bias": _value(constants, bias)}
     epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
-    spec = _conv_spec(node, weights["w"], geometry, "float32", 0, epilogue)
+    spec = _conv_spec(node, weights["w"], geometry, _dtype(node), 0, epilogue)
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
@@ -103,7 +109,7 @@ def _linear(node: Any, constants: Weights) -> Binding:
     weight = constants[w.name]
     rows = int(np.prod(shape_of(node)[:-1]))
     epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
-    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], epilogue=epilogue)
+    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype=_dtype(node), epilogue=epilogue)
     weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias)}
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
@@ -172,14 +178,13 @@ def _map(node: Any) -> tuple[int, int, int]:
 
 def _max_pool(node: Any, constants: Weights) -> Binding:
     x, kernel, stride, padding, dilation = node.args[:5]
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-    spec = MaxPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), dtype)
+    spec = MaxPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), _dtype(node))
     return Binding(spec, (x,), layer_of(node))
 
 
 def _avg_pool(node: Any, constants: Weights) -> Binding:
     x, kernel, stride, padding = node.args[:4]
-    spec = AvgPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding))
+    spec = AvgPool(*_map(x), tuple(kernel), tuple(stride), tuple(padding), dtype=_dtype(node))
     return Binding(spec, (x,), layer_of(node))
 
 
@@ -197,19 +202,18 @@ def _permute(node: Any, constants: Weights) -> Binding | None:
     shape = shape_of(x)
     axes = [int(axis) % len(shape) for axis in order]
     moved = [axis for axis in axes if shape[axis] != 1]
-    dtype = str(node.meta["val"].dtype).removeprefix("torch.")
-    if x.name in constants or moved == sorted(moved) or dtype not in ("float32", "int8"):
+    if x.name in constants or moved == sorted(moved) or _dtype(node) not in SUFFIXES:
         return None
-    return Binding(Transpose(shape, tuple(axes), dtype), (x,), layer_of(node))
+    return Binding(Transpose(shape, tuple(axes), _dtype(node)), (x,), layer_of(node))
 
 
 def _mean(node: Any, constants: Weights) -> Binding | None:
     """None where the mean is not one over adjacent axes of one sample, which is what the pooling kernel takes."""
     x = node.args[0]
     window = _reduced(shape_of(x), node.args[1])
-    if x.name in constants or window is None or str(node.meta["val"].dtype) != "torch.float32":
+    if x.name in constants or window is None or _dtype(node) not in ("float32", "float16"):
         return None
-    return Binding(Mean(1, *window), (x,), layer_of(node))
+    return Binding(Mean(1, *window, _dtype(node)), (x,), layer_of(node))
 
 
 def _reduced(shape: tuple[int, ...], dims: Any) -> tuple[int, int] | None:
@@ -292,7 +296,9 @@ def _group_norm(node: Any, constants: Weights) -> Binding:
     shape = shape_of(x)
     channels = shape[-1] if layout == "NHWC" else shape[1]
     spec = GroupNorm(_rows(x, channels), channels, groups, eps, layout, Epilogue(act=act, lo=lo, hi=hi))
-    return Binding(spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))})
+    return Binding(
+        spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))}
+    )
 
 
 def _softmax(node: Any, constants: Weights) -> Binding | None:

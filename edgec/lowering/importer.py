@@ -42,7 +42,13 @@ def _permute(node: Any, importer: Any) -> Any:
 
 def _mean(node: Any, importer: Any) -> Any:
     x, dims = importer.env[node.args[0]], node.args[1]
-    return relax.op.mean(x, dims, keepdims=bool(node.args[2]) if len(node.args) > 2 else False)
+    keep = bool(node.args[2]) if len(node.args) > 2 else False
+    if node.meta["val"].dtype != torch.float16:
+        return relax.op.mean(x, dims, keepdims=keep)
+    # A sum over a map has more digits than float16.
+    wide = importer.block_builder.emit(relax.op.astype(x, "float32"))
+    mean = importer.block_builder.emit(relax.op.mean(wide, dims, keepdims=keep))
+    return relax.op.astype(mean, "float16")
 
 
 def _softmax(node: Any, importer: Any) -> Any:

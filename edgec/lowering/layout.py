@@ -41,6 +41,8 @@ UNARY = (
     aten.dropout.default,
     aten.clone.default,
     aten.contiguous.default,
+    aten.to.dtype,
+    aten._to_copy.default,
     edgec.quantize.default,
     edgec.dequantize.default,
     edgec.qrescale.default,

@@ -16,7 +16,7 @@ from edgec import regions as region_ops  # noqa: F401  (registers the operators)
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
-from edgec.program import is_call, layer_of, origin_of, shape_of
+from edgec.program import dtype_of, is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -40,8 +40,6 @@ MOVES = (
     aten.flatten.using_ints,
     aten.contiguous.default,
 )
-# Operators whose kernels can round their result for an integer layer; their last arguments are scale and zero point.
-ENCODING = (edgec.layer_norm.default, edgec.rms_norm.default, edgec.attention.default)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -96,9 +94,6 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph = module.graph
     _sink_quantize(graph)
-    fuse_attention(module)
-    fuse_products(module)
-    fuse_norms(module)
     for node in list(graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             # A view refuses a tensor in another memory order, which its operand is about to have.
@@ -111,13 +106,6 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 around = None if residual is None else nhwc(graph, residual)
                 args = (nhwc(graph, x), w, bias, around, *geometry, *act)
                 _replace(graph, edgec.conv2d_nhwc.default, args, node, last, residual=3)
-        elif is_call(node, aten.linear.default) and _packable(node):
-            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
-            last, residual, act = _follow(node)
-            with graph.inserting_before(last):
-                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
-            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
-            last.replace_all_uses_with(new)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
         elif is_call(node, edgec.qconv2d_float.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
@@ -154,9 +142,18 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
         elif is_call(node, aten.group_norm.default, aten.instance_norm.default):
             _fuse_group_norm(graph, node)
+    # Behind the convolutions, whose results they read channels last; before the linear layers, which they move.
+    fuse_attention(module)
+    fuse_products(module)
+    fuse_norms(module)
     for node in list(graph.nodes):
-        if is_call(node, *ENCODING):
-            _fuse_quantize(node)
+        if is_call(node, aten.linear.default) and _packable(node):
+            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+            last, residual, act = _follow(node)
+            with graph.inserting_before(last):
+                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
+            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
+            last.replace_all_uses_with(new)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
@@ -181,21 +178,6 @@ def _sink_quantize(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def _fuse_quantize(node: Any) -> None:
-    """Let `node` write the codes that its only reader makes of its result, which views may stand before."""
-    views, reader = [], only_user(node)
-    while reader is not None and is_call(reader, aten.reshape.default, aten.view.default):
-        views.append(reader)
-        reader = only_user(reader)
-    if reader is None or not is_call(reader, edgec.quantize.default) or node.args[-2] is not None:
-        return
-    node.args = (*node.args[:-2], reader.args[1], reader.args[2])
-    for value in (node, *views):
-        value.meta["val"] = value.meta["val"].to(torch.int8)
-    (views[-1] if views else node).meta["edgec_origin"] = origin_of(reader)
-    reader.replace_all_uses_with(views[-1] if views else node)
-
-
 def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
     """Group norm, and instance norm with a group per channel, on maps or on [1, C, ...], with its activation."""
     if is_call(node, aten.group_norm.default):
@@ -210,11 +192,10 @@ def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
     stored = all(w is None or w.op == "get_attr" for w in (weight, bias))
     if not stored or not is_tensor(x) or len(shape_of(x)) < 3 or 0 in shape_of(x):
         return
-    last, act = node, ("none", 0.0, 0.0)
     follower = only_user(node)
-    if follower is not None and activation_of(follower) is not None:
-        last, act = follower, activation_of(follower)  # type: ignore[assignment]
-    rest = (weight, bias, int(groups), eps, *act)
+    act = None if follower is None else activation_of(follower)
+    last = node if act is None else follower
+    rest = (weight, bias, int(groups), eps, *(act or ("none", 0.0, 0.0)))
     with graph.inserting_before(last):
         if _is_map(node):
             _replace(graph, edgec.group_norm.default, (nhwc(graph, x), *rest, "NHWC"), node, last)
@@ -384,6 +365,7 @@ def _follow(node: Any) -> tuple[fx.Node, fx.Node | None, tuple[str, float, float
             and "val" in other.meta
             and follower.kwargs.get("alpha", 1) == 1
             and shape_of(other) == shape_of(last)
+            and dtype_of(other) == dtype_of(last)
             and other.op != "get_attr"
         ):
             last, residual = follower, other

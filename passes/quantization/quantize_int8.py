@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +12,7 @@ from edgec.data import Dataset
 from edgec.errors import EdgecError
 from edgec.integer import REQUANTS
 from edgec.passbase import Context, Needs, Pass, option
+from edgec.passes.keep import check_patterns, fits, layer_names
 from edgec.passes.quantization.annotate import Annotation, annotate
 from edgec.passes.quantization.bias_correction import correct_biases
 from edgec.passes.quantization.calibrate import ChannelMean, Watcher, batches, calibrate
@@ -92,13 +91,7 @@ class QuantizeInt8(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.keep_float, str) or not all(isinstance(p, str) for p in self.keep_float):
-            raise EdgecError(
-                f"{self.keep_float!r} is not a list of layer names",
-                where=f"{self.name}{{keep_float}}",
-                hint="write keep_float=[conv1,fc] or, in Python, keep_float=('conv1', 'fc')",
-            )
-        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        object.__setattr__(self, "keep_float", layer_names(self.keep_float, f"{self.name}{{keep_float}}"))
 
     def run(self, program: Program, context: Context) -> Program:
         if context.calibration is None:
@@ -107,7 +100,7 @@ class QuantizeInt8(Pass):
         module = program.edit()
         module.graph.eliminate_dead_code()
         make_functional(module)
-        self._check_patterns(module)
+        check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
         annotation = annotate(module, self._keeps, self.nonlinear)
         for skip in annotation.skipped:
             context.skip(*skip)
@@ -134,15 +127,7 @@ class QuantizeInt8(Pass):
         return program.replace(module, {**kept, self.name: summary})
 
     def _keeps(self, layer: str) -> bool:
-        return any(_matches(layer, pattern) for pattern in self.keep_float)
-
-    def _check_patterns(self, module: fx.GraphModule) -> None:
-        layers = sorted({layer_of(n) for n in module.graph.nodes if n.op == "call_function"})
-        for pattern in self.keep_float:
-            if not any(_matches(layer, pattern) for layer in layers):
-                near = difflib.get_close_matches(pattern, layers, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"layers are {', '.join(layers[:5])}, ..."
-                raise EdgecError(f"no layer is called '{pattern}'", where=f"{self.name}{{keep_float}}", hint=hint)
+        return fits(layer, self.keep_float)
 
     def _summary(self, module: fx.GraphModule, annotation: Annotation, samples: int) -> Int8Summary:
         quantised = [layer_of(n) for n, kind in annotation.kinds.items() if kind is Kind.LAYER]
@@ -217,8 +202,3 @@ def _useful_range(node: fx.Node, annotation: Annotation) -> tuple[float, float] 
     if len(readers) == 1 and annotation.kinds.get(readers[0]) is Kind.TABLE:
         return SATURATION.get(readers[0].target)
     return None
-
-
-def _matches(layer: str, pattern: str) -> bool:
-    """True for the layer itself, a layer inside it, or a pattern that fits."""
-    return layer == pattern or layer.startswith(f"{pattern}.") or fnmatch.fnmatchcase(layer, pattern)

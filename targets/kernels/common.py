@@ -290,6 +290,8 @@ def finish(
     """
     if dtype != "int8":
         values = [acc + r for acc, r in zip(accs, residuals, strict=True)] if residuals else accs
+        if dtype == "float16":
+            return concat([activate_half(value, epilogue, lanes) for value in values], lanes)
         return concat([activate(value, epilogue, lanes) for value in values], lanes)
     lo, hi, z = int(max(epilogue.lo, -128)), int(min(epilogue.hi, 127)), epilogue.y_zp
 
@@ -364,6 +366,15 @@ def activate(x: Any, epilogue: Epilogue, lanes: int) -> Any:
     if act == "gelu":
         return c(0.5) * x * (c(1.0) + tirx.erf(x * c(math.sqrt(0.5))))
     raise ValueError(f"no epilogue for activation {act}")
+
+
+def activate_half(x: Any, epilogue: Epilogue, lanes: int) -> Any:
+    """The activation on float16 vectors: clips as they are, curves by way of float32."""
+    if epilogue.act == "none":
+        return x
+    if epilogue.act == "clip":
+        return clamp(x, epilogue.lo, epilogue.hi, "float16", lanes)
+    return activate(x.astype(vec("float32", lanes)), epilogue, lanes).astype(vec("float16", lanes))
 
 
 def activate_reference(x: np.ndarray, epilogue: Epilogue) -> np.ndarray:

@@ -171,7 +171,7 @@ class Conv2D(Weighted):
         outputs, inputs = self.co // self.groups, self.ci // self.groups
         rows, columns = self.expanded(device).walk
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * (1 if self.dtype == "int8" else 4)
+        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
         rows_first = weights <= device.l2_kb * 1024 // 2
         options: dict[Blocking, float] = {}
         for vectors in range(1, 9):

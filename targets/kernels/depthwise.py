@@ -48,15 +48,14 @@ class Depthwise(Weighted):
     def blocking(self, device: Device) -> tuple[int, int]:
         """(channels per block, pixels per tile): from the device's table or the largest that fits registers."""
         tile = device.tuning.get(self.tuning_key) or self.candidates(device)[0]
-        return tile.vectors * device.lanes, tile.pixels
+        return tile.vectors * device.lanes_of(self.dtype), tile.pixels
 
     def candidates(self, device: Device) -> list[Blocking]:
         """Register tiles that fit, the default first, then those with most pixels."""
-        size = depthwise_vnni.width(self, device)
-        if size:
+        if depthwise_vnni.applies(self, device):
             counts = (depthwise_vnni.PIXELS, *range(depthwise_vnni.PIXELS + 1, 0, -1))
-            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), size // device.lanes, True) for n in counts))
-        registers, lanes = device.registers, device.lanes
+            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), 1, True) for n in counts))
+        registers, lanes = device.registers, device.lanes_of(self.dtype)
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":
             channels = 16
@@ -82,7 +81,7 @@ class Depthwise(Weighted):
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Weights [c, 1, kh, kw] to [kh, kw, c]; vectors as they are."""
-        if depthwise_vnni.width(self, device):
+        if depthwise_vnni.applies(self, device):
             assert m is not None
             return depthwise_vnni.pack(self, device, w, bias, m)
         packed = np.ascontiguousarray(w[:, 0].transpose(1, 2, 0))
@@ -99,7 +98,7 @@ class Depthwise(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
-        if depthwise_vnni.width(self, device):
+        if depthwise_vnni.applies(self, device):
             return depthwise_vnni.prim_func(self, device)
         block, pixels = self.blocking(device)
         rows, columns = self.axes
@@ -156,7 +155,7 @@ class Depthwise(Weighted):
                     with T.serial(low, high) as i:
                         kernel_row(i)
                 here = (row * columns.out + column) * self.c + channel
-                width = min(lanes, device.lanes)
+                width = min(lanes, device.lanes_of(self.dtype))
                 for p in there:
                     values = [acc[p, ramp(at, width)] for at in range(0, lanes, width)]
                     store_channels(values, width, lanes, factors, channel, residual, y, here + p * self.c, self, device)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 TAPS = 4
 # Pixels of a tile, each with four accumulators.
-PIXELS = 5
+PIXELS = 4
 DOT = {
     16: "llvm.x86.avx512.vpdpbusd.128",
     32: "llvm.x86.avx512.vpdpbusd.256",
@@ -30,17 +30,18 @@ DOT = {
 }
 
 
-def width(spec: Depthwise, device: Device) -> int:
-    """Channels per block; 0 where this way does not apply."""
+def applies(spec: Depthwise, device: Device) -> bool:
+    """Whether the kernel is compiled this way."""
     plain = spec.dtype == "int8" and spec.epilogue.requant == "RQF" and not spec.residual
-    if not (plain and device.has_vnni and device.lanes == 16 and spec.c >= 16):
-        return 0
-    return 64 if spec.c >= 64 else 32 if spec.c >= 32 else 16
+    return plain and device.has_vnni and device.lanes == 16 and spec.c >= 16
 
 
-def starts(channels: int, size: int) -> list[int]:
-    """First channels of the blocks. The last one may repeat channels of the one before it."""
-    return [*range(0, channels - size, size), channels - size]
+def blocks(channels: int) -> list[tuple[int, int]]:
+    """(first channel, size) of all blocks. The last one may repeat channels of the one before it."""
+    size = next(s for s in (64, 32, 16) if s <= channels)
+    rest = channels % size
+    tail = next((s for s in (16, 32, 64) if s >= rest), 0) if rest else 0
+    return [(first, size) for first in range(0, channels - rest, size)] + [(channels - tail, tail)] * bool(tail)
 
 
 def _order(size: int) -> np.ndarray:
@@ -52,128 +53,146 @@ def _order(size: int) -> np.ndarray:
 def pack(
     spec: Depthwise, device: Device, w: np.ndarray, bias: np.ndarray | None, m: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """Weights [c, 1, kh, kw] to [blocks, kh, groups of taps, 4, size]; vectors to [blocks, 4, size / 4]."""
-    size = width(spec, device)
+    """Flat, block by block: weights [c, 1, kh, kw] as [kh, groups of taps, 4, size], vectors as [4, size / 4]."""
     groups = -(-spec.kernel[1] // TAPS)
     taps = np.zeros((spec.c, spec.kernel[0], groups * TAPS), np.int8)
     taps[:, :, : spec.kernel[1]] = w[:, 0]
+    taps = taps.reshape(spec.c, spec.kernel[0], groups, TAPS)
     # Codes are multiplied as code + 128.
     start = (0 if bias is None else bias) - 128 * w.astype(np.int64).sum((1, 2, 3))
-    channels = np.stack([first + _order(size) for first in starts(spec.c, size)])
-    packed = taps.reshape(spec.c, spec.kernel[0], groups, TAPS)[channels]
-    # blocks, 4, size / 4, kh, groups, taps -> blocks, kh, groups, 4, size / 4, taps
-    packed = np.ascontiguousarray(packed.transpose(0, 3, 4, 1, 2, 5))
-    packed = packed.reshape(len(channels), spec.kernel[0], groups, 4, size)
-    return packed, start.astype(np.int32)[channels], m[channels]
+    channels = [first + _order(size) for first, size in blocks(spec.c)]
+    # 4, size / 4, kh, groups, taps -> kh, groups, 4, size / 4, taps
+    packed = np.concatenate([taps[c].transpose(2, 3, 0, 1, 4).ravel() for c in channels])
+    order = np.concatenate([c.ravel() for c in channels])
+    return packed, start.astype(np.int32)[order], m[order]
 
 
 def prim_func(spec: Depthwise, device: Device) -> Any:
     """Parameters: x, packed weights, bias, m, y."""
-    size = width(spec, device)
-    lanes = size // 4
     rows, columns = spec.axes
-    blocks = starts(spec.c, size)
+    parts = blocks(spec.c)
     groups = -(-spec.kernel[1] // TAPS)
     _, pixels = spec.blocking(device)
+    channels = sum(size for _, size in parts)
     with common.prim_func(spec.name) as builder:
         x = param("x", (spec.h * spec.w * spec.c,), "int8")
-        w = param("w", (len(blocks), *spec.kernel[:1], groups, 4, size), "int8")
-        bias = param("bias", (len(blocks), 4, lanes), "int32")
-        m = param("factor0", (len(blocks), 4, lanes), "float32")
+        w = param("w", (channels * spec.kernel[0] * groups * TAPS,), "int8")
+        bias = param("bias", (channels,), "int32")
+        m = param("factor0", (channels,), "float32")
         y = param("y", (rows.out * columns.out * spec.c,), "int8")
-        acc = T.alloc_buffer((pixels, 4, lanes), "int32", scope="local")
-        weights = T.alloc_buffer((4, size), "int8", scope="local")
-        flip = const(-128, "int8", size)
+        code = _Block(spec, device, pixels, groups, x, w, bias, m, y)
+        main = [part for part in parts if part[1] == parts[0][1]]
 
-        def unpack(a: Any, b: Any, unit: int) -> tuple[Any, Any]:
-            """Units of `unit` bytes of the low and the high halves of every 128 bits, in turns."""
-            halves = []
-            for half in range(2):
-                order = []
-                for lane in range(0, size, 16):
-                    for k in range(0, 8, unit):
-                        first = lane + 8 * half + k
-                        order += [first + e for e in range(unit)] + [size + first + e for e in range(unit)]
-                halves.append(tirx.Shuffle([a, b], [const(k, "int32") for k in order]))
-            return halves[0], halves[1]
-
-        def add(p: int, codes: list[Any]) -> None:
-            for k, value in enumerate(codes):
-                product = intrinsic(
-                    DOT[size], f"int32x{lanes}", acc[p, k, ramp(0, lanes)], value, weights[k, ramp(0, size)]
-                )
-                T.buffer_store(acc, product, [p, k, ramp(0, lanes)])
-
-        def tile(row: Any, column: Any, run: Run, number: Any, channel: Any) -> None:
-            for p in range(run.count):
-                for k in range(4):
-                    T.buffer_store(acc, bias[number, k, ramp(0, lanes)], [p, k, ramp(0, lanes)])
-            border = const(spec.x_zp, "int8", size) ^ flip
-
-            def load_weights(i: Any, group: int) -> None:
-                for k in range(4):
-                    T.buffer_store(weights, w[number, i, group, k, ramp(0, size)], [k, ramp(0, size)])
-
-            def outside(i: Any) -> None:
-                """A kernel row above or below the image, where all codes are zero's."""
-                for group in range(groups):
-                    load_weights(i, group)
-                    for p in range(run.count):
-                        add(p, [border] * 4)
-
-            def kernel_row(i: Any) -> None:
-                line = (row * rows.stride + i * rows.dilation - rows.before) * spec.w
-                first = line + column * columns.stride - columns.before
-
-                def code(p: int, j: int) -> Any:
-                    if j >= spec.kernel[1]:
-                        return const(0, "int8", size)
-                    if j not in columns.taps(run.start + p):
-                        return border
-                    place = first + p * columns.stride + j * columns.dilation
-                    return x[ramp(place * spec.c + channel, size)] ^ flip
-
-                for group in range(groups):
-                    load_weights(i, group)
-                    for p in range(run.count):
-                        a, b, c, d = (code(p, group * TAPS + t) for t in range(TAPS))
-                        (low, high), (low2, high2) = unpack(a, b, 1), unpack(c, d, 1)
-                        add(p, [*unpack(low, low2, 2), *unpack(high, high2, 2)])
-
-            low, high = rows.bounds(row)
-            if isinstance(high, int):
-                loop(high, kernel_row)
-            else:
-                with T.serial(0, low) as i:
-                    outside(i)
-                with T.serial(low, high) as i:
-                    kernel_row(i)
-                with T.serial(high, spec.kernel[0]) as i:
-                    outside(i)
-            here = (row * columns.out + column) * spec.c + channel
-            for p in range(run.count):
-                T.buffer_store(y, _codes(acc, m, p, number), [ramp(here + p * spec.c, size)])
-
-        def _codes(acc: Any, m: Any, p: int, number: Any) -> Any:
-            e = spec.epilogue
-            lo, hi = int(max(e.lo, -128)), int(min(e.hi, 127))
-            rounded = []
-            for k in range(4):
-                real = acc[p, k, ramp(0, lanes)].astype(f"float32x{lanes}") * m[number, k, ramp(0, lanes)]
-                if not e.bounded:
-                    real = common.clamp(real, lo - e.y_zp, hi - e.y_zp, "float32", lanes)
-                rounded.append(common.nearest(real, lanes, device))
-            packed = common.pack_bytes(common.pack_words(rounded, lanes), e.y_zp, lanes)
-            return common.clamp_codes(packed, lo, hi, size)
-
-        def channels(row: Any, column: Any, run: Run) -> None:
-            whole = len(blocks) - 1
-            loop(whole, lambda b: tile(row, column, run, b, b * size))
-            tile(row, column, run, whole, blocks[-1])
+        def all_channels(row: Any, column: Any, run: Run) -> None:
+            size = main[0][1]
+            whole = sum(first == i * size for i, (first, _) in enumerate(main))
+            loop(whole, lambda b: code.tile(row, column, run, b * size, b * size, size))
+            for i, (first, size) in enumerate(parts[whole:], whole):
+                code.tile(row, column, run, sum(s for _, s in parts[:i]), first, size)
 
         def row_of_tiles(row: Any) -> None:
             for run in tiles(columns, pixels):
-                loop(run.repeat, lambda t, run=run: channels(row, run.start + t * run.count, run))
+                loop(run.repeat, lambda t, run=run: all_channels(row, run.start + t * run.count, run))
 
         parallel(rows.out, row_of_tiles)
     return builder.get()
+
+
+class _Block:
+    """Code of a tile of pixels by a block of channels."""
+
+    def __init__(
+        self, spec: Depthwise, device: Device, pixels: int, groups: int, x: Any, w: Any, bias: Any, m: Any, y: Any
+    ) -> None:
+        self.spec, self.device, self.groups = spec, device, groups
+        self.x, self.w, self.bias, self.m, self.y = x, w, bias, m, y
+        sizes = sorted({size for _, size in blocks(spec.c)})
+        self.acc = {s: T.alloc_buffer((pixels, 4, s // 4), "int32", scope="local") for s in sizes}
+        self.weights = {s: T.alloc_buffer((4, s), "int8", scope="local") for s in sizes}
+
+    def tile(self, row: Any, column: Any, run: Run, place: Any, channel: Any, size: int) -> None:
+        """Channels channel .. channel + size, whose weights and vectors start at `place` of the packed order."""
+        spec, x = self.spec, self.x
+        rows, columns = spec.axes
+        lanes = size // 4
+        acc, weights = self.acc[size], self.weights[size]
+        depth = spec.kernel[0] * self.groups * TAPS
+        flip = const(-128, "int8", size)
+        border = const(spec.x_zp, "int8", size) ^ flip
+        for p in range(run.count):
+            for k in range(4):
+                T.buffer_store(acc, self.bias[ramp(place + k * lanes, lanes)], [p, k, ramp(0, lanes)])
+
+        def load_weights(i: Any, group: int) -> None:
+            for k in range(4):
+                here = place * depth + ((i * self.groups + group) * 4 + k) * size
+                T.buffer_store(weights, self.w[ramp(here, size)], [k, ramp(0, size)])
+
+        def add(p: int, codes: list[Any]) -> None:
+            for k, value in enumerate(codes):
+                before = acc[p, k, ramp(0, lanes)]
+                product = intrinsic(DOT[size], f"int32x{lanes}", before, value, weights[k, ramp(0, size)])
+                T.buffer_store(acc, product, [p, k, ramp(0, lanes)])
+
+        def outside(i: Any) -> None:
+            """A kernel row above or below the image, where every code is that of zero."""
+            for group in range(self.groups):
+                load_weights(i, group)
+                for p in range(run.count):
+                    add(p, [border] * 4)
+
+        def kernel_row(i: Any) -> None:
+            line = (row * rows.stride + i * rows.dilation - rows.before) * spec.w
+            first = line + column * columns.stride - columns.before
+
+            def code(p: int, j: int) -> Any:
+                if j >= spec.kernel[1]:
+                    return const(0, "int8", size)
+                if j not in columns.taps(run.start + p):
+                    return border
+                return x[ramp((first + p * columns.stride + j * columns.dilation) * spec.c + channel, size)] ^ flip
+
+            for group in range(self.groups):
+                load_weights(i, group)
+                for p in range(run.count):
+                    a, b, c, d = (code(p, group * TAPS + t) for t in range(TAPS))
+                    (low, high), (low2, high2) = unpack(a, b, 1, size), unpack(c, d, 1, size)
+                    add(p, [*unpack(low, low2, 2, size), *unpack(high, high2, 2, size)])
+
+        low, high = rows.bounds(row)
+        if isinstance(high, int):
+            loop(high, kernel_row)
+        else:
+            for begin, end, body in ((0, low, outside), (low, high, kernel_row), (high, spec.kernel[0], outside)):
+                with T.serial(begin, end) as i:
+                    body(i)
+        here = (row * columns.out + column) * spec.c + channel
+        for p in range(run.count):
+            T.buffer_store(self.y, self._codes(p, place, size), [ramp(here + p * spec.c, size)])
+
+    def _codes(self, p: int, place: Any, size: int) -> Any:
+        e, lanes = self.spec.epilogue, size // 4
+        lo, hi = int(max(e.lo, -128)), int(min(e.hi, 127))
+        rounded = []
+        for k in range(4):
+            real = (
+                self.acc[size][p, k, ramp(0, lanes)].astype(f"float32x{lanes}") * self.m[ramp(place + k * lanes, lanes)]
+            )
+            if not e.bounded:
+                real = common.clamp(real, lo - e.y_zp, hi - e.y_zp, "float32", lanes)
+            rounded.append(common.nearest(real, lanes, self.device))
+        packed = common.pack_bytes(common.pack_words(rounded, lanes), e.y_zp, lanes)
+        return common.clamp_codes(packed, lo, hi, size)
+
+
+def unpack(a: Any, b: Any, unit: int, size: int) -> tuple[Any, Any]:
+    """Units of `unit` bytes of a and b in turns, from the low and from the high half of every 128 bits."""
+    halves = []
+    for half in range(2):
+        order = []
+        for lane in range(0, size, 16):
+            for k in range(0, 8, unit):
+                first = lane + 8 * half + k
+                order += [first + e for e in range(unit)] + [size + first + e for e in range(unit)]
+        halves.append(tirx.Shuffle([a, b], [const(k, "int32") for k in order]))
+    return halves[0], halves[1]

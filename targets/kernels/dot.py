@@ -61,7 +61,10 @@ class Dot:
 
 @dataclass(frozen=True)
 class Lane(Dot):
-    """NEON multiplies by one element of a register: four input channels are loaded at once (FMLA by element)."""
+    """NEON multiplies by one element of a register: a load of input channels serves several (FMLA by element).
+
+    A register holds four float32 or eight float16, which are then summed in float16, as XNNPACK does.
+    """
 
     wide: int = 4
 
@@ -206,7 +209,13 @@ def _part(x: Any, first: int, count: int) -> Any:
 
 
 def dot(device: Device, dtype: str) -> Dot:
-    """The way of multiplying for a device and an element type ("float32" or "int8")."""
+    """The way of multiplying for a device and an element type ("float32", "float16" or "int8").
+
+    Raises EdgecError for float16 on a device that does not compute in it.
+    """
+    if dtype == "float16":
+        lanes = device.lanes_of(dtype)
+        return Lane(lanes, wide=lanes, dtype=dtype)
     if dtype != "int8":
         return Lane(device.lanes, dtype=dtype) if device.is_arm64 else Dot(device.lanes, dtype=dtype)
     if device.is_arm64:

@@ -81,7 +81,8 @@ class _Pool:
             if any(self.padding):
                 source = T.alloc_buffer((self.h + top + bottom, self.w + left + right, self.c), self.dtype)
                 pad_copy(x, source, (self.h, self.w, self.c), self.padding, border, self.dtype)  # type: ignore[arg-type]
-            acc = T.alloc_buffer((device.lanes,), acc_type, scope="local")
+            width = device.lanes_of(self.dtype)
+            acc = T.alloc_buffer((width,), acc_type, scope="local")
 
             def window(row: Any, column: Any, channel: Any, lanes: int) -> None:
                 here = [ramp(0, lanes)]
@@ -99,9 +100,9 @@ class _Pool:
                 T.buffer_store(y, end(acc[ramp(0, lanes)], lanes), [row, column, ramp(channel, lanes)])
 
             def pixel(row: Any, column: Any) -> None:
-                whole, rest = divmod(self.c, device.lanes)
-                loop(whole, lambda b: window(row, column, b * device.lanes, device.lanes))
-                loop(rest, lambda r: window(row, column, whole * device.lanes + r, 1))
+                whole, rest = divmod(self.c, width)
+                loop(whole, lambda b: window(row, column, b * width, width))
+                loop(rest, lambda r: window(row, column, whole * width + r, 1))
 
             parallel(oh, lambda row: parallel(ow, lambda column: pixel(row, column)))
         return builder.get()
@@ -122,7 +123,10 @@ class _Pool:
 
 @dataclass(frozen=True)
 class AvgPool(_Pool):
-    """Average over the full window, padding included. int8 needs `requant`, whose factor contains 1 / window size."""
+    """Average over the full window, padding included. int8 needs `requant`, whose factor contains 1 / window size.
+
+    Floats are summed in float32, float16 too: a map has more elements than float16 has digits.
+    """
 
     requant: Requant | None = None
     name = "avg_pool"
@@ -135,8 +139,8 @@ class AvgPool(_Pool):
             return self._build(
                 device,
                 lambda n: const(0.0, "float32", n),
-                lambda acc, value, n: acc + value,
-                lambda acc, n: acc * const(scale, "float32", n),
+                lambda acc, value, n: acc + value.astype(vec("float32", n)),
+                lambda acc, n: (acc * const(scale, "float32", n)).astype(vec(self.dtype, n)),
                 "float32",
                 0.0,
             )
@@ -158,7 +162,7 @@ class AvgPool(_Pool):
         """NumPy meaning: x [h, w, c] to [oh, ow, c]."""
         q = self.requant
         if q is None:
-            return self._windows(x, 0.0, np.float64).mean(0).astype(np.float32)
+            return self._windows(x, 0.0, np.float64).mean(0).astype(self.dtype)
         acc = (self._windows(x, q.x_zp, np.int64) - q.x_zp).sum(0)
         return np.clip(integer.rq1(acc, np.int64(q.m), np.int64(q.shift)) + q.y_zp, q.lo, q.hi).astype(np.int8)
 

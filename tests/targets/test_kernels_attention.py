@@ -87,9 +87,7 @@ def test_masks(device: Device) -> None:
         (7, 12, (12, 0, 0, 1)),
         (35, 9, (0, 0, 1, 0)),
     ):
-        size = 1 + sum(
-            (n - 1) * stride for n, stride in zip((2, 3, queries, keys), strides, strict=True)
-        )
+        size = 1 + sum((n - 1) * stride for n, stride in zip((2, 3, queries, keys), strides, strict=True))
         mask = floats(rng, size)
         mask[rng.random(size) < 0.3] = -np.inf
         mask[:: max(1, size // 3)] = 0.0

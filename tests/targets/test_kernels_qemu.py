@@ -48,7 +48,7 @@ def test_pools_elementwise_and_transposes(name: str) -> None:
     rng = np.random.default_rng(0)
     m, shift = integer.quantize_multiplier(0.37)
     cases: list[tuple[Any, list[np.ndarray], dict[str, np.ndarray]]] = []
-    for c in (1, 4, 7, 9):
+    for c in (1, 4, 7, 9, 40):
         x, q = codes(rng, 6, 5, c), floats(rng, 6, 5, c)
         window = ((3, 2), (2, 1), (1, 1, 0, 1))
         cases += [
@@ -57,6 +57,7 @@ def test_pools_elementwise_and_transposes(name: str) -> None:
             (AvgPool(6, 5, c, *window, dtype="int8", requant=requant(rng, 6)), [x], {}),
             (AvgPool(6, 5, c, *window), [q], {}),
             (Mean(6, 5, c, "int8", requant(rng, 30)), [x], {}),
+            (Mean(6, 5, c), [q], {}),
             (QLut(x.shape, True, 2), [x], {"table": codes(rng, c, 256)}),
             (Transpose(x.shape, (2, 0, 1), "int8"), [x], {}),
             (Transpose(q.shape, (2, 0, 1)), [q], {}),
@@ -69,9 +70,18 @@ def test_pools_elementwise_and_transposes(name: str) -> None:
         (QMul(a.shape, b.shape, m, shift + 7, 4, -5, 6, -128, 127), [a, b], {}),
         (QRescale(a.shape, m, shift, 7, -8, -128, 100), [a], {}),
         (QRescale(a.shape, 2**31 - 1, 1, 7, -8, -128, 127), [a], {}),
-        (Quantize(ties.shape, 0.0231, 3), [ties * np.float32(0.0231)], {}),
+        (QMul(a.shape, (1,), m, shift + 7, 4, -5, 6, -128, 127), [a, codes(rng, 1)], {}),
+        (QRescale(a.shape, m, 31, -128, 9, -128, 127), [a], {}),
+        (QLut((3, 37), False, 0), [codes(rng, 3, 37)], {"table": codes(rng, 256)}),
         (Dequantize(a.shape, 0.0231, 3), [a], {}),
     ]
+    # Arm cores divide by products (see `eltwise._divided`): codes and half codes, and their neighbours, decide it.
+    special = np.array([0.0, -0.0, 1e-45, np.inf, -np.inf, 3e37], np.float32)
+    for scale in (0.0231, 2.0**-12, *np.exp(rng.uniform(-12, 3, 6)), float(np.nextafter(np.float32(2), np.float32(1)))):
+        near = ties * np.float32(scale)
+        up, down = (np.nextafter(near, np.float32(to * np.inf)) for to in (1, -1))
+        x = np.concatenate([near, up, down, special])
+        cases.append((Quantize(x.shape, float(scale), 3), [x], {}))
     results = [spec.reference(*inputs, **weights) for spec, inputs, weights in cases]
     calls = [spec_call(c[0], device, c[1], expected, **c[2]) for c, expected in zip(cases, results, strict=True)]
     for (got,), expected in zip(run_calls(calls, device), results, strict=True):

@@ -1,0 +1,1 @@
+"""Other number formats than float32, without scales."""
