@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from edgec import regions as region_ops  # noqa: F401  (registers the operators)
+from edgec.as_conv2d import as_conv2d
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
@@ -92,11 +93,12 @@ def activation_of(node: Any) -> tuple[str, float, float] | None:
 
 
 def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace conv2d, linear, pools and their quantised forms by region operators, in place; returns `module`.
+    """Replace convolutions, linear, pools and their quantised forms by region operators, in place; returns `module`.
 
     Programs have no in-place operators (see `edgec.frontend`).
     """
     graph = module.graph
+    as_conv2d(module)
     _sink_quantize(graph)
     for node in list(graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from edgec.as_conv2d import as_conv2d
 from edgec.data import Dataset
 from edgec.errors import EdgecError
 from edgec.integer import REQUANTS
@@ -100,6 +101,7 @@ class QuantizeInt8(Pass):
         module = program.edit()
         module.graph.eliminate_dead_code()
         make_functional(module)
+        as_conv2d(module)
         check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
         annotation = annotate(module, self._keeps, self.nonlinear)
         for skip in annotation.skipped:

@@ -67,7 +67,7 @@ class KernelTimer:
         self._operands: list[np.ndarray] = []
         self._kernels: list[_Kernel] = []
 
-    def add(self, functions: Sequence[tvm.tirx.PrimFunc]) -> range:
+    def add(self, functions: Sequence[Any]) -> range:
         """Compile PrimFuncs, several at a time; returns their numbers. Raises EdgecError, ToolchainMissing."""
         named = {f"k{i}": f.with_attr("global_symbol", f"k{i}") for i, f in enumerate(functions)}
         lowered = lower_kernels(tvm.IRModule(named), self.device)

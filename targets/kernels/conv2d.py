@@ -6,6 +6,7 @@ channels; weights are packed so that the inner loop reads them in order. Padding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
-from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smull, dot, pack_weights
+from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
 from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
 from edgec.targets.tir import T, tirx
 
@@ -138,6 +139,10 @@ class Conv2D(Weighted):
         oh, ow = self.out
         return oh * ow * self.co * self.kernel[0] * self.kernel[1] * (self.ci // self.groups)
 
+    def dot(self, device: Device) -> Dot:
+        """How inputs and weights are multiplied; the same for `expanded`."""
+        return dot(device, self.dtype, self.ci // self.groups, math.prod(self.out))
+
     @property
     def walk(self) -> tuple[Axis, Axis]:
         """The axes as walked: a pointwise convolution without stride or padding is one long row."""
@@ -146,9 +151,13 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
+    def dot(self, device: Device) -> Dot:
+        """How the device multiplies here."""
+        return dot(device, self.dtype, self.ci // self.groups)
+
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
-        group = dot(device, self.dtype).group
+        group = self.dot(device).group
         inputs = self.ci // self.groups
         if inputs % group == 0:
             return self
@@ -167,7 +176,7 @@ class Conv2D(Weighted):
 
     def candidates(self, device: Device) -> list[Blocking]:
         """All register tiles that fit, lowest modelled cost first."""
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         outputs, inputs = self.co // self.groups, self.ci // self.groups
         rows, columns = self.expanded(device).walk
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
@@ -197,7 +206,7 @@ class Conv2D(Weighted):
 
         An int8 bias has one row for each set of taps that the border leaves, with what the missing ones would add.
         """
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         block = self.blocking(device).vectors * how.lanes
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
@@ -241,7 +250,7 @@ class Conv2D(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         inner = self.expanded(device)
         shape = self.blocking(device)
         block = shape.vectors * how.lanes
@@ -324,6 +333,8 @@ def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
     """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop."""
     if isinstance(how, Smull):
         return pixels * vectors <= 8 and vectors <= 2
+    if isinstance(how, Smmla):
+        return round_up(pixels, 2) * (vectors + 1) + 2 <= device.registers
     if isinstance(how, Lane | Sdot):
         return pixels * vectors + pixels + vectors < device.registers
     return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
@@ -337,9 +348,13 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
     """
 
     def tile(count: int, used: int) -> float:
+        count = round_up(count, how.pixels)
         busy = max(count * used * (3 if isinstance(how, Smull) else 1), 8) * how.wide
-        extra = count * (5 if isinstance(how, Smull) else 1)
-        epilogue = count * used * (8.0 if how.dtype == "int8" else 2.5)
+        extra = count * (5 if isinstance(how, Smull) else 2 if isinstance(how, Smmla) else 1)
+        epilogue = count * used * 2.5
+        if how.dtype == "int8":
+            # Whole registers of codes are stored with fewer instructions than parts of them.
+            epilogue = count * sum(8 + 1.5 * size for _, size in pieces(used * how.lanes, 4 * how.lanes))
         return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
 
     full, rest = divmod(columns, pixels)
@@ -366,14 +381,15 @@ class _Tile:
         residual: Any,
         y: Any,
     ) -> None:
-        self.spec, self.device, self.how = spec, device, dot(device, spec.dtype)
+        self.spec, self.device, self.how = spec, device, spec.dot(device)
         self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
         self.block = shape.vectors * how.lanes
         elements, held = how.held
-        self.acc = T.alloc_buffer((shape.pixels, shape.vectors, how.sums, how.lanes), how.acc_type, scope="local")
-        self.held = T.alloc_buffer((shape.pixels, elements), held, scope="local")
+        units = -(-shape.pixels // how.pixels)
+        self.acc = T.alloc_buffer((units, shape.vectors, how.sums, how.lanes), how.acc_type, scope="local")
+        self.held = T.alloc_buffer((units, elements), held, scope="local")
         self.weights = T.alloc_buffer((shape.vectors, how.weight_elements), spec.dtype, scope="local")
 
     def emit(self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int) -> None:
@@ -385,13 +401,12 @@ class _Tile:
         used = -(-channels // how.lanes)
         offset = index * self.block
         bias_rows = [self._bias_row(row, run.start + p) for p in range(run.count)]
-        for p in range(run.count):
+        for p in range(0, run.count, how.pixels):
             for v in range(used):
-                for s in range(how.sums):
-                    start = const(0, how.acc_type, how.lanes)
-                    if how.sums == 1:
-                        start = self.bias[bias_rows[p], ramp(offset + v * how.lanes, how.lanes)]
-                    T.buffer_store(self.acc, start, [p, v, s, ramp(0, how.lanes)])
+                rows_here = [bias_rows[min(q, run.count - 1)] for q in range(p, p + how.pixels)]
+                bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in rows_here]
+                for s, start in enumerate(how.start(bias)):
+                    T.buffer_store(self.acc, start, [p // how.pixels, v, s, ramp(0, how.lanes)])
 
         def first(i: Any, j: Any, p: int) -> Any:
             """Place in x of the first channel under tap (i, j) of a pixel."""
@@ -442,25 +457,44 @@ class _Tile:
     ) -> None:
         """Add the products of `count` groups from group `start` of kernel row `i`; `first` is where a pixel's lie."""
         how = self.how
+        units = sorted({p // how.pixels for p in pixels})
+
+        def load(k: Any, unit: int, groups: int) -> Any:
+            size = how.group * groups
+            members = range(unit * how.pixels, (unit + 1) * how.pixels)
+            nothing = const(0, self.spec.dtype, size)
+            inputs = [self.x[ramp(first(p) + k * how.group, size)] if p in pixels else nothing for p in members]
+            return how.load(inputs, groups)
+
+        def load_weights(k: Any, v: int) -> None:
+            place = [index, i, start + k, v, ramp(0, how.weight_elements)]
+            T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
+
+        def multiply(unit: int, v: int, lane: int | None) -> None:
+            acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
+            weights = self.weights[v, ramp(0, how.weight_elements)]
+            x = self.held[unit, ramp(0, how.held[0])]
+            for s, value in enumerate(how.multiply(acc, weights, x, lane)):
+                T.buffer_store(self.acc, value, [unit, v, s, ramp(0, how.lanes)])
 
         def step(k: Any, groups: int) -> None:
             """The products of groups k .. k + groups."""
-            for p in pixels:
-                base = first(p) + k * how.group
-                value = self.x[ramp(base, how.group * groups)]
-                value = how.hold(value) if groups == 1 else value
-                T.buffer_store(self.held, value, [p, ramp(0, how.held[0])])
+            for unit in units:
+                T.buffer_store(self.held, load(k, unit, groups), [unit, ramp(0, how.held[0])])
             for g in range(groups):
-                for v in range(used):
-                    place = [index, i, start + k + g, v, ramp(0, how.weight_elements)]
-                    T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
-                for p in pixels:
-                    x = self.held[p, ramp(0, how.held[0])]
+                lane = g if groups > 1 else None
+                if how.pixels > 1:
+                    # Its many weight registers live for a short time each.
                     for v in range(used):
-                        acc = [self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
-                        weights = self.weights[v, ramp(0, how.weight_elements)]
-                        for s, value in enumerate(how.multiply(acc, weights, x, g if groups > 1 else None)):
-                            T.buffer_store(self.acc, value, [p, v, s, ramp(0, how.lanes)])
+                        load_weights(k + g, v)
+                        for unit in units:
+                            multiply(unit, v, lane)
+                    continue
+                for v in range(used):
+                    load_weights(k + g, v)
+                for unit in units:
+                    for v in range(used):
+                        multiply(unit, v, lane)
 
         repeat = max(1, min(8, UNROLLED // (2 * len(pixels) * used))) if how.wide == 1 else 1
 
@@ -480,10 +514,9 @@ class _Tile:
         spec, how = self.spec, self.how
         values = []
         for v in range(used):
-            value = how.total([self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)])
-            if how.sums > 1:
-                value = value + self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)]
-            values.append(value)
+            unit, pixel = divmod(p, how.pixels)
+            acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
+            values.append(how.total(acc, self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)], pixel))
         store_channels(
             values, how.lanes, channels, self.factors, offset, self.residual, self.y, here, spec, self.device
         )

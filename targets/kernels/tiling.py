@@ -40,7 +40,7 @@ class Axis:
         if not self.padded:
             return 0, self.kernel
         first = position * self.stride - self.before
-        low = tirx.max(tirx.floordiv(self.dilation - 1 - first, self.dilation), 0)
+        low = tirx.min(tirx.max(tirx.floordiv(self.dilation - 1 - first, self.dilation), 0), self.kernel)
         high = tirx.min(tirx.floordiv(self.size - 1 - first, self.dilation) + 1, self.kernel)
         return low, tirx.max(high, low)
 

@@ -12,7 +12,6 @@ from edgec.targets.codegen import build_objects, c_calls, lower_kernels
 from edgec.targets.device import Device
 from edgec.targets.qemu.counter import Profile, link, profile_program
 
-
 PREFIX = "kernel_"
 
 

@@ -1,8 +1,8 @@
-"""int8 depthwise convolution with VPDPBUSD, which sums four products: four taps of one channel at a time.
+"""int8 depthwise convolution with dot products, VPDPBUSD or SDOT: four taps of one channel are summed at a time.
 
-The codes of four neighbouring taps are interleaved by two rounds of unpacking, which work within 128 bits and leave the
-channels in another order; weights, bias and factors are packed in that order, and the saturating packs of the epilogue
-undo it.
+The codes of four neighbouring taps are interleaved by two rounds of unpacking (UNPCK, ZIP), which work within 128 bits
+and leave longer registers' channels in another order; weights, bias and factors are packed in that order, and the
+saturating packs of the epilogue undo it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,26 @@ DOT = {
     32: "llvm.x86.avx512.vpdpbusd.256",
     64: "llvm.x86.avx512.vpdpbusd.512",
 }
+SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+PIXELS = 4
 
 
 def applies(spec: Depthwise, device: Device) -> bool:
     """Whether the kernel is compiled this way."""
-    plain = spec.dtype == "int8" and spec.epilogue.requant == "RQF" and not spec.residual
-    return plain and device.has_vnni and device.lanes == 16 and spec.c >= 16
+    plain = spec.dtype == "int8" and spec.epilogue.requant == "RQF" and not spec.residual and spec.c >= 16
+    return plain and (offset(device) > 0 or (device.is_arm64 and device.has_dot))
 
 
-def blocks(channels: int) -> list[tuple[int, int]]:
+def offset(device: Device) -> int:
+    """What is added to codes before they are multiplied: VPDPBUSD takes unsigned ones."""
+    return 128 if device.has_vnni and device.lanes == 16 else 0
+
+
+def blocks(channels: int, device: Device) -> list[tuple[int, int]]:
     """(first channel, size) of all blocks. The last one may repeat channels of the one before it."""
-    size = next(s for s in (64, 32, 16) if s <= channels)
+    size = next(s for s in (64, 32, 16) if s <= min(channels, device.vector_bytes))
     rest = channels % size
-    tail = next((s for s in (16, 32, 64) if s >= rest), 0) if rest else 0
+    tail = next(s for s in (16, 32, 64) if s >= rest) if rest else 0
     return [(first, size) for first in range(0, channels - rest, size)] + [(channels - tail, tail)] * bool(tail)
 
 
@@ -58,9 +65,8 @@ def pack(
     taps = np.zeros((spec.c, spec.kernel[0], groups * TAPS), np.int8)
     taps[:, :, : spec.kernel[1]] = w[:, 0]
     taps = taps.reshape(spec.c, spec.kernel[0], groups, TAPS)
-    # Codes are multiplied as code + 128.
-    start = (0 if bias is None else bias) - 128 * w.astype(np.int64).sum((1, 2, 3))
-    channels = [first + _order(size) for first, size in blocks(spec.c)]
+    start = (0 if bias is None else bias) - offset(device) * w.astype(np.int64).sum((1, 2, 3))
+    channels = [first + _order(size) for first, size in blocks(spec.c, device)]
     # 4, size / 4, kh, groups, taps -> kh, groups, 4, size / 4, taps
     packed = np.concatenate([taps[c].transpose(2, 3, 0, 1, 4).ravel() for c in channels])
     order = np.concatenate([c.ravel() for c in channels])
@@ -70,7 +76,7 @@ def pack(
 def prim_func(spec: Depthwise, device: Device) -> Any:
     """Parameters: x, packed weights, bias, m, y."""
     rows, columns = spec.axes
-    parts = blocks(spec.c)
+    parts = blocks(spec.c, device)
     groups = -(-spec.kernel[1] // TAPS)
     _, pixels = spec.blocking(device)
     channels = sum(size for _, size in parts)
@@ -106,7 +112,7 @@ class _Block:
     ) -> None:
         self.spec, self.device, self.groups = spec, device, groups
         self.x, self.w, self.bias, self.m, self.y = x, w, bias, m, y
-        sizes = sorted({size for _, size in blocks(spec.c)})
+        sizes = sorted({size for _, size in blocks(spec.c, device)})
         self.acc = {s: T.alloc_buffer((pixels, 4, s // 4), "int32", scope="local") for s in sizes}
         self.weights = {s: T.alloc_buffer((4, s), "int8", scope="local") for s in sizes}
 
@@ -117,8 +123,12 @@ class _Block:
         lanes = size // 4
         acc, weights = self.acc[size], self.weights[size]
         depth = spec.kernel[0] * self.groups * TAPS
-        flip = const(-128, "int8", size)
-        border = const(spec.x_zp, "int8", size) ^ flip
+        zero = const(0, "int8", size)
+
+        def shifted(codes: Any) -> Any:
+            return codes ^ const(-128, "int8", size) if offset(self.device) else codes
+
+        border = shifted(const(spec.x_zp, "int8", size))
         for p in range(run.count):
             for k in range(4):
                 T.buffer_store(acc, self.bias[ramp(place + k * lanes, lanes)], [p, k, ramp(0, lanes)])
@@ -130,9 +140,9 @@ class _Block:
 
         def add(p: int, codes: list[Any]) -> None:
             for k, value in enumerate(codes):
-                before = acc[p, k, ramp(0, lanes)]
-                product = intrinsic(DOT[size], f"int32x{lanes}", before, value, weights[k, ramp(0, size)])
-                T.buffer_store(acc, product, [p, k, ramp(0, lanes)])
+                operands = acc[p, k, ramp(0, lanes)], value, weights[k, ramp(0, size)]
+                name = DOT[size] if offset(self.device) else SDOT
+                T.buffer_store(acc, intrinsic(name, f"int32x{lanes}", *operands), [p, k, ramp(0, lanes)])
 
         def outside(i: Any) -> None:
             """A kernel row above or below the image, where every code is that of zero."""
@@ -145,12 +155,16 @@ class _Block:
             line = (row * rows.stride + i * rows.dilation - rows.before) * spec.w
             first = line + column * columns.stride - columns.before
 
+            there = {
+                p * columns.stride + j * columns.dilation for p in range(run.count) for j in columns.taps(run.start + p)
+            }
+
             def code(p: int, j: int) -> Any:
-                if j >= spec.kernel[1]:
-                    return const(0, "int8", size)
-                if j not in columns.taps(run.start + p):
+                place = p * columns.stride + j * columns.dilation
+                if j < spec.kernel[1] and j not in columns.taps(run.start + p):
                     return border
-                return x[ramp((first + p * columns.stride + j * columns.dilation) * spec.c + channel, size)] ^ flip
+                # A tap that fills up four has no weight: it is what a neighbour loads, so that they share an unpacking.
+                return shifted(x[ramp((first + place) * spec.c + channel, size)]) if place in there else zero
 
             for group in range(self.groups):
                 load_weights(i, group)
@@ -172,12 +186,14 @@ class _Block:
 
     def _codes(self, p: int, place: Any, size: int) -> Any:
         e, lanes = self.spec.epilogue, size // 4
+        sums = [self.acc[size][p, k, ramp(0, lanes)] for k in range(4)]
+        factors = [self.m[ramp(place + k * lanes, lanes)] for k in range(4)]
+        if not offset(self.device):
+            return common.finish(sums, [[f] for f in factors], [], e, "int8", lanes, self.device)
         lo, hi = int(max(e.lo, -128)), int(min(e.hi, 127))
         rounded = []
-        for k in range(4):
-            real = (
-                self.acc[size][p, k, ramp(0, lanes)].astype(f"float32x{lanes}") * self.m[ramp(place + k * lanes, lanes)]
-            )
+        for acc, factor in zip(sums, factors, strict=True):
+            real = acc.astype(f"float32x{lanes}") * factor
             if not e.bounded:
                 real = common.clamp(real, lo - e.y_zp, hi - e.y_zp, "float32", lanes)
             rounded.append(common.nearest(real, lanes, self.device))
