@@ -258,7 +258,8 @@ def _raw_signature(
     raw = raw.with_attr("global_symbol", symbol).with_attr("target", target)
     if not aliased:
         raw = raw.with_attr("tirx.noalias", True)
-    types = tuple(_dtype(b) for b in (*buffers, *scratch))
+    # TVM makes scratch memory that is only read and written in vectors a buffer of vectors.
+    types = tuple(_dtype(b).partition("x")[0] for b in (*buffers, *scratch))
     return raw, types, tuple(_bytes(b) for b in scratch)
 
 

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from edgec import qops as qops
+from edgec.bundle import build_bundle
 from edgec.lowering.graph import affine, moves_ones, view_of
-from edgec.lowering.lower import lower_torch
-from tests.lowering.helpers import Stages, calls, compile_host, load, operators, samples
+from edgec.lowering.lower import lower, lower_torch
+from edgec.targets.device import load_device
+from tests.lowering.helpers import Stages, calls, compile_host, errors, load, operators, samples
 from tests.lowering.networks import Net, chain, conv
+from tests.targets.kernel_runner import require
 
 TOKENS = (1, 21, 24)
 MOVES = ("permute", "transpose", "clone", "contiguous", "expand", "select", "slice", "unbind", "split")
@@ -207,6 +210,17 @@ def test_compiled_equals_pytorch(name: str, tmp_path: Path) -> None:
     assert compiled.error() < 1e-5
     if name in {f.__name__ for f in ATTENTIONS} or name.startswith("encoder"):
         assert compiled.lowered.fallbacks == ()
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", ("cortex-a72", "cortex-a7"))
+def test_compiled_for_arm(name: str, tmp_path: Path) -> None:
+    program, device = load(randomized(Block(biased, act=nn.SiLU)), TOKENS), load_device(name)
+    require(device)
+    inputs = samples(program)
+    bundle = build_bundle(lower(program, device), device, tmp_path / "bundle")
+    got = torch.from_numpy(bundle.run(*[x.numpy() for x in inputs]))
+    assert errors((got,), program(*inputs)) < 1e-5
 
 
 @pytest.mark.pure
