@@ -239,7 +239,8 @@ class Smmla(Dot):
         size = 8 * groups
         rows = [list(range(8 * g, 8 * g + 8)) + list(range(size + 8 * g, size + 8 * g + 8)) for g in range(groups)]
         order = [k for row in rows * (2 // groups) for k in row]
-        return tirx.Shuffle(inputs, [const(k, "int32") for k in order])
+        # A shuffle's result may not be longer than its operands.
+        return tirx.Shuffle(inputs * (2 // groups), [const(k, "int32") for k in order])
 
     def start(self, bias: list[Any]) -> list[Any]:
         return [tirx.Shuffle(bias, [const(k + 2 * s, "int32") for k in (0, 1, 4, 5)]) for s in range(2)]
