@@ -151,10 +151,6 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
-    def dot(self, device: Device) -> Dot:
-        """How the device multiplies here."""
-        return dot(device, self.dtype, self.ci // self.groups)
-
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
         group = self.dot(device).group

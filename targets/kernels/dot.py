@@ -258,7 +258,13 @@ def _part(x: Any, first: int, count: int) -> Any:
 
 
 def dot(device: Device, dtype: str, inputs: int = 1, pixels: int = 1) -> Dot:
-    """The way of multiplying for a device, an element type ("float32" or "int8") and a layer of these sizes."""
+    """The way of multiplying for a device, an element type ("float32", "float16" or "int8") and a layer of these sizes.
+
+    Raises EdgecError for float16 on a device that does not compute in it.
+    """
+    if dtype == "float16":
+        lanes = device.lanes_of(dtype)
+        return Lane(lanes, wide=lanes, dtype=dtype)
     if dtype != "int8":
         return Lane(device.lanes, dtype=dtype) if device.is_arm64 else Dot(device.lanes, dtype=dtype)
     # A group of eight inputs and a pair of pixels must not be mostly filling.
