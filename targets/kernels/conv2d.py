@@ -370,7 +370,7 @@ class _Tile:
             for v in range(used):
                 for s in range(how.sums):
                     start = const(0, how.acc_type, how.lanes)
-                    if how.sums == 1:
+                    if not how.bias_last:
                         start = self.bias[bias_rows[p], ramp(offset + v * how.lanes, how.lanes)]
                     T.buffer_store(self.acc, start, [p, v, s, ramp(0, how.lanes)])
 
@@ -462,7 +462,7 @@ class _Tile:
         values = []
         for v in range(used):
             value = how.total([self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)])
-            if how.sums > 1:
+            if how.bias_last:
                 value = value + self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)]
             values.append(value)
         store_channels(
