@@ -262,7 +262,7 @@ def _narrow_x86(codes: Sequence[Any], z: int, lo: int, hi: int) -> Any:
 
 
 def pack_words(codes: Sequence[Any], lanes: int) -> list[Any]:
-    """Neighbouring x86 int32 vectors to int16 with saturation; within 128 bits four of the first, four of the second."""
+    """Neighbouring x86 int32 vectors to int16 with saturation; in 128 bits four of the first, four of the second."""
     name = {4: "llvm.x86.sse2.packssdw.128", 8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}[lanes]
     return [intrinsic(name, f"int16x{2 * lanes}", *codes[i : i + 2]) for i in range(0, len(codes), 2)]
 

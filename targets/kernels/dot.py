@@ -39,6 +39,11 @@ class Dot:
         return "int32" if self.dtype == "int8" else self.dtype
 
     @property
+    def bias_last(self) -> bool:
+        """Whether the bias is added to the finished sum. In float16 every product added to it is rounded to its size."""
+        return self.sums > 1 or self.dtype == "float16"
+
+    @property
     def weight_elements(self) -> int:
         """Elements of a weight vector."""
         return self.lanes * self.group
