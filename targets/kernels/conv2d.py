@@ -399,18 +399,10 @@ class _Tile:
         bias_rows = [self._bias_row(row, run.start + p) for p in range(run.count)]
         for p in range(0, run.count, how.pixels):
             for v in range(used):
-<<<<<<< HEAD
                 rows_here = [bias_rows[min(q, run.count - 1)] for q in range(p, p + how.pixels)]
                 bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in rows_here]
                 for s, start in enumerate(how.start(bias)):
                     T.buffer_store(self.acc, start, [p // how.pixels, v, s, ramp(0, how.lanes)])
-=======
-                for s in range(how.sums):
-                    start = const(0, how.acc_type, how.lanes)
-                    if not how.bias_last:
-                        start = self.bias[bias_rows[p], ramp(offset + v * how.lanes, how.lanes)]
-                    T.buffer_store(self.acc, start, [p, v, s, ramp(0, how.lanes)])
->>>>>>> fp16
 
         def first(i: Any, j: Any, p: int) -> Any:
             """Place in x of the first channel under tap (i, j) of a pixel."""
@@ -518,16 +510,9 @@ class _Tile:
         spec, how = self.spec, self.how
         values = []
         for v in range(used):
-<<<<<<< HEAD
             unit, pixel = divmod(p, how.pixels)
             acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
             values.append(how.total(acc, self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)], pixel))
-=======
-            value = how.total([self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)])
-            if how.bias_last:
-                value = value + self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)]
-            values.append(value)
->>>>>>> fp16
         store_channels(
             values, how.lanes, channels, self.factors, offset, self.residual, self.y, here, spec, self.device
         )

@@ -121,19 +121,13 @@ class Depthwise(Weighted):
 
             def tile(row: Any, column: Any, run: Run, channel: Any, lanes: int) -> None:
                 there = {p: columns.taps(run.start + p) for p in range(run.count)}
-                # As in `Dot.bias_last`.
+                # As in `Dot.start`.
                 late = self.dtype == "float16"
                 for p in there:
-<<<<<<< HEAD
-                    T.buffer_store(acc, bias[ramp(channel, lanes)], [p, ramp(0, lanes)])
-                # Input columns, from the first pixel's tap 0, and who multiplies them; None is the border's code.
-                users: dict[int | None, list[tuple[int, int]]] = {}
-=======
                     start = const(0, acc_type, lanes) if late else bias[ramp(channel, lanes)]
                     T.buffer_store(acc, start, [p, ramp(0, lanes)])
-                # Input columns, from the first pixel's tap 0, and who multiplies them.
-                users: dict[int, list[tuple[int, int]]] = {}
->>>>>>> fp16
+                # Input columns, from the first pixel's tap 0, and who multiplies them; None is the border's code.
+                users: dict[int | None, list[tuple[int, int]]] = {}
                 for p, taps in there.items():
                     for j in taps:
                         users.setdefault(p * columns.stride + j * columns.dilation, []).append((p, j))

@@ -39,11 +39,6 @@ class Dot:
         return "int32" if self.dtype == "int8" else self.dtype
 
     @property
-    def bias_last(self) -> bool:
-        """Whether the bias is added to the finished sum. In float16 every product added to it is rounded to its size."""
-        return self.sums > 1 or self.dtype == "float16"
-
-    @property
     def weight_elements(self) -> int:
         """Elements of a weight vector."""
         return self.lanes * self.group
@@ -62,8 +57,11 @@ class Dot:
         return self.hold(inputs[0]) if groups == 1 else inputs[0]
 
     def start(self, bias: list[Any]) -> list[Any]:
-        """What accumulators begin with, given the bias of each pixel: the bias, or nothing where `total` adds it."""
-        return bias
+        """What accumulators begin with, given the bias of each pixel: the bias, or nothing where `total` adds it.
+
+        In float16 every product that is added to the bias would be rounded to the size of the bias.
+        """
+        return [const(0, self.dtype, self.lanes)] if self.dtype == "float16" else bias
 
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         """`acc` plus w times input group `lane` of a wide load, or the only group when `lane` is None."""
@@ -71,7 +69,7 @@ class Dot:
 
     def total(self, acc: list[Any], bias: Any, pixel: int) -> Any:
         """The sums per output channel of one of the pixels."""
-        return acc[0]
+        return acc[0] + bias if self.dtype == "float16" else acc[0]
 
 
 @dataclass(frozen=True)
