@@ -53,8 +53,7 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
         )
     imported = import_graph(exported, device)
     show("import", imported.module.script())
-    module = legalize_relax(imported.module, device)
-    return _finish(program, Imported(module, imported.bindings), device, show)
+    return _finish(program, legalize_relax(imported, device), device, show)
 
 
 def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step, text: None) -> Program:

@@ -100,10 +100,10 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
 def parallel(extent: int, body: Callable[[Any], None]) -> None:
     """A kernel's outermost loop, whose iterations may run on several threads and in any order; at most `extent` do.
 
-    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that
-    it needs for itself has scope "local", which is the stack of its thread: a loop that writes and reads a larger
-    buffer of the kernel stays serial. A kernel may have several such loops, one after the other; the threads meet in
-    between. A loop inside another is serial.
+    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that it
+    needs for itself has scope "local", which is the stack of its thread, or is its own part of a buffer of the kernel:
+    buffer[i, ...]. A loop whose iterations write and read the same elements stays serial. A kernel may have several
+    such loops, one after the other; the threads meet in between. A loop inside another is serial.
     """
     if extent == 1:
         body(0)

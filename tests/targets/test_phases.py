@@ -59,6 +59,29 @@ def two_loops(x: Any, y: Any, shared: Any, local: Any) -> None:
     copy(shared, y, parallel, 3.0)
 
 
+def reversed_rows(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """The second loop needs what another iteration of the first has left."""
+    copy(x, shared, parallel, 3.0)
+    parallel(N, lambda i: loop(128, lambda j: T.buffer_store(y, shared[N - 1 - i, j], [N - 1 - i, j])))
+
+
+def own_part(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """Each iteration has its own row of the scratch memory."""
+
+    def row(i: Any) -> None:
+        loop(128, lambda j: T.buffer_store(shared, x[i, j] * common.const(3.0, "float32"), [i, j]))
+        loop(128, lambda j: T.buffer_store(y, shared[i, j], [i, j]))
+
+    parallel(N, row)
+
+
+def small_between(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """A few numbers that go from one phase to the next: not on a stack, however few."""
+    factors = T.alloc_buffer((N,), "float32")
+    parallel(N, lambda i: T.buffer_store(factors, common.const(3.0, "float32"), [N - 1 - i]))
+    parallel(N, lambda i: loop(128, lambda j: T.buffer_store(y, x[i, j] * factors[i], [i, j])))
+
+
 def serial_around(x: Any, y: Any, shared: Any, local: Any) -> None:
     copy(x, shared, loop)
     copy(shared, y, parallel)
@@ -94,7 +117,10 @@ CASES = {
     one_loop: (N,),
     nested: (N,),
     inner_only: (0,),
-    two_loops: (N, N),
+    two_loops: (N,),
+    reversed_rows: (N, N),
+    own_part: (N,),
+    small_between: (N, N),
     serial_around: (0, N, 0),
     own_stack: (N,),
     shared_inside: (0,),
