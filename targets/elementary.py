@@ -52,8 +52,8 @@ TANH_P = (
 TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
 # erf(x) = c P(2 c^2 / ERF_MAX^2 - 1), c = clamp(x, -ERF_MAX, ERF_MAX), highest power first: minimax polynomial of the
-# relative error (1.2e-7) on an argument in -1..1, where its coefficients are small. No division: a core needs longer for
-# one than for all of this.
+# relative error (1.2e-7) on an argument in -1..1, where its coefficients are small. A division would keep an in-order
+# core waiting for longer than all of this takes.
 ERF_MAX = 3.6
 ERF_P = (
     -1.053190130e-3,
