@@ -158,11 +158,11 @@ class Edgec:
 
     name = OURS
 
-    def suits(self, subject: Subject, kind: str) -> bool:
-        return True
-
     def __init__(self, folder: Path, passes: Mapping[str, str] = PASSES) -> None:
         self.folder, self.passes = folder, passes
+
+    def suits(self, subject: Subject, kind: str) -> bool:
+        return True
 
     def version(self) -> str:
         from edgec import __version__
@@ -263,9 +263,12 @@ def contest(
             with hushed():
                 contestant = engine.load(files[engine], setup.threads)
             scores[engine.name] = scorer(contestant)
-        except Absent as reason:
+        except Exception as reason:
+            # Of other engines nothing is expected; an error of our own that is not an EdgecError is a bug.
+            if engine.name == OURS and not isinstance(reason, Absent):
+                raise
             files.pop(engine, None)
-            absent[engine.name] = str(reason)
+            absent[engine.name] = str(Absent(reason))
     inputs = subject.calibration.read(slice(0, 1))[0]
     with _locked(setup.lock), _pinned(setup.cores):
         timings = in_new_process(time_files, files, inputs, setup.threads, setup.rounds)

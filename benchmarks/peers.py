@@ -276,8 +276,6 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
-        # A thread that waits must not eat the time of the next contestant.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

@@ -6,13 +6,14 @@ a quantised Program remains a graph that PyTorch runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, weight_node
+from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
 
 aten = torch.ops.aten
 
@@ -54,10 +55,11 @@ BINARY = (
 
 
 def as_conv2d(module: fx.GraphModule) -> fx.GraphModule:
-    """Rewrite `conv1d` on batches with stored weights, and what follows it, on maps of height 1, in place.
+    """Rewrite 1-D and transposed convolutions of batches by stored weights, in place; returns `module`.
 
-    The values that other operators read keep their shape: a squeeze stands between them and the map. Returns `module`;
-    new values carry `meta["val"]`.
+    Values that other operators read keep their shape: for 1-D ones a squeeze stands between them and the map of height
+    1, on which element-wise operators, pools and concatenations behind the convolution work as well. New values carry
+    `meta["val"]`.
     """
     for node in list(module.graph.nodes):
         rule = RULES.get(node.target) if node.op == "call_function" else None
@@ -75,6 +77,11 @@ def as_conv2d(module: fx.GraphModule) -> fx.GraphModule:
             back.meta["edgec_flat"] = True
         node.replace_all_uses_with(back)
         module.graph.erase_node(node)
+    # Squeezes that nothing reads would count as readers.
+    module.graph.eliminate_dead_code()
+    for node in list(module.graph.nodes):
+        if is_call(node, aten.conv_transpose2d.input) and len(shape_of(node)) == 4:
+            _by_phase(module, node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
@@ -122,6 +129,15 @@ def _conv1d(module: fx.GraphModule, node: Any) -> Call:
     target = aten.conv2d.padding if isinstance(padding, str) else aten.conv2d.default
     args = (_map(module, x), weight, bias, [1, _one(stride)], pads, [1, _one(dilation)], groups)
     return target, args, {}
+
+
+def _conv_transpose1d(module: fx.GraphModule, node: Any) -> Call:
+    x, w, bias, stride, padding, extra, groups, dilation = _arguments(node)
+    if constant_of(module, w) is None or not _is_line(x) or (bias is not None and constant_of(module, bias) is None):
+        return None
+    weight = weight_node(module, f"{w.target}_2d", get_weight(module, w).unsqueeze(2))
+    geometry = ([1, _one(stride)], [0, _one(padding)], [0, _one(extra)], groups, [1, _one(dilation)])
+    return aten.conv_transpose2d.input, (_map(module, x), weight, bias, *geometry), {}
 
 
 def _one(value: Any) -> int:
@@ -205,6 +221,7 @@ RULES: dict[Any, Callable[[fx.GraphModule, Any], Call]] = {
     **dict.fromkeys(BINARY, _binary),
     aten.conv1d.default: _conv1d,
     aten.conv1d.padding: _conv1d,
+    aten.conv_transpose1d.default: _conv_transpose1d,
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.pad.default: _pad,
@@ -214,3 +231,134 @@ RULES: dict[Any, Callable[[fx.GraphModule, Any], Call]] = {
     aten.adaptive_avg_pool1d.default: _adaptive_average,
     aten.mean.dim: _mean,
 }
+
+
+# -- transposed convolution --------------------------------------------------------------------------------------------
+
+# Activations that are applied before the phases are interleaved, where a convolution takes them into its epilogue.
+POINTWISE = UNARY[: UNARY.index(aten.neg.default)]
+# All phases as one convolution, whose weights have zeros where a phase has no tap, instead of one each: where that adds
+# at most this share of products, or where a phase has too few channels to fill a vector register by itself.
+MOST_ZEROS = 0.3
+FEW_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class Phases:
+    """One axis of a transposed convolution as `stride` ordinary ones on the `size` inputs, with stride 1.
+
+    Output o = stride * t + r reads input t + offset through kernel tap k for all (offset, k) in `taps[r]`:
+    o + padding = stride * (t + offset) + k. Every phase has `count` outputs, of which the last may be beyond `out`.
+    """
+
+    size: int
+    kernel: int
+    stride: int
+    padding: int
+    extra: int
+
+    @property
+    def out(self) -> int:
+        return (self.size - 1) * self.stride - 2 * self.padding + self.kernel + self.extra
+
+    @property
+    def count(self) -> int:
+        return -(-self.out // self.stride)
+
+    @property
+    def taps(self) -> list[list[tuple[int, int]]]:
+        found = []
+        for r in range(self.stride):
+            first, base = (r + self.padding) % self.stride, (r + self.padding) // self.stride
+            found.append([(base - j, k) for j, k in enumerate(range(first, self.kernel, self.stride))])
+        return found
+
+    def window(self, phases: Sequence[int]) -> range:
+        """Offsets of the inputs that any of these phases reads; one of them where there is none."""
+        offsets = [offset for r in phases for offset, _ in self.taps[r]] or [0]
+        return range(min(offsets), max(offsets) + 1)
+
+
+def _by_phase(module: fx.GraphModule, node: Any) -> None:
+    """A transposed convolution as ordinary ones, one for each phase of the output, whose results are interleaved."""
+    x, w, bias, stride, padding, extra, groups, dilation = _arguments(node)
+    if any(a is not None and constant_of(module, a) is None for a in (w, bias)) or constant_of(module, w) is None:
+        return
+    stride, padding, extra, dilation = (_two(v) for v in (stride, padding, extra, dilation))
+    weight = get_weight(module, w)
+    if dilation != [1, 1] or not all(isinstance(n, int) for n in shape_of(x)[1:]):
+        return
+    axes = tuple(Phases(shape_of(x)[2 + i], weight.shape[2 + i], stride[i], padding[i], extra[i]) for i in range(2))
+    everything = [(a, b) for a in range(stride[0]) for b in range(stride[1])]
+    inputs, channels = weight.shape[0] // groups, weight.shape[1] * groups
+    # [groups, inputs, outputs, kh, kw] to OIHW
+    kernel = (
+        weight.reshape(groups, inputs, -1, *weight.shape[2:])
+        .transpose(1, 2)
+        .reshape(channels, inputs, *weight.shape[2:])
+    )
+    used = weight.shape[2] * weight.shape[3]
+    joint = len(everything)
+    for i in range(2):
+        joint *= len(axes[i].window(range(stride[i])))
+    together = groups == 1 and (joint <= used * (1 + MOST_ZEROS) or channels <= FEW_CHANNELS)
+    last, act = node, None
+    users = list(node.users)
+    if len(users) == 1 and is_call(users[0], *POINTWISE) and not any(isinstance(a, fx.Node) for a in users[0].args[1:]):
+        last, act = users[0], users[0]
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        new = module.graph.call_function(target, args)
+        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        _describe(new, last, target(*values))
+        return new
+
+    def convolve(phases: list[tuple[int, int]], name: str) -> fx.Node:
+        windows = [axes[i].window(sorted({phase[i] for phase in phases})) for i in range(2)]
+        full = kernel.new_zeros(len(phases), *kernel.shape[:2], *(len(window) for window in windows))
+        for number, phase in enumerate(phases):
+            for dy, ky in axes[0].taps[phase[0]]:
+                for dx, kx in axes[1].taps[phase[1]]:
+                    full[number, :, :, dy - windows[0].start, dx - windows[1].start] = kernel[:, :, ky, kx]
+        stored = weight_node(module, f"{w.target}_{name}", full.reshape(-1, *full.shape[2:]))
+        offset = bias
+        if bias is not None and len(phases) > 1:
+            offset = weight_node(module, f"{bias.target}_{name}", get_weight(module, bias).repeat(len(phases)))
+        (top, bottom), (left, right) = (
+            (-window.start, axis.count - 1 + window.stop - axis.size)
+            for axis, window in zip(axes, windows, strict=True)
+        )
+        value = x
+        for dim, before, after in ((2, top, bottom), (3, left, right)):
+            if min(before, after) < 0:
+                size = shape_of(value)[dim]
+                value = call(aten.slice.Tensor, value, dim, max(0, -before), size - max(0, -after))
+        pads = [max(0, v) for v in (left, right, top, bottom)]
+        if pads[0] != pads[1] or pads[2] != pads[3]:
+            value = call(aten.pad.default, value, pads)
+            pads = [0] * 4
+        result = call(aten.conv2d.default, value, stored, offset, [1, 1], [pads[2], pads[0]], [1, 1], groups)
+        return result if act is None else call(act.target, result, *act.args[1:])
+
+    with module.graph.inserting_before(last):
+        if together:
+            result = convolve(everything, "phases")
+        else:
+            parts = [convolve([phase], f"phase{phase[0]}{phase[1]}") for phase in everything]
+            result = parts[0] if len(parts) == 1 else call(aten.cat.default, parts, 1)
+        counts = [axis.count for axis in axes]
+        if len(everything) > 1:
+            result = call(aten.reshape.default, result, [-1, *stride, channels, *counts])
+            result = call(aten.permute.default, result, [0, 3, 4, 1, 5, 2])
+            result = call(
+                aten.reshape.default, result, [-1, channels, *(n * s for n, s in zip(counts, stride, strict=True))]
+            )
+        for dim, axis in ((2, axes[0]), (3, axes[1])):
+            if axis.out < axis.count * axis.stride:
+                result = call(aten.slice.Tensor, result, dim, 0, axis.out)
+    last.replace_all_uses_with(result)
+
+
+def _two(value: Any) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+    return [values[0], values[-1]]

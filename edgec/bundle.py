@@ -222,10 +222,14 @@ class Bundle:
             raise EdgecError(f"is compiled for {built}, this machine is {here}", where=f"bundle {self.name}")
         from edgec.targets.device import load_device
 
-        levels = [cpu.removeprefix("x86-64-v") for cpu in (self.manifest["cpu"], load_device("host").mcpu)]
+        machine = load_device("host")
+        levels = [cpu.removeprefix("x86-64-v") for cpu in (self.manifest["cpu"], machine.mcpu)]
+        missing = sorted(set(self.manifest.get("features", ())) - set(machine.features))
         if all(level.isdigit() for level in levels) and int(levels[0]) > int(levels[1]):
+            missing.insert(0, self.manifest["cpu"])
+        if missing:
             raise EdgecError(
-                f"uses instructions of {self.manifest['cpu']}, which this machine does not have",
+                f"uses instructions of {', '.join(missing)}, which this machine does not have",
                 where=f"bundle {self.name}",
                 hint="compile the model on this machine",
             )
@@ -325,6 +329,7 @@ def assemble(
             "target": device.name,
             "triple": device.triple,
             "cpu": device.mcpu,
+            "features": list(device.features),
             "runner": device.runner,
             "qemu_cpu": device.qemu_cpu,
             "runner_package": device.runner_package,

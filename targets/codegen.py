@@ -14,7 +14,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +33,9 @@ from edgec.targets.device import Device
 from edgec.targets.elf import rename_symbol
 from edgec.targets.elf import text_bytes as text_bytes
 from edgec.targets.elf import undefined_symbols as undefined_symbols
-from edgec.targets.phases import Phase, accesses, divide, serial
-from edgec.targets.schedule import schedule
+from edgec.targets.partition import partition
+from edgec.targets.phases import Phase, accesses, divide, passed_on, serial
+from edgec.targets.schedule import LIBRARY, schedule
 
 # What kernels are called while they are compiled, so that equal ones of different models are found in the cache.
 CANONICAL = "edgec_kernel"
@@ -91,21 +92,18 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
         for var, f in module.functions.items()
         if isinstance(f, tirx.PrimFunc)
     }
-    low = _passes(target)(tvm.IRModule(functions))
-
-    def is_scratch(buffer: Any) -> bool:
-        return buffer.scope() != "local" and _bytes(buffer) >= min_scratch
+    low = _lower(tvm.IRModule(functions), target)
 
     lowered: dict[str, Any] = {}
     result = LoweredKernels(None, {}, {}, {}, {})
     for var, function in sorted(low.functions.items(), key=lambda item: item[0].name_hint):
         symbol = var.name_hint
-        slices = function.attrs is not None and "edgec.slices" in function.attrs
-        phases = divide(function.body, is_scratch, slices)
+        scratch = _scratch(function.body, min_scratch)
+        phases = divide(function.body, scratch, in_place="edgec.inplace" in (function.attrs or {}))
         names = [symbol] if len(phases) == 1 else [f"{symbol}_{number}" for number in range(len(phases))]
         result.phases[symbol] = tuple(zip(names, (phase.tasks for phase in phases), strict=True))
         for name, phase in zip(names, phases, strict=True):
-            lowered[name], types, sizes = _raw_signature(function, phase, name, target, is_scratch)
+            lowered[name], types, sizes = _raw_signature(function, phase, name, target, scratch)
             # The same for all: every phase has all pointers of the kernel, whichever it uses.
             result.signature[symbol], result.scratch[symbol] = types, sizes
         stored = accesses(function.body).stored
@@ -195,10 +193,10 @@ def _plain(function: Any) -> Any:
     return function.with_body(serial(body, outermost=False))
 
 
-def _passes(target: Any) -> Any:
+def _lower(module: tvm.IRModule, target: Any) -> tvm.IRModule:
     """TVM's TIR pipeline without the passes that produce its packed calling convention."""
-    s, x = s_tir.transform, tirx.transform
-    return tvm.ir.transform.Sequential(
+    s, x, sequential = s_tir.transform, tirx.transform, tvm.ir.transform.Sequential
+    flat = sequential(
         [
             x.BindTarget(target.with_host(target)),
             s.CanonicalizeLoop(),
@@ -211,6 +209,14 @@ def _passes(target: Any) -> Any:
             s.LowerOpaqueBlock(),
             x.FlattenBuffer(),
             x.NarrowDataType(32),
+            s.StmtSimplify(),
+        ]
+    )(module)
+    for var, function in flat.functions.items():
+        if function.attrs is not None and LIBRARY in function.attrs:
+            flat.update_func(var, function.with_body(partition(function.body)))
+    return sequential(
+        [
             s.LoopPartition(),
             x.VectorizeLoop(True),
             x.StorageRewrite(),
@@ -222,26 +228,24 @@ def _passes(target: Any) -> Any:
             s.RewriteUnsafeSelect(),
             x.CommonSubexprElim(),
         ]
-    )
+    )(flat)
 
 
 def _raw_signature(
-    function: Any, phase: Phase, symbol: str, target: Any, is_scratch: Callable[[Any], bool]
+    function: Any, phase: Phase, symbol: str, target: Any, scratch: Sequence[Any]
 ) -> tuple[Any, tuple[str, ...], tuple[int, ...]]:
     """The C function of a phase: buffer parameters of the kernel become pointers, then its scratch memory.
 
     Returns it with the types of the pointers and the bytes of the scratch memory.
     """
-    allocated: list[Any] = []
-    tvm_ffi.structural_walk(function.body, [(tirx.AllocBuffer, lambda a: allocated.append(a.buffer))], order="pre")
     buffers = [*function.params]
-    scratch = {b: tirx.Var(f"{b.name}_ws", _pointer(b)) for b in dict.fromkeys(allocated) if is_scratch(b)}
+    memory = {b: tirx.Var(f"{b.name}_ws", _pointer(b)) for b in scratch}
     pointers = [tirx.Var(b.name, _pointer(b)) for b in buffers]
     declarations = [tirx.DeclBuffer(b, data=pointer) for b, pointer in zip(buffers, pointers, strict=True)]
     begin, end = tirx.Var("begin", "int32"), tirx.Var("end", "int32")
 
     def on_allocation(statement: Any) -> Any:
-        pointer = scratch.get(statement.buffer)
+        pointer = memory.get(statement.buffer)
         return statement if pointer is None else tirx.DeclBuffer(statement.buffer, data=pointer)
 
     body = tvm_ffi.structural_map(phase.body(begin, end), [(tirx.AllocBuffer, on_allocation)], order="post")
@@ -253,7 +257,7 @@ def _raw_signature(
         body = tvm_ffi.structural_map(body, [(tirx.Var, lambda v: zero.get(v, v))], order="post")
     # An output that may share memory with an input must not be promised to be unaliased.
     aliased = function.attrs is not None and "edgec.inplace" in function.attrs
-    parameters = [*pointers, *scratch.values(), *([begin, end] if phase.tasks else [])]
+    parameters = [*pointers, *memory.values(), *([begin, end] if phase.tasks else [])]
     raw = tirx.PrimFunc(parameters, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
     raw = raw.with_attr("global_symbol", symbol).with_attr("target", target)
     if not aliased:
@@ -261,6 +265,14 @@ def _raw_signature(
     # TVM makes scratch memory that is only read and written in vectors a buffer of vectors.
     types = tuple(_dtype(b).partition("x")[0] for b in (*buffers, *scratch))
     return raw, types, tuple(_bytes(b) for b in scratch)
+
+
+def _scratch(body: Any, least: int) -> list[Any]:
+    """Allocated buffers of `least` bytes or more, or that go from one thread to another, and are not to stay local."""
+    shared = passed_on(body)
+    found: list[Any] = []
+    tvm_ffi.structural_walk(body, [(tirx.AllocBuffer, lambda a: found.append(a.buffer))], order="pre")
+    return [b for b in dict.fromkeys(found) if b.scope() != "local" and (_bytes(b) >= least or b in shared)]
 
 
 def _pointer(buffer: Any) -> Any:

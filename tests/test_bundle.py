@@ -512,6 +512,10 @@ def test_sealed_files_are_part_of_the_bundle(net: Bundle, tmp_path: Path) -> Non
     [
         ({"triple": "riscv64-linux-gnu"}, "bundle net: is compiled for riscv64, this machine is "),
         ({"cpu": "x86-64-v9"}, "bundle net: uses instructions of x86-64-v9, which this machine does not have; compile"),
+        (
+            {"features": ["+amx-fp64"]},
+            "bundle net: uses instructions of +amx-fp64, which this machine does not have; compile",
+        ),
     ],
 )
 def test_bundles_of_another_machine(net: Bundle, change: dict[str, str], message: str) -> None:

@@ -47,8 +47,7 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
     show = dump or (lambda step, text: None)
     imported = import_graph(_legalized(program, show), device)
     show("import", imported.module.script())
-    module = legalize_relax(imported.module, device)
-    return _finish(program, Imported(module, imported.bindings), device, show)
+    return _finish(program, legalize_relax(imported, device), device, show)
 
 
 def kernel_bindings(program: Program) -> list[Binding]:

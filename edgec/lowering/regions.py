@@ -171,11 +171,12 @@ def _sink_quantize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         reader = only_user(node)
         while is_call(node, edgec.quantize.default) and reader is not None and is_call(reader, *MOVES):
+            x: Any
             x, scale, zero_point = node.args
             reader.replace_input_with(node, x)
             codes, reader.meta["val"] = reader.meta["val"], reader.meta["val"].to(torch.float32)
             with graph.inserting_after(reader):
-                moved = graph.call_function(node.target, (reader, scale, zero_point))
+                moved = graph.call_function(edgec.quantize.default, (reader, scale, zero_point))
             reader.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
             moved.meta.update(reader.meta, val=codes)
             # Its value is now that of the tensor before rounding, which the Program does not have in this form.

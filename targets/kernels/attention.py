@@ -113,7 +113,7 @@ class Attention:
         units = self.batch * self.heads * count
         tasks = min(TASKS, units)
         widest = (short + (longer > 0)) * lanes
-        with common.prim_func(self.name, self.inplace, slices=True) as builder:
+        with common.prim_func(self.name, self.inplace) as builder:
             q, k, v = (
                 param(name, (view.size,), "float32") for name, view in (("q", self.q), ("k", self.k), ("v", self.v))
             )

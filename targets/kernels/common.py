@@ -72,18 +72,13 @@ class Epilogue:
 
 
 @contextmanager
-def prim_func(name: str, inplace: Sequence[int] = (), slices: bool = False) -> Any:
-    """Build a PrimFunc; the builder's result is read with `.get()` afterwards.
-
-    slices: iterations of its `parallel` loops keep to their own parts of the scratch memory.
-    """
+def prim_func(name: str, inplace: Sequence[int] = ()) -> Any:
+    """Build a PrimFunc; the builder's result is read with `.get()` afterwards."""
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         attributes: dict[str, Any] = {"tirx.noalias": True}
         if inplace:
             attributes["edgec.inplace"] = list(inplace)
-        if slices:
-            attributes["edgec.slices"] = True
         T.func_attr(attributes)
         yield builder
 
@@ -121,10 +116,10 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
 def parallel(extent: int, body: Callable[[Any], None]) -> None:
     """A kernel's outermost loop, whose iterations may run on several threads and in any order; at most `extent` do.
 
-    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that
-    it needs for itself has scope "local", which is the stack of its thread: a loop that writes and reads a larger
-    buffer of the kernel stays serial, unless the kernel says (`slices`) that each iteration has a part of it. A kernel
-    may have several such loops, one after the other; the threads meet in between. A loop inside another is serial.
+    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that it
+    needs for itself has scope "local", which is the stack of its thread, or is its own part of a buffer of the kernel:
+    buffer[i, ...]. A loop whose iterations write and read the same elements stays serial. A kernel may have several
+    such loops, one after the other; the threads meet in between. A loop inside another is serial.
     """
     if extent == 1:
         body(0)
@@ -262,7 +257,7 @@ def _narrow_x86(codes: Sequence[Any], z: int, lo: int, hi: int) -> Any:
 
 
 def pack_words(codes: Sequence[Any], lanes: int) -> list[Any]:
-    """Neighbouring x86 int32 vectors to int16 with saturation, within 128 bits: four of the first, four of the second."""
+    """Neighbouring x86 int32 vectors to int16 with saturation; in 128 bits four of the first, four of the second."""
     name = {4: "llvm.x86.sse2.packssdw.128", 8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}[lanes]
     return [intrinsic(name, f"int16x{2 * lanes}", *codes[i : i + 2]) for i in range(0, len(codes), 2)]
 

@@ -151,10 +151,6 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
-    def dot(self, device: Device) -> Dot:
-        """How the device multiplies here."""
-        return dot(device, self.dtype, self.ci // self.groups)
-
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
         group = self.dot(device).group
@@ -189,7 +185,7 @@ class Conv2D(Weighted):
             for most in range(1, 29):
                 if not fits(how, device, most, vectors):
                     break
-                pixels = balanced(columns.out, most)
+                pixels = round_up(balanced(columns.out, most), how.pixels)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
                 options.setdefault(Blocking(pixels, vectors, rows_first), cost)
         return sorted(options, key=lambda option: options[option])
@@ -400,22 +396,24 @@ class _Tile:
         index = group * (round_up(per_group, self.block) // self.block) + number
         used = -(-channels // how.lanes)
         offset = index * self.block
-        bias_rows = [self._bias_row(row, run.start + p) for p in range(run.count)]
-        for p in range(0, run.count, how.pixels):
+        # Where pixels go in pairs, the last one goes with itself when it has no neighbour.
+        members = [min(p, run.count - 1) for p in range(round_up(run.count, how.pixels))]
+        bias_rows = [self._bias_row(row, run.start + p) for p in members]
+        for p in range(0, len(members), how.pixels):
             for v in range(used):
-                rows_here = [bias_rows[min(q, run.count - 1)] for q in range(p, p + how.pixels)]
-                bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in rows_here]
+                ours = bias_rows[p : p + how.pixels]
+                bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in ours]
                 for s, start in enumerate(how.start(bias)):
                     T.buffer_store(self.acc, start, [p // how.pixels, v, s, ramp(0, how.lanes)])
 
         def first(i: Any, j: Any, p: int) -> Any:
             """Place in x of the first channel under tap (i, j) of a pixel."""
             line = row * rows.stride + i * rows.dilation - rows.before
-            place = (column + p) * columns.stride + j * columns.dilation - columns.before
+            place = (column + members[p]) * columns.stride + j * columns.dilation - columns.before
             return (line * spec.w + place) * spec.ci + group * inputs
 
         def kernel_row(i: Any) -> None:
-            everyone = list(range(run.count))
+            everyone = list(range(len(members)))
             if run.inner and columns.dilation == 1 and spec.groups == 1:
                 # The window's row is one stretch of memory.
                 self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
@@ -426,7 +424,7 @@ class _Tile:
                 )
             else:
                 for j in range(columns.kernel):
-                    there = [p for p in everyone if j in columns.taps(run.start + p)]
+                    there = [p for p in everyone if j in columns.taps(run.start + members[p])]
                     if there:
                         self._products(index, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
 
@@ -460,6 +458,7 @@ class _Tile:
         units = sorted({p // how.pixels for p in pixels})
 
         def load(k: Any, unit: int, groups: int) -> Any:
+            """The inputs of the pixels that go together; zeros for one that does not have this tap."""
             size = how.group * groups
             members = range(unit * how.pixels, (unit + 1) * how.pixels)
             nothing = const(0, self.spec.dtype, size)

@@ -121,8 +121,11 @@ class Depthwise(Weighted):
 
             def tile(row: Any, column: Any, run: Run, channel: Any, lanes: int) -> None:
                 there = {p: columns.taps(run.start + p) for p in range(run.count)}
+                # As in `Dot.start`.
+                late = self.dtype == "float16"
                 for p in there:
-                    T.buffer_store(acc, bias[ramp(channel, lanes)], [p, ramp(0, lanes)])
+                    start = const(0, acc_type, lanes) if late else bias[ramp(channel, lanes)]
+                    T.buffer_store(acc, start, [p, ramp(0, lanes)])
                 # Input columns, from the first pixel's tap 0, and who multiplies them; None is the border's code.
                 users: dict[int | None, list[tuple[int, int]]] = {}
                 for p, taps in there.items():
@@ -171,6 +174,8 @@ class Depthwise(Weighted):
                 width = min(lanes, device.lanes_of(self.dtype))
                 for p in there:
                     values = [acc[p, ramp(at, width)] for at in range(0, lanes, width)]
+                    if late:
+                        values = [value + bias[ramp(channel + width * k, width)] for k, value in enumerate(values)]
                     store_channels(values, width, lanes, factors, channel, residual, y, here + p * self.c, self, device)
 
             def channels(row: Any, column: Any, run: Run) -> None:

@@ -57,8 +57,11 @@ class Dot:
         return self.hold(inputs[0]) if groups == 1 else inputs[0]
 
     def start(self, bias: list[Any]) -> list[Any]:
-        """What accumulators begin with, given the bias of each pixel: the bias, or nothing where `total` adds it."""
-        return bias
+        """What accumulators begin with, given the bias of each pixel: the bias, or nothing where `total` adds it.
+
+        In float16 every product that is added to the bias would be rounded to the size of the bias.
+        """
+        return [const(0, self.dtype, self.lanes)] if self.dtype == "float16" else bias
 
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         """`acc` plus w times input group `lane` of a wide load, or the only group when `lane` is None."""
@@ -66,7 +69,7 @@ class Dot:
 
     def total(self, acc: list[Any], bias: Any, pixel: int) -> Any:
         """The sums per output channel of one of the pixels."""
-        return acc[0]
+        return acc[0] + bias if self.dtype == "float16" else acc[0]
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,8 @@ class Smmla(Dot):
         size = 8 * groups
         rows = [list(range(8 * g, 8 * g + 8)) + list(range(size + 8 * g, size + 8 * g + 8)) for g in range(groups)]
         order = [k for row in rows * (2 // groups) for k in row]
-        return tirx.Shuffle(inputs, [const(k, "int32") for k in order])
+        # A shuffle's result may not be longer than its operands.
+        return tirx.Shuffle(inputs * (2 // groups), [const(k, "int32") for k in order])
 
     def start(self, bias: list[Any]) -> list[Any]:
         return [tirx.Shuffle(bias, [const(k + 2 * s, "int32") for k in (0, 1, 4, 5)]) for s in range(2)]
@@ -257,7 +261,13 @@ def _part(x: Any, first: int, count: int) -> Any:
 
 
 def dot(device: Device, dtype: str, inputs: int = 1, pixels: int = 1) -> Dot:
-    """The way of multiplying for a device, an element type ("float32" or "int8") and a layer of these sizes."""
+    """The way of multiplying for a device, an element type ("float32", "float16" or "int8") and a layer of these sizes.
+
+    Raises EdgecError for float16 on a device that does not compute in it.
+    """
+    if dtype == "float16":
+        lanes = device.lanes_of(dtype)
+        return Lane(lanes, wide=lanes, dtype=dtype)
     if dtype != "int8":
         return Lane(device.lanes, dtype=dtype) if device.is_arm64 else Dot(device.lanes, dtype=dtype)
     # A group of eight inputs and a pair of pixels must not be mostly filling.

@@ -223,7 +223,7 @@ class MatMul:
         tasks = min(TASKS, self.batch)
         # Few products are shared by rows; each part transposes the right operand for itself, so it needs some rows.
         parts = max(1, min(TASKS // self.batch, m // (4 * rows)))
-        with common.prim_func(self.name, self.inplace, slices=True) as builder:
+        with common.prim_func(self.name, self.inplace) as builder:
             a = param("a", (self.a_batch, m, k), "float32")
             c = param("c", (self.c_batch, n, k) if self.transposed else (self.c_batch, k, n), "float32")
             y = param("y", (self.batch, m, n), "float32")

@@ -38,7 +38,7 @@ def rescale(acc: Any, largest: int, m: int, shift: int, lanes: int, device: Devi
 
 
 def _even_and_odd(acc: Any, m: int, shift: int, lanes: int) -> Any:
-    """RQ1 that fits int32, on registers of half as many int64: PMULDQ reads the lower half of each without moving it."""
+    """RQ1 that fits int32, on registers of half as many int64: PMULDQ reads the lower half of each in place."""
     wide = vec("int64", lanes // 2)
 
     def c(value: int) -> Any:

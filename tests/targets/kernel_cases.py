@@ -45,6 +45,11 @@ def floats(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
+def halves(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Small whole numbers, whose sums of products float16 holds exactly up to 2048."""
+    return rng.integers(-2, 3, shape).astype(np.float16)
+
+
 def code_range(rng: np.random.Generator) -> tuple[int, int]:
     """lo <= hi: half of the time the whole range, else a fused clamp."""
     if rng.random() < 0.5:
@@ -134,7 +139,10 @@ def operands(spec: Conv2D | Depthwise, seed: int) -> dict[str, Any]:
     ci, co = (spec.c, spec.c) if isinstance(spec, Depthwise) else (spec.ci, spec.co)
     weight = (co, ci // spec.groups, *spec.kernel)
     found: dict[str, Any] = {}
-    if spec.dtype == "float32":
+    if spec.dtype == "float16":
+        found |= {"x": halves(rng, spec.h, spec.w, ci), "w": halves(rng, *weight)}
+        found["bias"] = halves(rng, co) if rng.random() < 0.7 else None
+    elif spec.dtype == "float32":
         found |= {"x": floats(rng, spec.h, spec.w, ci), "w": floats(rng, *weight)}
         found["bias"] = floats(rng, co) if rng.random() < 0.7 else None
     else:
@@ -144,7 +152,7 @@ def operands(spec: Conv2D | Depthwise, seed: int) -> dict[str, Any]:
         if spec.epilogue.requant != "RQ1":
             found["m"] = (found["m"] * 2.0 ** -found.pop("shift").astype(np.float64)).astype(np.float32)
     if spec.residual:
-        make = codes if spec.dtype == "int8" else floats
+        make = {"int8": codes, "float16": halves, "float32": floats}[spec.dtype]
         found["residual"] = make(rng, *spec.out, co)
     return found
 

@@ -49,7 +49,7 @@ LIBRARY = {
     "roundf",
     "nearbyintf",
 }
-CONV = Conv2D(8, 8, 16, 24, (3, 3), (1, 1), (1, 1, 1, 1), dtype="int8", epilogue=Epilogue(lo=-128, hi=127))
+CONV = Conv2D(8, 8, 13, 24, (3, 3), (1, 1), (1, 1, 1, 1), dtype="int8", epilogue=Epilogue(lo=-128, hi=127))
 
 # One C function: no padding and whole blocks of channels.
 POINT = Conv2D(4, 4, 8, 32, dtype="int8", epilogue=Epilogue(lo=-128, hi=127))
@@ -237,7 +237,7 @@ def test_symbols(name: str) -> None:
 def test_sizes() -> None:
     """Code size counts what is loaded, not symbols and notes."""
     data = objects("cortex-a72")[0]["k_matmul"]
-    assert 500 < text_bytes(data) < len(data)
+    assert 100 < text_bytes(data) < len(data)
 
 
 @pytest.mark.cross
@@ -329,10 +329,14 @@ def test_a_failing_kernel_is_not_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.pure
-@pytest.mark.parametrize(("limit", "scratch"), [(256, (1600,)), (1600, (1600,)), (1601, ())])
+@pytest.mark.parametrize(("limit", "scratch"), [(256, (1600,)), (1600, (1600,)), (1601, (1600,))])
 def test_large_buffers_become_parameters(limit: int, scratch: tuple[int, ...]) -> None:
-    """The padded copy of an 8 x 8 x 16 map takes 10 * 10 * 16 bytes; the accumulators stay in registers."""
-    lowered = lower_kernels(tvm.IRModule({"k": CONV.prim_func(HOST)}), HOST, min_scratch=limit)
+    """SDOT takes four input channels: a padded copy of an 8 x 8 x 13 map has 10 * 10 * 16 bytes.
+
+    One phase of the kernel leaves it to the next, so that it cannot lie on a thread's stack, however small it is.
+    """
+    device = load_device("cortex-a76")
+    lowered = lower_kernels(tvm.IRModule({"k": CONV.prim_func(device)}), device, min_scratch=limit)
     assert lowered.scratch["k"] == scratch
     declared = ("int8", "int8", "int32", "int32", "int32", "int8")
     assert lowered.signature["k"] == declared + ("int8",) * len(scratch)

@@ -22,7 +22,7 @@ N = 12
 
 def kernel(body: Callable[[Any, Any, Any, Any], None]) -> Any:
     """body(x, y, scratch, local) on buffers float32[12, 128]: parameters, shared memory and the thread's stack."""
-    with common.prim_func("k", slices=body is own_row) as builder:
+    with common.prim_func("k") as builder:
         x, y = param("x", (N, 128), "float32"), param("y", (N, 128), "float32")
         shared = T.alloc_buffer((N, 128), "float32")
         body(x, y, shared, T.alloc_buffer((128,), "float32", scope="local"))
@@ -57,6 +57,29 @@ def inner_only(x: Any, y: Any, shared: Any, local: Any) -> None:
 def two_loops(x: Any, y: Any, shared: Any, local: Any) -> None:
     copy(x, shared, parallel)
     copy(shared, y, parallel, 3.0)
+
+
+def reversed_rows(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """The second loop needs what another iteration of the first has left."""
+    copy(x, shared, parallel, 3.0)
+    parallel(N, lambda i: loop(128, lambda j: T.buffer_store(y, shared[N - 1 - i, j], [N - 1 - i, j])))
+
+
+def own_part(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """Each iteration has its own row of the scratch memory."""
+
+    def row(i: Any) -> None:
+        loop(128, lambda j: T.buffer_store(shared, x[i, j] * common.const(3.0, "float32"), [i, j]))
+        loop(128, lambda j: T.buffer_store(y, shared[i, j], [i, j]))
+
+    parallel(N, row)
+
+
+def small_between(x: Any, y: Any, shared: Any, local: Any) -> None:
+    """A few numbers that go from one phase to the next: not on a stack, however few."""
+    factors = T.alloc_buffer((N,), "float32")
+    parallel(N, lambda i: T.buffer_store(factors, common.const(3.0, "float32"), [N - 1 - i]))
+    parallel(N, lambda i: loop(128, lambda j: T.buffer_store(y, x[i, j] * factors[i], [i, j])))
 
 
 def serial_around(x: Any, y: Any, shared: Any, local: Any) -> None:
@@ -104,7 +127,10 @@ CASES = {
     one_loop: (N,),
     nested: (N,),
     inner_only: (0,),
-    two_loops: (N, N),
+    two_loops: (N,),
+    reversed_rows: (N, N),
+    own_part: (N,),
+    small_between: (N, N),
     serial_around: (0, N, 0),
     own_stack: (N,),
     shared_inside: (0,),
