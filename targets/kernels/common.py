@@ -374,7 +374,8 @@ def activate(x: Any, epilogue: Epilogue, lanes: int) -> Any:
     if act == "leaky_relu":
         return tirx.Select(x > c(0.0), x, x * c(epilogue.lo))
     if act == "gelu":
-        return c(0.5) * x * (c(1.0) + tirx.erf(x * c(math.sqrt(0.5))))
+        half = c(0.5) * x
+        return half + half * tirx.erf(x * c(math.sqrt(0.5)))
     raise ValueError(f"no epilogue for activation {act}")
 
 

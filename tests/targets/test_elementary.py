@@ -31,7 +31,7 @@ FUNCTIONS: dict[str, tuple[Any, float, float]] = {
     "log": (np.log, 2e-7, 2e-7),
     "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), 4e-7, 1.2e-38),
     "tanh": (np.tanh, 1e-6, 0.0),
-    "erf": (np.vectorize(math.erf), 3e-6, 0.0),
+    "erf": (np.vectorize(math.erf), 6e-7, 0.0),
 }
 
 
