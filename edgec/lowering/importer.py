@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,23 +166,38 @@ def legalize_relax(imported: Imported, device: Device) -> Imported:
     """Turn Relax operators into TIR kernels, fuse element-wise chains and fold constants."""
     transform, sequential = relax.transform, tvm.ir.transform.Sequential
     with tvm.target.Target(device.llvm_target()):
+        simple = transform.DecomposeOpsForInference()(imported.module)
         kernels = sequential(
             [
-                transform.DecomposeOpsForInference(),
                 transform.CanonicalizeBindings(),
                 transform.LegalizeOps(skip_ops=list(VIEWS)),
                 transform.AnnotateTIROpPattern(),
                 transform.FoldConstant(),
             ]
-        )(imported.module)
+        )(simple)
         fused = transform.FuseOps()(kernels)
         module = sequential([transform.FuseTIR(), transform.DeadCodeElimination(["main"])])(fused)
-    layers = _layers(kernels, fused, imported.nodes)
+    layers = _layers(_origins(simple["main"], imported.nodes), kernels, fused)
     known = len(layers) == len(_kernel_calls(module["main"]))
     return dataclasses.replace(imported, module=module, layers=layers if known else ())
 
 
-def _layers(before: tvm.IRModule, fused: tvm.IRModule, nodes: Sequence[str]) -> tuple[str, ...]:
+def _origins(main: Any, nodes: Sequence[str]) -> dict[str, str]:
+    """The layer of each variable. Those of an operator that was taken apart come before the one it was bound to."""
+    found: dict[str, str] = {}
+    unnamed: list[str] = []
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            match = NODE.match(binding.var.name)
+            unnamed.append(binding.var.name)
+            if match or TAG.match(binding.var.name):
+                layer = nodes[int(match.group(1))] if match else ""
+                found.update({name: layer for name in unnamed if name not in found})
+                unnamed = []
+    return found
+
+
+def _layers(origins: Mapping[str, str], before: tvm.IRModule, fused: tvm.IRModule) -> tuple[str, ...]:
     """The layer of each call in the main function of `fused`: that of the last operator in it.
 
     A fused call has lost its name. The operators in it are taken to be the first ones with their kernels that no call
@@ -201,8 +216,7 @@ def _layers(before: tvm.IRModule, fused: tvm.IRModule, nodes: Sequence[str]) -> 
             names = [waiting[kernel].pop(0) for kernel in inside if waiting.get(kernel)]
         elif binding.value.op.name != "relax.call_tir":
             continue
-        match = NODE.match(names[-1]) if names else None
-        layers.append(nodes[int(match.group(1))] if match else "")
+        layers.append(origins.get(names[-1], "") if names else "")
     return tuple(layers)
 
 

@@ -117,7 +117,7 @@ def test_zoo_plans(name: str) -> None:
     assert plan.arena_bytes >= plan.arena_lower_bound > 0
     # What no template computes is reported, kernel by kernel.
     untuned = [s for s in plan.steps if not s.tuned and s.op != "copy"]
-    assert [f.layer for f in lowered.fallbacks] == [s.layer for s in untuned]
+    assert [f.layer for f in lowered.fallbacks] == [s.layer for s in untuned] and all(s.layer for s in untuned)
     layers = {layer_of(n) for n in program.graph.nodes}
     assert all(s.layer in layers for s in untuned)
     convolutions = [n for n in program.graph.nodes if "conv2d" in str(n.target) or "linear" in str(n.target)]
