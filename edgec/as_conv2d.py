@@ -163,7 +163,7 @@ def _binary(module: fx.GraphModule, node: Any) -> Call:
     if not any(_flat(x) for x in operands):
         return None
     tensors = [x for x in operands if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), torch.Tensor)]
-    if not all(_is_line(x) or x.meta["val"].dim() == 0 for x in tensors):
+    if not all(len(shape_of(x)) in (0, 3) for x in tensors):
         return None
     args = [_map(module, x) if _is_line(x) else x for x in operands]
     return node.target, (*args, *node.args[2:]), dict(node.kwargs)
