@@ -74,12 +74,13 @@ def test_only_kernels_with_enough_work_are_shared() -> None:
     text = emit(model.plan, model.kernels, load_device("host"), None, "1", 3)
     calls = text["model.c"].decode().partition("(void)_w;\n")[2]
     assert calls == (
-        "    {\n"
+        "    EDGEC_STEP(0) {\n"
         "        const void *const _p[] = {x, y, _a + 0};\n"
         "        rows_mix_0((const float *)(x), (float *)(y), (float *)(_a + 0));\n"
         "        rows_share(37, rows_mix_1_range, _p);\n"
         "    } /* mix */\n"
-        "    rows_small((const float *)(y), (float *)(z), 0, 4); /* small */\n"
+        "    EDGEC_STEP(1) rows_small((const float *)(y), (float *)(z), 0, 4); /* small */\n"
+        "    EDGEC_STEP(2)\n"
         "    return ROWS_OK;\n}\n"
     )
     assert "#define ROWS_THREADS 3\n" in text["rows.h"].decode()

@@ -98,13 +98,14 @@ class Widening(Dot):
 
     @property
     def held(self) -> tuple[int, str]:
-        return self.lanes, "int32"
+        return self.lanes, "int16"
 
     def hold(self, x: Any) -> Any:
-        return splat(x.astype("int16").astype("int32"), self.lanes)
+        return splat(x.astype("int16"), self.lanes)
 
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
-        return [acc[0] + x * w.astype(vec("int16", self.lanes)).astype(vec("int32", self.lanes))]
+        wide = vec("int32", self.lanes)
+        return [acc[0] + x.astype(wide) * w.astype(vec("int16", self.lanes)).astype(wide)]
 
 
 @dataclass(frozen=True)

@@ -310,11 +310,10 @@ _add(
     MAP,
     lambda: chain(conv(3, 4), nn.LeakyReLU(0.2), conv(4, 4), nn.ELU()),
     conv2d_nhwc=2,
-    leaky_relu=1,
     elu=1,
     permute=2,
 )
-_add("gelu_tanh", MAP, lambda: chain(conv(3, 4), nn.GELU("tanh"), conv(4, 4)), conv2d_nhwc=2, gelu=1, permute=2)
+_add("gelu_tanh", MAP, lambda: chain(conv(3, 4), nn.GELU("tanh"), conv(4, 4)), conv2d_nhwc=2, permute=2)
 _add(
     "dense_block",
     MAP,
@@ -434,9 +433,9 @@ _add(
     "conv_transpose",
     MAP,
     lambda: chain(conv(3, 4), nn.ConvTranspose2d(4, 2, 2, 2), conv(2, 4)),
-    conv2d_nhwc=2,
-    conv_transpose2d=1,
-    permute=4,
+    conv2d_nhwc=3,
+    reshape=2,
+    permute=3,
 )
 _add(
     "unsqueezed_constants",

@@ -35,7 +35,6 @@ pytestmark = pytest.mark.pure
 aten = torch.ops.aten
 
 # Of models without a layer that can be int8.
-FLOAT_ONLY = ("loose_norms",)
 
 
 @pytest.fixture(scope="module", params=zoo.names())
@@ -129,10 +128,6 @@ def test_rounding_follows_the_target(result: Result):
 def test_weights_and_tables_are_all_that_is_stored(result: Result):
     """Int8 weights take a byte each; beside them a layer has three int32 values per output channel, or two values where
     its result is float."""
-    if result.before.name in FLOAT_ONLY:
-        assert result.after is result.before
-        assert result.context.skipped
-        return
     layers = [n for n in result.after.graph.nodes if is_layer(n)]
     assert layers
     for node in layers:
@@ -873,5 +868,5 @@ def test_resnet20_is_integer_throughout_and_equals_the_definition(resnet20):
     (got,), (want,) = after(x), by_definition(after, x)
     assert torch.equal(got, want)
     floats = [n for n in after.graph.nodes if n.op == "call_function" and n.meta["val"].dtype == torch.float32]
-    assert [n.target for n in floats] == [edgec.dequantize.default]
+    assert [n.target for n in floats] == [edgec.qlinear_float.default]
     assert all(d.max() <= 1 and (d == 0).mean() > 0.99 for d in differences(after, x).values())
