@@ -372,7 +372,9 @@ def show(m: Measurement, layers: bool, asm: bool) -> None:
 def main(
     model: Annotated[list[str] | None, typer.Option(help="network, or a part of its name")] = None,
     spec: Annotated[list[str] | None, typer.Option(help='kernel, e.g. "Conv2D(1, 196, 96, 576)"')] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8; default those the core computes in, a kernel's own type")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="fp32, fp16, int8; default those the core computes in, a kernel's own type")
+    ] = None,
     device: Annotated[list[str] | None, typer.Option(help=f"cores; default {', '.join(DEVICES)}")] = None,
     layers: Annotated[bool, typer.Option(help="a line for each kernel, with its hot loop in llvm-mca")] = False,
     asm: Annotated[bool, typer.Option(help="print the instructions of the hot loops")] = False,

@@ -38,7 +38,7 @@ class Dot:
 
     @property
     def bias_last(self) -> bool:
-        """Whether the bias is added to the finished sum. In float16 every product added to it is rounded to its size."""
+        """Whether the bias is added to the finished sum: in float16 all that is added to it is rounded to its size."""
         return self.sums > 1 or self.dtype == "float16"
 
     @property

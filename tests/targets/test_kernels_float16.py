@@ -50,11 +50,15 @@ def test_sums_of_whole_numbers_are_exact(kind: Any) -> None:
 
 
 @pytest.mark.qemu(DEVICE)
-@pytest.mark.parametrize("spec", [Conv2D(1, 24, 384, 40, dtype="float16"), Conv2D(6, 5, 32, 16, (3, 3), dtype="float16")])
+@pytest.mark.parametrize(
+    "spec", [Conv2D(1, 24, 384, 40, dtype="float16"), Conv2D(6, 5, 32, 16, (3, 3), dtype="float16")]
+)
 def test_real_numbers(spec: Conv2D) -> None:
     """n sums one behind the other, each rounded: sqrt(n) units by the square root rule (Higham and Mary 2019)."""
     rng = np.random.default_rng(0)
-    x, w = (rng.standard_normal(s).astype(np.float16) for s in ((spec.h, spec.w, spec.ci), (spec.co, spec.ci, *spec.kernel)))
+    x, w = (
+        rng.standard_normal(s).astype(np.float16) for s in ((spec.h, spec.w, spec.ci), (spec.co, spec.ci, *spec.kernel))
+    )
     bias = rng.standard_normal(spec.co).astype(np.float16)
     exact = replace(spec, dtype="float32").reference(x.astype(np.float32), w, bias)
     got = run(spec_call(spec, load_device(DEVICE), [x], exact.astype(np.float16), w=w, bias=bias), load_device(DEVICE))

@@ -111,7 +111,9 @@ def test_weights_beyond_half_are_an_error() -> None:
     with torch.no_grad():
         model.second.weight[3, 1] = -7e4
     program = load_model(model, input_shape=(1, 3, 8, 8))
-    with pytest.raises(EdgecError, match=r"layer second: weight 'second.weight' reaches 7e\+04, .*keep_float=\[second\]"):
+    with pytest.raises(
+        EdgecError, match=r"layer second: weight 'second.weight' reaches 7e\+04, .*keep_float=\[second\]"
+    ):
         cast(program)
     assert cast(program, keep_float=("second",)).annotations["cast-fp16"].half == ("first", "head")
 
