@@ -4,12 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PEERS := .venv-bench
 # One thread per process: two cores are shared by two test workers.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: help demo test quick bench lint format docs toolchains clean
+.PHONY: help demo test quick peers bench lint format docs toolchains clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,12 +43,20 @@ format: $(STAMP)  ## rewrite files in the project's format
 	$(BIN)/ruff check --fix edgec passes targets tests examples benchmarks
 	$(BIN)/ruff format edgec passes targets tests examples benchmarks
 
-bench: $(STAMP)  ## print sizes and instruction counts, then accuracies of the shared models
+# In a folder of their own: they come with pins that must not move those of the project.
+$(PEERS)/.installed: benchmarks/peers.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS) -r $<
+	touch $@
+
+peers: $(PEERS)/.installed  ## install the inference engines that the benchmark compares with, in .venv-bench
+
+bench: $(STAMP) peers  ## print sizes and instruction counts, speed beside other engines, then accuracies of the shared models
 	$(BIN)/python -W ignore -m benchmarks.instructions
+	$(BIN)/python -W ignore -m benchmarks.cpu
 	$(BIN)/python -W ignore -m benchmarks.results
 
 docs: $(STAMP)  ## write docs/reference from the docstrings
 	$(BIN)/python -m edgec.docs
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache

@@ -28,11 +28,11 @@ from benchmarks.models import CASES, IMAGENET, shared_folder
 from edgec.bundle import build_bundle
 from edgec.errors import EdgecError
 from edgec.targets import loops
-from edgec.targets.codegen import build_objects, lower_kernels
 from edgec.targets.device import Device, load_device
 from edgec.targets.kernels import common, conv2d, depthwise, eltwise, pool, transpose
 from edgec.targets.loops import KernelReport, inspect_function
-from edgec.targets.qemu.counter import Profile, link, profile_bundle, profile_program
+from edgec.targets.qemu.counter import profile_bundle
+from edgec.targets.qemu.kernel import kernel_functions, profile_kernel
 
 # A single kernel needs no torch, whose import would take longer than the measurement.
 if TYPE_CHECKING:
@@ -209,40 +209,17 @@ def measure_kernel(spec: Any, device: Device, inspect: bool = True) -> Measureme
     """Compile one kernel template for the device and count one call on zeros. Raises EdgecError, ToolchainMissing."""
     with tempfile.TemporaryDirectory(prefix="edgec-aarch64-") as name:
         profile = profile_kernel(spec, device, Path(name))
-        symbol = kernel_symbol(spec)
+        functions = kernel_functions(profile)
         rows = []
         for function, instructions in profile.by_symbol.items():
-            report = inspect_function(profile.program, function, device, profile) if function == symbol else None
-            macs = spec.macs if function == symbol else 0
+            report = inspect_function(profile.program, function, device, profile) if function in functions else None
+            macs = spec.macs if function == functions[0] else 0
             rows.append(KernelRow(function, (), macs, instructions, report if inspect else None))
         return Measurement(text_of(spec), kind_of(spec), device, spec.macs, profile.total, tuple(rows))
 
 
 def kind_of(spec: Any) -> str:
     return KINDS[getattr(spec, "dtype", "float32")]
-
-
-def kernel_symbol(spec: Any) -> str:
-    return f"kernel_{spec.name}"
-
-
-def profile_kernel(spec: Any, device: Device, folder: Path) -> Profile:
-    """What runs in one call of a kernel template on zeros; the program stays in `folder`."""
-    import tvm
-
-    symbol = kernel_symbol(spec)
-    function = spec.prim_func(device).with_attr("global_symbol", symbol)
-    lowered = lower_kernels(tvm.IRModule({symbol: function}), device)
-    sizes = [math.prod(int(e) for e in p.ty.shape) * p.ty.dtype.dtype.itemsize for p in function.params]
-    sizes += lowered.scratch[symbol]
-    arrays = "".join(f"static char a{i}[{max(1, n)}] __attribute__((aligned(64)));\n" for i, n in enumerate(sizes))
-    types = ", ".join("void *" for _ in sizes)
-    arguments = ", ".join(f"a{i}" for i in range(len(sizes)))
-    main = f"{arrays}void {symbol}({types});\nint main(void) {{\n    {symbol}({arguments});\n    return 0;\n}}\n"
-    (folder / "main.c").write_text(main)
-    (folder / "kernel.o").write_bytes(build_objects(lowered, device)[symbol])
-    program = link([str(folder / "main.c"), str(folder / "kernel.o"), "-lm"], device, folder / "kernel")
-    return profile_program(program, symbol, device, folder)
 
 
 def parse_spec(text: str) -> Any:

@@ -18,9 +18,9 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,7 @@ import numpy as np  # noqa: E402
 import typer  # noqa: E402
 
 from benchmarks import layers, timm_models  # noqa: E402
-from benchmarks.models import CASES, shared_folder  # noqa: E402
+from benchmarks.models import CASES, Case, shared_folder  # noqa: E402
 from benchmarks.peers import (  # noqa: E402
     ENGINES,
     KINDS,
@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 PASSES = {"fp32": "fold-bn", "int8": "fold-bn, quantize-int8"}
 OURS = "edgec"
 CALIBRATION_SAMPLES = 100
+# A peer that finds the float network's class less often than this is not compared with.
+LEAST_AGREEMENT = 0.5
 SHARED_MODELS = (
     "imagenet_mobilenetv1_075_224",
     "imagenet_mobilenetv2_100_224_dq",
@@ -108,8 +110,14 @@ class Row:
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
+def known_models() -> dict[str, Case | None]:
+    """Names that `load_subject` takes; shared models with their data."""
+    shared = {case.model: case for case in CASES if case.data is not None}
+    return {**dict.fromkeys(("digits", *timm_models.MODELS)), **shared}
+
+
 def load_subject(name: str) -> Subject:
-    """The network called `name` with its data. Raises EdgecError for an unknown name, and Absent without timm."""
+    """The network called `name`, one of `known_models`, with its data. Raises EdgecError for what is not installed."""
     from edgec.data import Preprocess, load_data, random_data
     from edgec.frontend import load_model
 
@@ -125,11 +133,8 @@ def load_subject(name: str) -> Subject:
         program = load_model(timm_models.load(name), input_shape=timm_models.INPUT, name=name)
         noise = random_data(program.inputs, CALIBRATION_SAMPLES)
         return Subject(program, noise, None, None, _has_attention(program))
-    cases = {case.model: case for case in CASES if case.data is not None}
-    if name not in cases:
-        known = ", ".join(["digits", *timm_models.MODELS, *cases])
-        raise EdgecError("is not a model of the benchmark", where=name, hint=f"use {known}")
-    case, shared = cases[name], shared_folder()
+    case, shared = known_models()[name], shared_folder()
+    assert case is not None
     program = load_model(case.path(shared))
     preprocess = Preprocess(case.mean, case.std, case.input_scale)
     calibration = load_data(case.source(shared, case.data), program.inputs, preprocess)
@@ -153,8 +158,11 @@ class Edgec:
 
     name = OURS
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, passes: Mapping[str, str] = PASSES) -> None:
+        self.folder, self.passes = folder, passes
+
+    def suits(self, subject: Subject, kind: str) -> bool:
+        return True
 
     def version(self) -> str:
         from edgec import __version__
@@ -168,7 +176,7 @@ class Edgec:
 
         device = load_device("host")
         try:
-            lowered = lower(transformed(subject, kind), device)
+            lowered = lower(transformed(subject, self.passes[kind]), device)
             return build_bundle(lowered, device, Path(tempfile.mkdtemp(dir=self.folder)) / "bundle").path
         except EdgecError as error:
             raise Absent(error) from error
@@ -177,14 +185,14 @@ class Edgec:
         return NativeBundle(file, threads)
 
 
-def transformed(subject: Subject, kind: str) -> Program:
-    """The network after the passes of `kind`. Raises EdgecError."""
+def transformed(subject: Subject, passes: str) -> Program:
+    """The network after a pipeline. Raises EdgecError."""
     from edgec.passbase import Context
     from edgec.pipeline import Pipeline
     from edgec.targets.device import load_device
 
     program, context = subject.program, Context(device=load_device("host"), calibration=subject.calibration)
-    for step in Pipeline.parse(PASSES[kind]).passes:
+    for step in Pipeline.parse(passes).passes:
         program = step.run(program, context)
     return program
 
@@ -228,33 +236,44 @@ class NativeBundle:
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure: so many threads and rounds on these cores, holding the file `lock` meanwhile."""
+    """How to measure: so many threads and rounds on these cores, holding the file `lock` meanwhile.
+
+    samples: of the evaluation; None: all, 0: none. passes: edgec's pipeline for each kind.
+    """
 
     threads: int
     rounds: int
     cores: tuple[int, ...]
-    samples: int | None
-    lock: Path | None
+    samples: int | None = None
+    lock: Path | None = None
+    passes: Mapping[str, str] = field(default_factory=lambda: PASSES)
 
 
-def contest(subject: Subject, kind: str, engines: Sequence[Engine], setup: Setup, cache: Path) -> list[Row]:
+def contest(
+    subject: Subject, kind: str, engines: Sequence[Engine], scorer: Scorer, setup: Setup, cache: Path
+) -> list[Row]:
     """Prepare, evaluate and time all engines on one network."""
     absent: dict[str, str] = {}
     files: dict[Engine, Path] = {}
     scores: dict[str, dict[str, Any]] = {}
+    engines = [engine for engine in engines if engine.suits(subject, kind)]
     for engine in engines:
         try:
             files[engine] = engine.prepare(subject, kind, cache)
             with hushed():
                 contestant = engine.load(files[engine], setup.threads)
-            scores[engine.name] = score(subject, contestant, setup.samples)
-        except Absent as reason:
+            scores[engine.name] = scorer(contestant)
+        except Exception as reason:
+            # Of other engines nothing is expected; an error of our own that is not an EdgecError is a bug.
+            if engine.name == OURS and not isinstance(reason, Absent):
+                raise
             files.pop(engine, None)
-            absent[engine.name] = str(reason)
+            absent[engine.name] = str(Absent(reason))
     inputs = subject.calibration.read(slice(0, 1))[0]
     with _locked(setup.lock), _pinned(setup.cores):
         timings = in_new_process(time_files, files, inputs, setup.threads, setup.rounds)
-    relative = ratios({name: t.cpu if setup.threads == 1 else t.wall for name, t in timings.items()}, OURS)
+    times = {name: t.cpu if setup.threads == 1 else t.wall for name, t in timings.items()}
+    relative = ratios(times, [name for name in times if name != OURS and works(scores[name])])
     rows = []
     for name in (engine.name for engine in engines):
         if name in absent:
@@ -262,6 +281,12 @@ def contest(subject: Subject, kind: str, engines: Sequence[Engine], setup: Setup
         else:
             rows.append(Row(subject.name, kind, name, None, timings[name], relative.get(name), **scores[name]))
     return rows
+
+
+def works(scores: Mapping[str, Any]) -> bool:
+    """Whether speed counts: an engine whose quantisation has ruined the network is no measure."""
+    agreement = scores.get("agreement")
+    return agreement is None or agreement >= LEAST_AGREEMENT
 
 
 def time_files(
@@ -284,16 +309,30 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def score(subject: Subject, contestant: Loaded, samples: int | None) -> dict[str, Any]:
-    """Fields of a Row: the metric on the evaluation data and how often the largest class is the float network's."""
-    from edgec.metrics import compare, default_metric, evaluate, parse_metric
+class Scorer:
+    """Scores contestants on the evaluation data of one network; the float network is the reference, run once."""
 
-    if subject.evaluation is None or samples == 0:
-        return {}
-    data = subject.evaluation if samples is None else subject.evaluation.limit(samples)
-    metric = parse_metric(subject.metric) if subject.metric else default_metric(data, subject.program.outputs)
-    found = compare(evaluate(subject.program, data, metric, batch=25), evaluate(contestant, data, metric))
-    return {"metric": metric.name, "unit": metric.unit, "value": found.value, "agreement": found.agreement}
+    def __init__(self, subject: Subject, samples: int | None) -> None:
+        """samples: at most so many; None: all of them."""
+        from edgec.metrics import default_metric, evaluate, parse_metric
+
+        self.data = None if samples == 0 else subject.evaluation
+        if self.data is None:
+            return
+        self.data = self.data if samples is None else self.data.limit(samples)
+        outputs = subject.program.outputs
+        self.metric = parse_metric(subject.metric) if subject.metric else default_metric(self.data, outputs)
+        self.reference = evaluate(subject.program, self.data, self.metric, batch=25)
+
+    def __call__(self, contestant: Loaded) -> dict[str, Any]:
+        """Fields of a Row: the metric, and how often the largest class is the reference's. Nothing without data."""
+        from edgec.metrics import compare, evaluate
+
+        if self.data is None:
+            return {}
+        found = compare(self.reference, evaluate(contestant, self.data, self.metric))
+        unit = self.metric.unit
+        return {"metric": self.metric.name, "unit": unit, "value": found.value, "agreement": found.agreement}
 
 
 @contextlib.contextmanager
@@ -332,7 +371,7 @@ def chosen_cores(threads: int, core: int | None) -> tuple[int, ...]:
 
 def show_layers(subject: Subject, kind: str, setup: Setup, cache: Path, plot: Path | None) -> dict[str, Any]:
     """Print the kernel calls of one network beside the machine's peak; returns them as plain data. Raises Absent."""
-    program, inputs = transformed(subject, kind), subject.calibration.read(slice(0, 1))[0]
+    program, inputs = transformed(subject, setup.passes[kind]), subject.calibration.read(slice(0, 1))[0]
     runtime = OnnxRuntime()
     try:
         file: Path | None = runtime.prepare(subject, kind, cache)
@@ -342,7 +381,7 @@ def show_layers(subject: Subject, kind: str, setup: Setup, cache: Path, plot: Pa
         peak = layers.measure_peak()
         calls = layers.profile(bundle, inputs)
         theirs = {} if file is None else layers.onnxruntime_profile(file, inputs)
-    print(f"\n{subject.name} {kind}: peak {peak}\n\n{layers.table(calls, peak)}\n")
+    print(f"\n{subject.name} {kind}, one core of at most {peak}\n\n{layers.table(calls, peak)}\n")
     print(layers.totals_table(layers.totals(calls), theirs), flush=True)
     if plot is not None:
         target = plot.with_name(f"{plot.stem}-{subject.name}-{kind}{plot.suffix}")
@@ -356,7 +395,8 @@ def show_layers(subject: Subject, kind: str, setup: Setup, cache: Path, plot: Pa
     }
 
 
-def _chosen(names: Sequence[str], known: Sequence[str], option: str) -> list[str]:
+def _chosen(names: Collection[str], known: Collection[str], option: str) -> list[str]:
+    """`names` in the order of `known`. Raises EdgecError for one that is not there."""
     unknown = [name for name in names if name not in known]
     if unknown:
         raise EdgecError(f"'{unknown[0]}' is not known", where=option, hint=f"use {', '.join(known)}")
@@ -396,12 +436,22 @@ def run(
     rows: list[Row] = []
     print(markdown(HEADER, [], text=3), flush=True)
     with tempfile.TemporaryDirectory(prefix="edgec-bench-") as folder:
-        engines: list[Engine] = [Edgec(Path(folder)), *(engine for engine in ENGINES if engine.name in peers)]
+        engines: list[Engine] = [
+            Edgec(Path(folder), setup.passes),
+            *(engine for engine in ENGINES if engine.name in peers),
+        ]
         about = {**machine(engines), "threads": setup.threads, "cores": list(setup.cores), "rounds": setup.rounds}
+        about["passes"] = dict(setup.passes)
         for name in models:
-            subject = load_subject(name)
+            try:
+                subject = load_subject(name)
+                scorer = Scorer(subject, setup.samples)
+            except EdgecError as reason:
+                rows.append(Row(name, "", "", absent=str(reason)))
+                print(f"| {' | '.join(rows[-1].cells())} |", flush=True)
+                continue
             for kind in kinds:
-                found = contest(subject, kind, engines, setup, cache)
+                found = contest(subject, kind, engines, scorer, setup, cache)
                 for row in found:
                     print(f"| {' | '.join(row.cells())} |", flush=True)
                 rows += found
@@ -424,10 +474,9 @@ def run_layers(
     add_peers_to_path()
     found = []
     for name in models:
-        subject = load_subject(name)
         for kind in kinds:
             try:
-                found.append(show_layers(subject, kind, setup, cache or default_cache(), plot))
+                found.append(show_layers(load_subject(name), kind, setup, cache or default_cache(), plot))
             except (EdgecError, Absent) as reason:
                 print(f"\n{name} {kind}: absent: {reason}", flush=True)
             if save is not None:
@@ -444,6 +493,7 @@ def main(
     peers: Annotated[str, typer.Option(help="engines to compare with, by commas; empty: none")] = ",".join(
         engine.name for engine in ENGINES
     ),
+    passes: Annotated[str, typer.Option(help="edgec's pipeline for int8")] = PASSES["int8"],
     save: Annotated[Path | None, typer.Option(help="also write everything as JSON")] = None,
     by_layer: Annotated[bool, typer.Option("--layers", help="times of edgec's kernel calls instead")] = False,
     plot: Annotated[Path | None, typer.Option(help="with --layers: rooflines as NAME-MODEL-TYPE.png or .svg")] = None,
@@ -453,13 +503,13 @@ def main(
     try:
         kinds = KINDS if kind == "both" else _chosen([kind], KINDS, "--kind")
         wanted = _chosen([p for p in peers.split(",") if p], [engine.name for engine in ENGINES], "--peers")
-        setup = Setup(threads, rounds, chosen_cores(threads, core), samples, lock)
-        models = model or DEFAULT_MODELS
+        setup = Setup(threads, rounds, chosen_cores(threads, core), samples, lock, {**PASSES, "int8": passes})
+        models = _chosen(model, known_models(), "--model") if model else DEFAULT_MODELS
         if by_layer:
             run_layers(models, kinds, setup, save=save, plot=plot)
         else:
             run(models, kinds, wanted, setup, save=save)
-    except (EdgecError, Absent) as error:
+    except EdgecError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
 

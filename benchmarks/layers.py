@@ -60,6 +60,9 @@ class Peak:
     int8: float
     memory: float
 
+    def __str__(self) -> str:
+        return f"{self.fp32:.0f} GFLOP/s fp32, {self.int8:.0f} GOP/s int8, {self.memory:.0f} GB/s from memory"
+
     def of(self, kind: str) -> float:
         return self.int8 if kind == "int8" and self.int8 else self.fp32
 
@@ -221,10 +224,10 @@ def onnxruntime_profile(file: Path, inputs: Sequence[np.ndarray], runs: int = RU
 
 
 def totals(layers: Sequence[Layer]) -> dict[str, tuple[int, float]]:
-    """By kind of kernel (its name up to the first number): how many calls, and their microseconds together."""
+    """By kind of kernel (its name without the type): how many calls, and their microseconds together."""
     found: dict[str, tuple[int, float]] = {}
     for layer in layers:
-        kind = re.split(r"_?\d", layer.kernel)[0] or layer.kernel
+        kind = re.sub(r"_[a-z]\d+$", "", layer.kernel)
         count, us = found.get(kind, (0, 0.0))
         found[kind] = count + 1, us + layer.us
     return dict(sorted(found.items(), key=lambda item: -item[1][1]))

@@ -4,7 +4,7 @@ Each engine gets the same float network and, for int8, the calibration data that
 tool and the settings that its documentation recommends for a CPU. What was converted is kept in a cache folder, under a
 name made of the network's content, the data and the versions, as quantising takes minutes.
 
-The engines are optional. They are installed by `make bench` into the folder PEERS beside the project, which comes last
+The engines are optional. They are installed by `make peers` into the folder PEERS beside the project, which comes last
 in the search path: the project's own versions of shared packages win.
 """
 
@@ -78,6 +78,10 @@ class Engine(Protocol):
     """name: in tables and on the command line."""
 
     name: str
+
+    def suits(self, subject: Subject, kind: str) -> bool:
+        """Whether this engine is for such networks at all; where it is not, no table names it."""
+        ...
 
     def version(self) -> str:
         """Raises Absent when the engine is not installed."""
@@ -184,6 +188,9 @@ class OnnxRuntime:
 
     name = "onnxruntime"
 
+    def suits(self, subject: Subject, kind: str) -> bool:
+        return True
+
     def version(self) -> str:
         return engine_version("onnxruntime", "onnxruntime")
 
@@ -196,6 +203,36 @@ class OnnxRuntime:
 
     def load(self, file: Path, threads: int) -> Loaded:
         return OrtSession(file, threads)
+
+
+class OnnxRuntimeDynamic(OnnxRuntime):
+    """int8 for transformers as ONNX Runtime's guide advises: ranges of activations are found at run time."""
+
+    name = "onnxruntime-dynamic"
+
+    def suits(self, subject: Subject, kind: str) -> bool:
+        return kind == "int8" and subject.attention
+
+    def prepare(self, subject: Subject, kind: str, cache: Path) -> Path:
+        version, model = self.version(), export_onnx(subject, cache)
+        parts = ("ort-dynamic", model.parent.name, version)
+        return cached(cache, parts, ".onnx", lambda path: _ort_quantize_dynamic(model, path))
+
+
+def _ort_quantize_dynamic(model: Path, target: Path) -> None:
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = target.with_suffix(".prepared.onnx")
+    quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+    quantization.quantize_dynamic(
+        str(prepared),
+        str(target),
+        op_types_to_quantize=["MatMul", "Gemm"],
+        weight_type=quantization.QuantType.QInt8,
+        per_channel=True,
+    )
+    prepared.unlink()
 
 
 def _ort_quantize(model: Path, target: Path, calibration: Dataset) -> None:
@@ -239,8 +276,6 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
-        # A thread that waits must not eat the time of the next contestant.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, profile
         self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -267,6 +302,9 @@ class OpenVino:
     """int8: post-training quantisation by NNCF with its default preset, and the transformer scheme for attention."""
 
     name = "openvino"
+
+    def suits(self, subject: Subject, kind: str) -> bool:
+        return True
 
     def version(self) -> str:
         return engine_version("openvino", "openvino")
@@ -338,6 +376,9 @@ class Xnnpack:
 
     name = "xnnpack"
 
+    def suits(self, subject: Subject, kind: str) -> bool:
+        return True
+
     def version(self) -> str:
         engine_version("torchao", "torchao.quantization.pt2e.quantize_pt2e")
         engine_version("executorch", "executorch.backends.xnnpack.partition.xnnpack_partitioner")
@@ -394,4 +435,4 @@ class _XnnpackModule:
         return lambda: forward(tensors)
 
 
-ENGINES: tuple[Engine, ...] = (OnnxRuntime(), OpenVino(), Xnnpack())
+ENGINES: tuple[Engine, ...] = (OnnxRuntime(), OnnxRuntimeDynamic(), OpenVino(), Xnnpack())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 # One measurement of one contestant lasts at least this long, in seconds: a thousand times the clock's resolution.
@@ -81,10 +81,10 @@ def _calls(function: Callable[[], object], burst: float) -> int:
     return max(1, round(burst / max(time.perf_counter() - start, 1e-7)))
 
 
-def ratios(times: Mapping[str, float], ours: str) -> dict[str, float]:
-    """Each time over that of the fastest contestant other than `ours`; empty when there is no other."""
-    peers = [value for name, value in times.items() if name != ours]
-    return {name: value / min(peers) for name, value in times.items()} if peers else {}
+def ratios(times: Mapping[str, float], peers: Collection[str]) -> dict[str, float]:
+    """Each time over that of the fastest of `peers`; empty when there is none."""
+    found = [times[name] for name in peers]
+    return {name: value / min(found) for name, value in times.items()} if found else {}
 
 
 def pin(cores: Sequence[int]) -> None:

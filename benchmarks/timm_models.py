@@ -71,7 +71,7 @@ def _import_timm() -> Any:
 
             return timm
         except ImportError as error:
-            raise EdgecError(f"cannot be imported ({error})", where="timm", hint="run make bench first") from error
+            raise EdgecError(f"cannot be imported ({error})", where="timm", hint="make peers") from error
         except RuntimeError as error:
             missing = MISSING.search(str(error))
             if missing is None:

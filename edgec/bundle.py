@@ -32,7 +32,9 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 # What `Bundle` reads; a manifest without one of these is corrupt.
 REQUIRED = ("name", "target", "triple", "cpu", "runner", "inputs", "outputs", "arena_bytes", "arena_align", "files")
-SYSTEM_LIBRARIES = ("libc.so.", "libm.so.", "ld-linux")
+SYSTEM_LIBRARIES = ("libc.so.", "libm.so.", "libpthread.so.", "ld-linux")
+# More than the C library ever uses, and still an int there.
+MAX_THREADS = 1024
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -42,7 +44,10 @@ class Bundle:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self.threads = int(manifest.get("threads", 1))
         self._function: Callable[..., int] | None = None
+        self._library: ctypes.CDLL | None = None
+        self._opening = threading.Lock()
         self._thread = threading.local()
 
     @staticmethod
@@ -86,6 +91,18 @@ class Bundle:
     def name(self) -> str:
         return self.manifest["name"]
 
+    def use_threads(self, threads: int) -> None:
+        """Run every sample on so many threads from now on; at first it is the number given to the compile.
+
+        The C library takes no more of them than there are CPUs. Not while another thread runs this Bundle. Raises
+        EdgecError for less than 1.
+        """
+        if threads < 1:
+            raise EdgecError(f"cannot run on {threads} threads", where=f"bundle {self.name}")
+        self.threads = threads
+        if self._library is not None:
+            self._set_threads(self._library)
+
     def run(self, *inputs: np.ndarray) -> Any:
         """Run the model on a batch: one array [n, ...] per input; the result is an array, or a tuple of them.
 
@@ -109,7 +126,10 @@ class Bundle:
             raise EdgecError("has no self-test", where=f"bundle {self.name}")
         self._check_machine()
         program = (self.path / "bin" / "runner").absolute()
-        status, text = execute([*self._prefix(), str(program), "--selftest"], self.manifest.get("runner_package"))
+        command = [*self._prefix(), str(program), "--selftest"]
+        if self.threads > 1:
+            command.append(str(min(self.threads, MAX_THREADS)))
+        status, text = execute(command, self.manifest.get("runner_package"))
         if status not in (0, 3):
             raise EdgecError(f"ended with status {status}: {text}", where=f"self-test of bundle {self.name}")
         return status == 0
@@ -163,22 +183,34 @@ class Bundle:
 
     def _open(self) -> Callable[..., int]:
         """The C function."""
-        if self._function is None:
-            self._check_machine()
-            file = (self.path / "lib" / f"lib{self.name}.so").absolute()
-            try:
-                # The loader takes a path it has seen before for the file it has loaded: go by a new name, so that a
-                # bundle that was compiled again in its old place is not the old one.
-                with tempfile.TemporaryDirectory(prefix="edgec-load-") as folder:
-                    link = Path(folder) / file.name
-                    link.symlink_to(file)
-                    function = ctypes.CDLL(str(link))[f"{self.name}_run"]
-            except (OSError, AttributeError) as error:
-                raise EdgecError(f"does not load: {error}", where=str(file)) from error
-            pointers = len(self.manifest["inputs"]) + len(self.manifest["outputs"]) + 1
-            function.argtypes, function.restype = [ctypes.c_void_p] * pointers, ctypes.c_int
-            self._function = function
+        with self._opening:
+            if self._function is None:
+                self._check_machine()
+                self._library, self._function = self._load()
+                if self.threads > 1:
+                    self._set_threads(self._library)
         return self._function
+
+    def _load(self) -> tuple[ctypes.CDLL, Callable[..., int]]:
+        file = (self.path / "lib" / f"lib{self.name}.so").absolute()
+        try:
+            # The loader takes a path it has seen before for the file it has loaded: go by a new name, so that a bundle
+            # that was compiled again in its old place is not the old one.
+            with tempfile.TemporaryDirectory(prefix="edgec-load-") as folder:
+                link = Path(folder) / file.name
+                link.symlink_to(file)
+                library = ctypes.CDLL(str(link))
+                function = library[f"{self.name}_run"]
+        except (OSError, AttributeError) as error:
+            raise EdgecError(f"does not load: {error}", where=str(file)) from error
+        pointers = len(self.manifest["inputs"]) + len(self.manifest["outputs"]) + 1
+        function.argtypes, function.restype = [ctypes.c_void_p] * pointers, ctypes.c_int
+        return library, function
+
+    def _set_threads(self, library: ctypes.CDLL) -> None:
+        status = library[f"{self.name}_set_threads"](min(self.threads, MAX_THREADS))
+        if status:
+            raise EdgecError(f"{self.name}_set_threads returned {status}", where=f"bundle {self.name}")
 
     def _check_machine(self) -> None:
         """Raise EdgecError when a native bundle was compiled for another kind of machine."""
@@ -190,10 +222,14 @@ class Bundle:
             raise EdgecError(f"is compiled for {built}, this machine is {here}", where=f"bundle {self.name}")
         from edgec.targets.device import load_device
 
-        levels = [cpu.removeprefix("x86-64-v") for cpu in (self.manifest["cpu"], load_device("host").mcpu)]
+        machine = load_device("host")
+        levels = [cpu.removeprefix("x86-64-v") for cpu in (self.manifest["cpu"], machine.mcpu)]
+        missing = sorted(set(self.manifest.get("features", ())) - set(machine.features))
         if all(level.isdigit() for level in levels) and int(levels[0]) > int(levels[1]):
+            missing.insert(0, self.manifest["cpu"])
+        if missing:
             raise EdgecError(
-                f"uses instructions of {self.manifest['cpu']}, which this machine does not have",
+                f"uses instructions of {', '.join(missing)}, which this machine does not have",
                 where=f"bundle {self.name}",
                 hint="compile the model on this machine",
             )
@@ -203,7 +239,8 @@ class Bundle:
 
         outputs = [(tuple(o["shape"]), o["dtype"]) for o in self.manifest["outputs"]]
         package = self.manifest.get("runner_package")
-        return run_samples(self.path / "bin" / "runner", self._prefix(), arrays, outputs, package)
+        program = self.path / "bin" / "runner"
+        return run_samples(program, self._prefix(), arrays, outputs, package, min(self.threads, MAX_THREADS))
 
     def _prefix(self) -> list[str]:
         from edgec.targets.cpu.runner import command_prefix
@@ -223,17 +260,21 @@ def build_bundle(
     *,
     selftest: SelfTest | None = None,
     meta: Mapping[str, Any] | None = None,
+    threads: int = 1,
     force: bool = False,
 ) -> Bundle:
     """Emit, compile and lay out the bundle in `directory`, which must not exist or be empty.
 
     selftest: sample and expected result that are built in; without it there is no self-test. meta: plain data for the
-    manifest. force: replace a bundle that is there. Raises EdgecError or ToolchainMissing; nothing is left behind then.
+    manifest. threads: what header and manifest advise, and `Bundle.run` uses. force: replace a bundle that is there.
+    Raises EdgecError or ToolchainMissing; nothing is left behind then.
     """
     from edgec.targets.codegen import build_objects
 
     objects = list(build_objects(lowered.kernels, device).values())
-    return assemble(lowered.plan, lowered.kernels, objects, device, directory, selftest, meta, force=force)
+    return assemble(
+        lowered.plan, lowered.kernels, objects, device, directory, selftest, meta, threads=threads, force=force
+    )
 
 
 def assemble(
@@ -245,17 +286,18 @@ def assemble(
     selftest: SelfTest | None = None,
     meta: Mapping[str, Any] | None = None,
     *,
+    threads: int = 1,
     force: bool = False,
 ) -> Bundle:
-    """`build_bundle` for given objects of kernels; `kernels` has `signature` and `readonly` (see `LoweredKernels`)."""
+    """`build_bundle` for given objects of kernels, which `kernels` describes (see `LoweredKernels`)."""
     from edgec import __version__
-    from edgec.targets.cpu.emit import emit, exports
+    from edgec.targets.cpu.emit import emit, members
     from edgec.targets.cpu.toolchain import build_library, require_toolchain
 
     target = Path(directory)
     refuse_existing(target, force)
     require_toolchain(device)
-    files = emit(plan, kernels, device, selftest, __version__)
+    files = emit(plan, kernels, device, selftest, __version__, threads)
     with staging(target) as folder:
         work, bundle = folder / "build", folder / "bundle"
         (work / "obj").mkdir(parents=True)
@@ -263,13 +305,14 @@ def assemble(
             (work / name).write_bytes(data)
         for number, data in enumerate(kernel_objects):
             (work / "obj" / f"kernel{number:04}.o").write_bytes(data)
-        build_library(work, plan.name, device, exports(plan.name, selftest is not None))
+        build_library(work, plan.name, device, members(plan.name, selftest is not None))
         places = {
             f"include/{plan.name}.h": f"{plan.name}.h",
             f"lib/lib{plan.name}.a": f"lib{plan.name}.a",
             f"lib/lib{plan.name}.so": f"lib{plan.name}.so",
             f"cmake/{plan.name}-config.cmake": f"{plan.name}-config.cmake",
             "src/model.c": "model.c",
+            "src/threads.c": "threads.c",
             "src/example.c": "example.c",
             "src/runner.c": "runner.c",
             "bin/runner": "runner",
@@ -286,6 +329,7 @@ def assemble(
             "target": device.name,
             "triple": device.triple,
             "cpu": device.mcpu,
+            "features": list(device.features),
             "runner": device.runner,
             "qemu_cpu": device.qemu_cpu,
             "runner_package": device.runner_package,
@@ -297,6 +341,7 @@ def assemble(
             "weight_bytes": plan.weight_bytes,
             "code_bytes": text_bytes(library),
             "macs": plan.macs,
+            "threads": threads,
             "selftest": None if selftest is None else {"tolerance": float(selftest.tolerance)},
             "symbols": list(verify_freestanding(library)),
             "meta": dict(meta or {}),

@@ -137,10 +137,16 @@ def compile_command(
     device_samples: Annotated[
         int | None, typer.Option(min=1, help="Samples run through the code (default: all natively, 64 emulated).")
     ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads the bundle is to run on, if its caller does not say otherwise.")
+    ] = 1,
     input_shape: InputShape = None,
     stop_after: Annotated[str | None, typer.Option(help="Stop after this pass or lowering step.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Folder for the text form after each step.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model in file names and C symbols.")] = None,
+    tuning: Annotated[
+        Path | None, typer.Option(help="A table of `edgec tune` (default: the file that EDGEC_TUNING names).")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compile a model, checking accuracy after every step."""
@@ -171,8 +177,10 @@ def compile_command(
             seed=seed,
             calibration_samples=calibration_samples,
             device_samples=device_samples,
+            threads=threads,
             stop_after=stop_after,
             dump=dump,
+            tuning=tuning,
             progress=progress,
         )
     if json:
@@ -197,6 +205,9 @@ def run_command(
     input_scale: InputScale = None,
     samples: Annotated[int | None, typer.Option(min=1, help="At most so many samples.")] = None,
     seed: Seed = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads for each sample (default: what it was compiled for).")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
     json: Json = False,
 ) -> None:
@@ -205,6 +216,8 @@ def run_command(
     from edgec.execute import run_bundle, save_outputs, selftest
 
     loaded = load_bundle(bundle)
+    if threads is not None:
+        loaded.use_threads(threads)
     if eval is None:
         if output is not None:
             raise EdgecError("needs --eval", where="--output", hint="give the data to run")
@@ -232,6 +245,52 @@ def run_command(
         console.print_json(result.to_json())
     else:
         console.print_line(result.text())
+
+
+@app.command("tune")
+def tune_command(
+    model: Model,
+    target: Annotated[
+        str, typer.Option(help="Device to tune for; see `edgec targets`.", autocompletion=_complete_targets)
+    ] = "host",
+    passes: Annotated[str | None, typer.Option(help='A pipeline, as for `edgec compile`: "fold-bn".')] = None,
+    data: Annotated[str | None, typer.Option(help="Calibration data (default: noise).")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_scale: InputScale = None,
+    input_shape: InputShape = None,
+    seconds_per_op: Annotated[float, typer.Option(min=0.01, help="Time for one kernel, compiling included.")] = 2.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Table to write; one that is there is extended.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Measure the register tiles of a model's kernels, for later compiles."""
+    from edgec.tune import tune_model
+
+    with console.progress() as progress:
+        result = tune_model(
+            model,
+            target=target,
+            passes=passes or "",
+            data=data,
+            mean=_numbers(mean, "--mean", float),
+            std=_numbers(std, "--std", float),
+            input_scale=input_scale,
+            input_shape=_shape(input_shape),
+            seconds_per_op=seconds_per_op,
+            output=output,
+            seed=seed,
+            progress=progress,
+        )
+    if json:
+        console.print_json(result.to_json())
+        return
+    console.print_rows(result.rows())
+    console.print_line(result.text())
+    if output is not None:
+        console.print_line(f"table   {output}")
 
 
 @app.command("inspect")

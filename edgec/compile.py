@@ -6,6 +6,7 @@ every one of them and moves the bundle into place at the end, when all checks ha
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +58,7 @@ class Options:
     on_fail: str = "error"
     seed: int = 0
     device_samples: int | None = None
+    threads: int = 1
 
 
 @dataclass
@@ -183,8 +185,10 @@ def compile_model(
     seed: int = 0,
     calibration_samples: int = 256,
     device_samples: int | None = None,
+    threads: int = 1,
     stop_after: str | None = None,
     dump: str | Path | None = None,
+    tuning: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Compile `model` for `target` into the folder `output`, checking accuracy after every step.
@@ -196,8 +200,10 @@ def compile_model(
     max_drop: largest allowed drop of the metric against the original, in points; None checks nothing.
     on_fail: "error", "revert" (drop the pass) or "relax" (weaken the pass by bisection).
     device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated).
+    threads: how many the bundle advises, and the checks of the generated code use; results do not depend on it.
     stop_after: a pass name or a lowering step; no bundle is written then.
     dump: folder that receives the text form after each step.
+    tuning: a table of `edgec tune` with register tiles for the target (default: the file that EDGEC_TUNING names).
 
     Raises EdgecError (bad input), GateFailed (drop too large), ToolchainMissing. Nothing is left at `output` then.
     """
@@ -205,11 +211,14 @@ def compile_model(
     from edgec.data import Preprocess
     from edgec.frontend import load_model
     from edgec.registry import get_device
+    from edgec.tune import tuned_device
 
     tell = progress or (lambda stage, done: None)
+    if threads < 1:
+        raise EdgecError(f"{threads} is less than 1", where="--threads")
     pipeline = Pipeline.of(passes)
     _known_stage(stop_after, pipeline)
-    device = get_device(target)
+    device = tuned_device(get_device(target), tuning)
     destination = Path(output) if output is not None else None
     if destination is not None:
         refuse_existing(destination, force)
@@ -225,7 +234,13 @@ def compile_model(
     writer = _dumper(dump)
     evaluation, calibration = _datasets(program, data, eval, preprocess, pipeline, calibration_samples, seed)
     run = _start(
-        program, evaluation, calibration, metric, device, Options(max_drop, on_fail, seed, device_samples), tell
+        program,
+        evaluation,
+        calibration,
+        metric,
+        device,
+        Options(max_drop, on_fail, seed, device_samples, threads),
+        tell,
     )
     run.ledger.meta = {
         "model": program.name,
@@ -252,6 +267,8 @@ def compile_model(
     lowered = lower(program, device, dump=writer)
     for skip in lowered.fallbacks:
         run.context.skip(skip.layer, skip.what, skip.reason)
+    if device.tuning and not lowered.tiles:
+        run.context.skip(program.name, "tuning", "the table has none of the model's kernels")
     if destination is None or stop_after is not None:
         run.ledger.skipped = list(run.context.skipped)
         return CompileResult(run.ledger, None, program)
@@ -405,9 +422,11 @@ def _build(
         "evaluation": run.dataset.describe(),
         "calibration": None if run.context.calibration is None else run.context.calibration.describe(),
         "model": {"original": original.fingerprint(), "final": program.fingerprint()},
+        "tuning": {key: dataclasses.asdict(tile) for key, tile in lowered.tiles.items()},
     }
     tolerance = {"integer": 0.0, "half": HALF_SELFTEST_TOLERANCE}.get(arithmetic(program), SELFTEST_TOLERANCE)
-    return build_bundle(lowered, device, staged, selftest=SelfTest(inputs, outputs, tolerance), meta=meta)
+    selftest = SelfTest(inputs, outputs, tolerance)
+    return build_bundle(lowered, device, staged, selftest=selftest, meta=meta, threads=run.options.threads)
 
 
 def _sample(run: _Run, program: Program) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:

@@ -59,4 +59,5 @@ def list_targets() -> list[dict[str, Any]]:
 def describe_target(name: str) -> dict[str, Any]:
     """Every field of the device. Raises EdgecError for an unknown name."""
     record = dataclasses.asdict(get_device(name))
+    del record["tuning"]
     return {"source": device_entries()[name], **record}

@@ -167,6 +167,9 @@ class ChannelMinMax:
         self.low: torch.Tensor | None = None
         self.high: torch.Tensor | None = None
 
+    def __len__(self) -> int:
+        return 0 if self.low is None else len(self.low)
+
     def update(self, values: torch.Tensor) -> None:
         rows = values.movedim(self.axis, 0).flatten(1)
         low, high = rows.aminmax(dim=1)

@@ -22,6 +22,8 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "mish": F.mish,
     "tanh": torch.tanh,
 }
 
@@ -29,6 +31,8 @@ ACTIVATIONS = {
 def _activate(x: torch.Tensor, act: str, lo: float, hi: float) -> torch.Tensor:
     if act == "clip":
         return x.clamp(lo, hi)
+    if act == "leaky_relu":
+        return F.leaky_relu(x, lo)
     return ACTIVATIONS[act](x)
 
 
@@ -213,8 +217,8 @@ def layer_norm(
 ) -> torch.Tensor:
     """Layer norm over the last axes, `columns` elements together; with a scale, int8 codes of the result."""
     rows = x.reshape(-1, columns)
-    flat = [None if v is None else v.reshape(columns) for v in (weight, bias)]
-    return _encode(F.layer_norm(rows, (columns,), *flat, eps).reshape(x.shape), scale, zero_point)
+    gain, shift = (None if v is None else v.reshape(columns) for v in (weight, bias))
+    return _encode(F.layer_norm(rows, (columns,), gain, shift, eps).reshape(x.shape), scale, zero_point)
 
 
 @layer_norm.register_fake

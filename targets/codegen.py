@@ -14,8 +14,9 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from edgec.targets.device import Device
 from edgec.targets.elf import rename_symbol
 from edgec.targets.elf import text_bytes as text_bytes
 from edgec.targets.elf import undefined_symbols as undefined_symbols
-from edgec.targets.schedule import schedule
+from edgec.targets.partition import partition
+from edgec.targets.phases import Phase, accesses, divide, passed_on, serial
+from edgec.targets.schedule import LIBRARY, schedule
 
 # What kernels are called while they are compiled, so that equal ones of different models are found in the cache.
 CANONICAL = "edgec_kernel"
@@ -52,15 +55,30 @@ UNWANTED_IR = (
 class LoweredKernels:
     """Kernels ready for LLVM.
 
+    module: the C functions.
     signature: C element type (numpy dtype name) of each pointer parameter, scratch included, by symbol.
     scratch: bytes of each scratch parameter; they follow the declared parameters.
     readonly: indices of parameters that the kernel never stores to.
+    phases: by symbol the C functions that make up a kernel, to be called one after the other, each with its number of
+        tasks. One with tasks has two more parameters, `int32_t begin, int32_t end`, and does those of its tasks, which
+        threads may share; 0 tasks: it is called once, with the pointers alone.
     """
 
     module: Any
     signature: dict[str, tuple[str, ...]]
     scratch: dict[str, tuple[int, ...]]
     readonly: dict[str, frozenset[int]]
+    phases: dict[str, tuple[tuple[str, int], ...]]
+
+
+def c_calls(lowered: LoweredKernels, symbol: str, arguments: Sequence[str]) -> tuple[str, str]:
+    """C text: declarations of a kernel's functions, and what one thread calls to do all of it with these pointers."""
+    declarations, calls = [], []
+    for name, tasks in lowered.phases[symbol]:
+        types = ["void *"] * len(arguments) + ["int32_t"] * (2 if tasks else 0)
+        declarations.append(f"void {name}({', '.join(types)});")
+        calls.append(f"{name}({', '.join([*arguments, *(['0', str(tasks)] if tasks else [])])});")
+    return "\n".join(declarations) + "\n", " ".join(calls)
 
 
 def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) -> LoweredKernels:
@@ -70,19 +88,28 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
     """
     target = tvm.target.Target(device.llvm_target())
     functions = {
-        var.name_hint: schedule(_sequential(f), device).with_attr("global_symbol", var.name_hint)
+        var.name_hint: schedule(_plain(f), device).with_attr("global_symbol", var.name_hint)
         for var, f in module.functions.items()
         if isinstance(f, tirx.PrimFunc)
     }
-    low = _passes(target)(tvm.IRModule(functions))
-    lowered, signature, scratch, readonly = {}, {}, {}, {}
+    low = _lower(tvm.IRModule(functions), target)
+
+    lowered: dict[str, Any] = {}
+    result = LoweredKernels(None, {}, {}, {}, {})
     for var, function in sorted(low.functions.items(), key=lambda item: item[0].name_hint):
         symbol = var.name_hint
-        raw, types, sizes, constant = _raw_signature(function, symbol, target, min_scratch)
-        lowered[symbol] = raw
-        signature[symbol], scratch[symbol], readonly[symbol] = types, sizes, constant
+        scratch = _scratch(function.body, min_scratch)
+        phases = divide(function.body, scratch, in_place="edgec.inplace" in (function.attrs or {}))
+        names = [symbol] if len(phases) == 1 else [f"{symbol}_{number}" for number in range(len(phases))]
+        result.phases[symbol] = tuple(zip(names, (phase.tasks for phase in phases), strict=True))
+        for name, phase in zip(names, phases, strict=True):
+            lowered[name], types, sizes = _raw_signature(function, phase, name, target, scratch)
+            # The same for all: every phase has all pointers of the kernel, whichever it uses.
+            result.signature[symbol], result.scratch[symbol] = types, sizes
+        stored = accesses(function.body).stored
+        result.readonly[symbol] = frozenset(i for i, p in enumerate(function.params) if p not in stored)
     final = tirx.transform.LowerIntrin()(tvm.IRModule(lowered))
-    return LoweredKernels(final, signature, scratch, readonly)
+    return replace(result, module=final)
 
 
 def build_objects(
@@ -156,28 +183,20 @@ def _plain_ir(text: str) -> str:
     return text
 
 
-def _sequential(function: Any) -> Any:
-    """A PrimFunc as TVM's operator library writes it, reduced to what one thread with plain pointers runs.
-
-    Parallel loops become serial, hints of the operator library are dropped and buffers start at their pointer.
-    """
-
-    def on_loop(loop: Any) -> Any:
-        if loop.kind != tirx.ForKind.PARALLEL:
-            return loop
-        return tirx.For(loop.loop_var, loop.min, loop.extent, tirx.ForKind.SERIAL, loop.body)
+def _plain(function: Any) -> Any:
+    """A PrimFunc without the hints of TVM's operator library; of its parallel loops only the outermost ones stay so."""
 
     def on_attribute(statement: Any) -> Any:
         return statement.body if statement.attr_key.startswith("pragma_") else statement
 
-    body = tvm_ffi.structural_map(function.body, [(tirx.For, on_loop), (tirx.AttrStmt, on_attribute)], order="post")
-    return function.with_body(body)
+    body = tvm_ffi.structural_map(function.body, [(tirx.AttrStmt, on_attribute)], order="post")
+    return function.with_body(serial(body, outermost=False))
 
 
-def _passes(target: Any) -> Any:
+def _lower(module: tvm.IRModule, target: Any) -> tvm.IRModule:
     """TVM's TIR pipeline without the passes that produce its packed calling convention."""
-    s, x = s_tir.transform, tirx.transform
-    return tvm.ir.transform.Sequential(
+    s, x, sequential = s_tir.transform, tirx.transform, tvm.ir.transform.Sequential
+    flat = sequential(
         [
             x.BindTarget(target.with_host(target)),
             s.CanonicalizeLoop(),
@@ -190,6 +209,14 @@ def _passes(target: Any) -> Any:
             s.LowerOpaqueBlock(),
             x.FlattenBuffer(),
             x.NarrowDataType(32),
+            s.StmtSimplify(),
+        ]
+    )(module)
+    for var, function in flat.functions.items():
+        if function.attrs is not None and LIBRARY in function.attrs:
+            flat.update_func(var, function.with_body(partition(function.body)))
+    return sequential(
+        [
             s.LoopPartition(),
             x.VectorizeLoop(True),
             x.StorageRewrite(),
@@ -201,35 +228,27 @@ def _passes(target: Any) -> Any:
             s.RewriteUnsafeSelect(),
             x.CommonSubexprElim(),
         ]
-    )
+    )(flat)
 
 
 def _raw_signature(
-    function: Any, symbol: str, target: Any, min_scratch: int
-) -> tuple[Any, tuple[str, ...], tuple[int, ...], frozenset[int]]:
-    """Buffer parameters become pointers, large allocations become parameters."""
-    pointers, declarations, types, buffers = [], [], [], []
-    for parameter in function.params:
-        dtype = _dtype(parameter)
-        pointer = tirx.Var(parameter.name, PointerType(PrimType(dtype), "global"))
-        pointers.append(pointer)
-        types.append(dtype)
-        buffers.append(parameter)
-        declarations.append(tirx.DeclBuffer(parameter, data=pointer))
-    sizes: list[int] = []
+    function: Any, phase: Phase, symbol: str, target: Any, scratch: Sequence[Any]
+) -> tuple[Any, tuple[str, ...], tuple[int, ...]]:
+    """The C function of a phase: buffer parameters of the kernel become pointers, then its scratch memory.
+
+    Returns it with the types of the pointers and the bytes of the scratch memory.
+    """
+    buffers = [*function.params]
+    memory = {b: tirx.Var(f"{b.name}_ws", _pointer(b)) for b in scratch}
+    pointers = [tirx.Var(b.name, _pointer(b)) for b in buffers]
+    declarations = [tirx.DeclBuffer(b, data=pointer) for b, pointer in zip(buffers, pointers, strict=True)]
+    begin, end = tirx.Var("begin", "int32"), tirx.Var("end", "int32")
 
     def on_allocation(statement: Any) -> Any:
-        buffer = statement.buffer
-        size = _bytes(buffer)
-        if buffer.scope() == "local" or size < min_scratch:
-            return statement
-        pointer = tirx.Var(f"{buffer.name}_ws", PointerType(PrimType(_dtype(buffer)), "global"))
-        pointers.append(pointer)
-        types.append(_dtype(buffer))
-        sizes.append(size)
-        return tirx.DeclBuffer(buffer, data=pointer)
+        pointer = memory.get(statement.buffer)
+        return statement if pointer is None else tirx.DeclBuffer(statement.buffer, data=pointer)
 
-    body = tvm_ffi.structural_map(function.body, [(tirx.AllocBuffer, on_allocation)], order="post")
+    body = tvm_ffi.structural_map(phase.body(begin, end), [(tirx.AllocBuffer, on_allocation)], order="post")
     body = tvm_ffi.structural_map(body, [(tvm.ir.Call, elementary.expand)], order="post")
     # TVM's operator library leaves the place of data behind a pointer open; ours always starts at the pointer.
     offsets = [b.elem_offset for b in buffers if isinstance(b.elem_offset, tirx.Var)]
@@ -238,32 +257,26 @@ def _raw_signature(
         body = tvm_ffi.structural_map(body, [(tirx.Var, lambda v: zero.get(v, v))], order="post")
     # An output that may share memory with an input must not be promised to be unaliased.
     aliased = function.attrs is not None and "edgec.inplace" in function.attrs
-    raw = tirx.PrimFunc(pointers, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
+    parameters = [*pointers, *memory.values(), *([begin, end] if phase.tasks else [])]
+    raw = tirx.PrimFunc(parameters, tirx.SeqStmt([*declarations, body]), ret_type=tvm.ir.TupleType([]), attrs=None)
     raw = raw.with_attr("global_symbol", symbol).with_attr("target", target)
     if not aliased:
         raw = raw.with_attr("tirx.noalias", True)
-    stored = _stored(function.body)
-    constant = frozenset(i for i, p in enumerate(buffers) if not any(p.same_as(b) for b in stored))
-    return raw, tuple(types), tuple(sizes), constant
+    # TVM makes scratch memory that is only read and written in vectors a buffer of vectors.
+    types = tuple(_dtype(b).partition("x")[0] for b in (*buffers, *scratch))
+    return raw, types, tuple(_bytes(b) for b in scratch)
 
 
-def _stored(body: Any) -> list[Any]:
-    """Buffers that are written, looked up through the declarations that rename them."""
-    renamed: dict[Any, Any] = {}
-    stores: list[Any] = []
+def _scratch(body: Any, least: int) -> list[Any]:
+    """Allocated buffers of `least` bytes or more, or that go from one thread to another, and are not to stay local."""
+    shared = passed_on(body)
+    found: list[Any] = []
+    tvm_ffi.structural_walk(body, [(tirx.AllocBuffer, lambda a: found.append(a.buffer))], order="pre")
+    return [b for b in dict.fromkeys(found) if b.scope() != "local" and (_bytes(b) >= least or b in shared)]
 
-    def on_declaration(statement: Any) -> None:
-        source = statement.data
-        renamed[statement.buffer] = source.args[0] if hasattr(source, "args") and len(source.args) else source
 
-    tvm_ffi.structural_walk(body, [(tirx.DeclBuffer, on_declaration)], order="pre")
-    tvm_ffi.structural_walk(body, [(tirx.BufferStore, lambda s: stores.append(s.buffer))], order="pre")
-    found = []
-    for buffer in stores:
-        while buffer in renamed:
-            buffer = renamed[buffer]
-        found.append(buffer)
-    return found
+def _pointer(buffer: Any) -> Any:
+    return PointerType(PrimType(_dtype(buffer)), "global")
 
 
 def _dtype(buffer: Any) -> str:

@@ -6,12 +6,16 @@ import difflib
 import functools
 import platform
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgec.errors import EdgecError
+
+if TYPE_CHECKING:
+    from edgec.targets.kernels.conv2d import Blocking
 
 CPUINFO = Path("/proc/cpuinfo")
 _V2 = frozenset(["cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"])
@@ -34,7 +38,8 @@ class Device:
     l1_kb, l2_kb: data caches in KiB. runner: "native", "qemu-aarch64" or "qemu-arm"; qemu_cpu: its `-cpu`.
     cc: C compiler of the tool chain; cflags: architecture flags for it. package, runner_package: Debian packages that
     provide them. requant: how int8 layers round here, see `edgec.integer`: RQF
-    on cores whose vector units follow IEEE 754, RQ1 (integers only) on all others.
+    on cores whose vector units follow IEEE 754, RQ1 (integers only) on all others. tuning: measured register tiles by
+    `tuning_key` of a kernel, which go before modelled ones (see `edgec.tune`); no property of the device.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Device:
     has_i8mm: bool = False
     has_fp16: bool = False
     has_vnni: bool = False
+    tuning: Mapping[str, Blocking] = field(default_factory=dict, repr=False, compare=False)
 
     def llvm_target(self) -> dict[str, Any]:
         """The target description for TVM."""

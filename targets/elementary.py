@@ -1,8 +1,8 @@
 """Elementary functions of float32 as arithmetic that LLVM can keep in vector registers.
 
-LLVM turns `exp`, `tanh` and `erf` of a vector into one C library call per element. These expansions are straight-line
-code, work on scalars and vectors alike, and give the same values on every device up to fused multiplication. float64
-keeps the C library.
+LLVM turns `exp`, `log`, `tanh` and `erf` of a vector into one C library call per element. These expansions are
+straight-line code, work on scalars and vectors alike, and give the same values on every device up to fused
+multiplication. float64 keeps the C library.
 """
 
 from __future__ import annotations
@@ -23,6 +23,21 @@ EXP_MAX, EXP_MIN = 89.0, -87.6
 # e^r on |r| <= ln(2) / 2, highest power first: minimax polynomial of the relative error (9e-8) with constant term 1.
 EXP_P = (8.290272206e-3, 4.189816117e-2, 1.666763872e-1, 4.999914765e-1, 9.999997020e-1, 1.0)
 
+# log(1 + f) = f - f^2 / 2 + f^3 P(f) for 1 + f between sqrt(1/2) and sqrt(2): Cephes logf, highest power first.
+LOG_P = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+SQRT_HALF_BITS = 0x3F3504F3
+LEAST_NORMAL = 2.0**-126
+
 # tanh(x) = c P(c^2) / Q(c^2), c = clamp(x, -TANH_MAX, TANH_MAX): the rational function of Eigen's vectorised tanh.
 TANH_MAX = 7.90531110763549805
 TANH_P = (
@@ -36,28 +51,30 @@ TANH_P = (
 )
 TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 
-# erf(x) = c P(c^2) / Q(c^2), c = clamp(x, -4, 4): the rational function of Eigen's vectorised erf.
-ERF_MAX = 4.0
+# erf(x) = c P(2 c^2 / ERF_MAX^2 - 1), c = clamp(x, -ERF_MAX, ERF_MAX), highest power first: minimax polynomial of the
+# relative error (1.2e-7) on an argument in -1..1, where its coefficients are small. A division would keep an in-order
+# core waiting for longer than all of this takes.
+ERF_MAX = 3.6
 ERF_P = (
-    -2.72614225801306e-10,
-    2.77068142495902e-08,
-    -2.10102402082508e-06,
-    -5.69250639462346e-05,
-    -7.34990630326855e-04,
-    -2.95459980854025e-03,
-    -1.60960333262415e-02,
-)
-ERF_Q = (
-    -1.45660718464996e-05,
-    -2.13374055278905e-04,
-    -1.68282697438203e-03,
-    -7.37332916720468e-03,
-    -1.42647390514189e-02,
+    -1.053190130e-3,
+    2.698298819e-3,
+    -2.600154007e-3,
+    4.393998496e-3,
+    -1.188172461e-2,
+    2.142219676e-2,
+    -3.242568580e-2,
+    4.821449507e-2,
+    -6.805804488e-2,
+    8.982738506e-2,
+    -1.137913226e-1,
+    1.438098336e-1,
+    -1.954905743e-1,
+    3.927121362e-1,
 )
 
 
 def expand(call: Any) -> Any:
-    """The expansion of a TIR call to exp, sigmoid, tanh or erf on float32 scalars or vectors, else the call itself.
+    """The expansion of a TIR call to one of RULES on float32 scalars or vectors, else the call itself.
 
     float16 goes by way of float32.
     """
@@ -105,6 +122,34 @@ def _scaled_exp(x: Any, factor: float, bias: int, lanes: int) -> Any:
     return _let(x, real, body)
 
 
+def log(x: Any, lanes: int) -> Any:
+    """Natural logarithm to 1.5e-7 relative or absolute, whichever is larger. Subnormal numbers count as 2^-126."""
+    real, whole = _kind("float32", lanes), _kind("int32", lanes)
+
+    def body(x: Any) -> Any:
+        bits = tirx.reinterpret(whole, tirx.max(_c(LEAST_NORMAL, lanes), x))
+
+        def split(bits: Any) -> Any:
+            exponent = tirx.shift_right(bits - _i(SQRT_HALF_BITS, lanes), _i(23, lanes))
+            return _let(exponent, whole, lambda e: _let(mantissa(bits, e), real, lambda f: series(f, e.astype(real))))
+
+        def mantissa(bits: Any, e: Any) -> Any:
+            return tirx.reinterpret(real, bits - tirx.shift_left(e, _i(23, lanes))) - _c(1.0, lanes)
+
+        def series(f: Any, e: Any) -> Any:
+            square = f * f
+            small = f * square * _horner(f, LOG_P, lanes) + e * _c(LN2_LOW, lanes) - _c(0.5, lanes) * square
+            return f + small + e * _c(LN2_HIGH, lanes)
+
+        # Infinity, zero, and what has no logarithm.
+        value = _let(bits, whole, split)
+        value = tirx.Select(x < _c(math.inf, lanes), value, x)
+        value = tirx.Select(x > _c(0.0, lanes), value, _c(-math.inf, lanes))
+        return tirx.Select(x >= _c(0.0, lanes), value, _c(math.nan, lanes))
+
+    return _let(x, real, body)
+
+
 def sigmoid(x: Any, lanes: int) -> Any:
     return _c(1.0, lanes) / (_c(1.0, lanes) + exp(_c(0.0, lanes) - x, lanes))
 
@@ -115,11 +160,23 @@ def tanh(x: Any, lanes: int) -> Any:
 
 
 def erf(x: Any, lanes: int) -> Any:
-    """The error function to 5e-7 absolute."""
-    return _odd_ratio(x, ERF_MAX, ERF_P, ERF_Q, lanes)
+    """The error function to 5e-7 relative."""
+    kind = _kind("float32", lanes)
+
+    def body(c: Any) -> Any:
+        square = c * c * _c(2.0 / ERF_MAX**2, lanes) - _c(1.0, lanes)
+
+        def halves(z: Any) -> Any:
+            # Even and odd powers on their own: each waits for a product half as often.
+            return _let(z * z, kind, lambda w: _horner(w, ERF_P[1::2], lanes) + z * _horner(w, ERF_P[::2], lanes))
+
+        return c * _let(square, kind, halves)
+
+    # The operand that may be NaN comes second in the comparison, which then chooses it.
+    return _let(tirx.max(_c(-ERF_MAX, lanes), tirx.min(_c(ERF_MAX, lanes), x)), kind, body)
 
 
-RULES = {"tirx.exp": exp, "tirx.sigmoid": sigmoid, "tirx.tanh": tanh, "tirx.erf": erf}
+RULES = {"tirx.exp": exp, "tirx.log": log, "tirx.sigmoid": sigmoid, "tirx.tanh": tanh, "tirx.erf": erf}
 
 
 def _odd_ratio(x: Any, limit: float, top: tuple[float, ...], bottom: tuple[float, ...], lanes: int) -> Any:

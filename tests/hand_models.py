@@ -49,6 +49,7 @@ class Kernels:
 
     signature: Mapping[str, tuple[str, ...]]
     readonly: Mapping[str, frozenset[int]]
+    phases: Mapping[str, tuple[tuple[str, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def _kernels(name: str) -> Kernels:
     return Kernels(
         {f"{name}_{k}": types for k, (types, _) in table.items()},
         {f"{name}_{k}": frozenset(constant) for k, (_, constant) in table.items()},
+        {f"{name}_{k}": ((f"{name}_{k}", 0),) for k in table},
     )
 
 

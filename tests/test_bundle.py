@@ -35,6 +35,7 @@ FILES = (
     "src/example.c",
     "src/model.c",
     "src/runner.c",
+    "src/threads.c",
     "weights.bin",
 )
 
@@ -109,7 +110,11 @@ def test_manifest(net: Bundle) -> None:
     assert (manifest["target"], manifest["runner"]) == ("host", "native")
     assert manifest["selftest"] == {"tolerance": 1e-6}
     assert manifest["meta"] == {"passes": "fold-bn"}
-    assert set(manifest["symbols"]) <= {"memcpy", "memset", "memcmp"}
+    # What the pool of threads takes, which only the shared library always has in it.
+    pool = {"clock_gettime", "getpid", "sched_getaffinity", "__sched_cpucount", "sigfillset", "sysconf"}
+    found = {s for s in manifest["symbols"] if not s.startswith("pthread_")}
+    assert found - pool <= {"memcpy", "memset", "memcmp"}
+    assert manifest["threads"] == 1
     assert 100 < manifest["code_bytes"] < 10000
 
 
@@ -507,6 +512,10 @@ def test_sealed_files_are_part_of_the_bundle(net: Bundle, tmp_path: Path) -> Non
     [
         ({"triple": "riscv64-linux-gnu"}, "bundle net: is compiled for riscv64, this machine is "),
         ({"cpu": "x86-64-v9"}, "bundle net: uses instructions of x86-64-v9, which this machine does not have; compile"),
+        (
+            {"features": ["+amx-fp64"]},
+            "bundle net: uses instructions of +amx-fp64, which this machine does not have; compile",
+        ),
     ],
 )
 def test_bundles_of_another_machine(net: Bundle, change: dict[str, str], message: str) -> None:
@@ -663,17 +672,18 @@ def test_libraries_offer_the_interface_and_nothing_else(device: str, tmp_path: P
     target = load_device(device)
     bundle = build(dense_model(), tmp_path / "net", target)
     nm = toolchain.binutil(target, "nm")
-    interface = {"net_run", "net_selftest"}
+    interface = {"net_run", "net_selftest", "net_set_threads", "net_set_parallel_for"}
     assert symbols(nm, "--defined-only", "--extern-only", str(bundle.path / "lib" / "libnet.a")) == interface
     assert symbols(nm, "--defined-only", "--dynamic", str(bundle.path / "lib" / "libnet.so")) == interface
 
 
 @pytest.mark.host
-def test_the_selftest_is_left_out_of_programs_that_do_not_call_it(net: Bundle, tmp_path: Path) -> None:
+def test_selftest_and_threads_are_left_out_of_programs_that_do_not_call_them(net: Bundle, tmp_path: Path) -> None:
     source = '#include "net.h"\nint main(void) { return net_run(NULL, NULL, NULL) != NET_NULL_POINTER; }\n'
     assert compile_and_run(tmp_path, source, [net]).returncode == 0
     found = symbols("nm", str(tmp_path / "program"))
-    assert "net_dense" in found and not [name for name in found if "selftest" in name]
+    assert "net_dense" in found and not [name for name in found if "selftest" in name or "pthread" in name]
+    assert "net_set_threads" not in found
 
 
 CMAKE = """
@@ -730,12 +740,14 @@ def test_runner_program(net: Bundle, tmp_path: Path) -> None:
         (("in", "out", "many"), 4, "runner: many is not a number from 0\n"),
         (("in", "out", "-1"), 4, "runner: -1 is not a number from 0\n"),
         (("in", "out", "1", "0"), 4, "runner: 0 is not a number from 1\n"),
-        (("in",), 4, "usage: runner INPUT OUTPUT COUNT [REPEAT] | runner --selftest\n"),
-        ((), 4, "usage: runner INPUT OUTPUT COUNT [REPEAT] | runner --selftest\n"),
+        (("in", "out", "1", "1", "0"), 4, "runner: 0 is not a number from 1\n"),
+        (("in",), 4, "usage: runner INPUT OUTPUT COUNT [REPEAT [THREADS]] | runner --selftest [THREADS]\n"),
+        ((), 4, "usage: runner INPUT OUTPUT COUNT [REPEAT [THREADS]] | runner --selftest [THREADS]\n"),
     ):
         done = run(*arguments)
         assert (done.returncode, done.stderr) == (status, message), arguments
-    assert run("--selftest").stdout == "0\n"
+    assert run("--selftest").stdout == run("--selftest", "2").stdout == "0\n"
+    assert run("--selftest", "x").returncode == 4
 
 
 # -- nothing of TVM ----------------------------------------------------------------------------------------------------

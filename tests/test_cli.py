@@ -227,6 +227,7 @@ BAD = {
     "unknown option": ((*COMPILE, "--bogus"), "No such option: --bogus; see edgec compile --help"),
     "bad choice": ((*COMPILE, "--on-fail", "pray"), "pray"),
     "not a number": ((*COMPILE, "--seed", "x"), "--seed"),
+    "no threads": ((*COMPILE, "--threads", "0"), "--threads"),
     "zero samples": ((*COMPILE, "--device-samples", "0"), "--device-samples"),
     "unknown command": (("compyle",), "compyle"),
     "missing model": (("compile",), "see edgec compile --help"),
@@ -268,6 +269,24 @@ def test_force_replaces_bundles_only(run: Run, work: Path) -> None:
     code, _, err = run("compile", "net.py:net", "-o", str(precious), "--force")
     assert code == 2 and "only replaces bundles" in one_line(err)
     assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.host
+def test_threads(run: Run, work: Path, bundle: Path) -> None:
+    path = work / "threaded"
+    code, _, _ = run(
+        "compile", "net.py:net", "--eval", "good.npz", "--passes", "fold-bn", "--threads", "2", "-o", str(path)
+    )
+    assert code == 0
+    assert [json.loads((p / "manifest.json").read_text())["threads"] for p in (bundle, path)] == [1, 2]
+    outputs = []
+    for number, (folder, *threads) in enumerate(
+        ((bundle,), (path,), (path, "--threads", "3"), (bundle, "--threads", "2"))
+    ):
+        assert run("run", str(folder), "--eval", "good.npz", "-o", f"y{number}.npz", *threads)[0] == 0
+        outputs.append(np.load(work / f"y{number}.npz")["y"])
+        assert run("run", str(folder), *threads)[0] == 0
+    assert all(np.array_equal(outputs[0], y) for y in outputs)
 
 
 @pytest.mark.host

@@ -23,6 +23,7 @@ from edgec.lowering.graph import (
     folded,
     is_identity,
     is_tensor,
+    moves_ones,
     only_user,
     view_of,
 )
@@ -70,7 +71,7 @@ def fuse_attention(module: fx.GraphModule) -> None:
             found = _replace(module, match) or found
     if found:
         _flatten_linears(graph)
-        graph.eliminate_dead_code()
+        _clean(graph)
 
 
 def fuse_products(module: fx.GraphModule) -> None:
@@ -95,7 +96,7 @@ def fuse_products(module: fx.GraphModule) -> None:
         if not (same or 1 in counts) or 0 in shape_of(node):
             continue
         with graph.inserting_before(node):
-            (m, k), (n, _) = shape_of(a)[-2:], shape_of(node)[-1:] + (0,)
+            (m, k), n = shape_of(a)[-2:], shape_of(node)[-1]
             # A right operand that all products share makes one tall product of them.
             rows = counts[0] * m if counts[1] == 1 else m
             left = call(graph, aten.reshape.default, (a, [counts[0] * m // rows, rows, k]), node)
@@ -267,7 +268,8 @@ def _add_constant(match: _Match, values: torch.Tensor) -> bool:
         return False
     size = values.shape[-1]
     if values.dim() >= 2 and values.shape[-2] == size and values.numel() == size * size and size > 1:
-        if torch.equal(values.reshape(size, size), _numbers(torch.ones(size, size, dtype=torch.bool).tril())):
+        triangle = _numbers(torch.ones(size, size, dtype=torch.bool).tril())
+        if torch.equal(values.reshape(size, size), triangle):
             match.causal = True
             return True
     match.constant_mask = values if match.constant_mask is None else match.constant_mask + values
@@ -308,8 +310,8 @@ def _replace(module: fx.GraphModule, match: _Match) -> bool:
             constant = match.constant_mask.contiguous()
             seen = 0, list(constant.expand(*lead, queries, keys).stride())
         elif mask is not None:
-            mask, *found = view_of(mask, (*lead, queries, keys), expand=True)
-            seen = found[0], found[1]
+            mask, start, strides = view_of(mask, (*lead, queries, keys), expand=True)
+            seen = start, strides
     except (RuntimeError, ValueError):
         return False
     if seen is not None and len(seen[1]) > 4:
@@ -342,11 +344,19 @@ def _replace(module: fx.GraphModule, match: _Match) -> bool:
         back = call(graph, aten.permute.default, (split, [0, 2, 1, 3]), last)
         back = call(graph, aten.reshape.default, (back, list(shape_of(last))), last)
     last.replace_all_uses_with(back)
-    # Operators that may draw random numbers are never dead to fx.
     graph.erase_node(last)
     cancel_moves(graph, new)
+    _clean(graph)
     _quantized(graph, new)
     return True
+
+
+def _clean(graph: fx.Graph) -> None:
+    """Erase what nothing reads; to fx, operators that may draw random numbers are never dead."""
+    for node in reversed(list(graph.nodes)):
+        if is_identity(node) and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def _dense(shape: tuple[int, ...]) -> list[int]:
@@ -356,13 +366,12 @@ def _dense(shape: tuple[int, ...]) -> list[int]:
 def _quantized(graph: fx.Graph, node: fx.Node) -> None:
     """Let the kernel write codes where its only reader quantises."""
     path = [node]
-    users = [u for u in node.users if u.users]
-    while len(users) == 1 and is_call(users[0], aten.reshape.default):
-        path.append(users[0])
-        users = [u for u in users[0].users if u.users]
-    if len(users) != 1 or not is_call(users[0], edgec.quantize.default):
+    while is_call(only_user(path[-1]), aten.reshape.default):
+        path.append(only_user(path[-1]))  # type: ignore[arg-type]
+    quantize = only_user(path[-1])
+    if not is_call(quantize, edgec.quantize.default):
         return
-    quantize = users[0]
+    assert quantize is not None
     _, scale, zero_point = quantize.args
     node.args = (*node.args[:-2], scale, zero_point)
     node.meta["edgec_origin"] = origin_of(quantize)
@@ -374,6 +383,9 @@ def _quantized(graph: fx.Graph, node: fx.Node) -> None:
 def _flatten_linears(graph: fx.Graph) -> None:
     """A linear layer works on the last axis: reshapes of the others go behind it, where they meet and cancel."""
     for node in list(graph.nodes):
+        if not node.users:
+            # Erased on the way.
+            continue
         if is_identity(node) and is_call(node, aten.dropout.default):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             graph.erase_node(node)
@@ -381,7 +393,7 @@ def _flatten_linears(graph: fx.Graph) -> None:
         if not is_call(node, aten.linear.default):
             continue
         source = node.args[0]
-        while is_call(source, *RESHAPES) or _moves_ones(source):
+        while is_call(source, *RESHAPES) or moves_ones(source):
             source = source.args[0]
         if source is node.args[0] or not is_tensor(source) or shape_of(source)[-1:] != shape_of(node.args[0])[-1:]:
             continue
@@ -390,18 +402,3 @@ def _flatten_linears(graph: fx.Graph) -> None:
             back = call(graph, aten.reshape.default, (new, list(shape_of(node))), node)
         node.replace_all_uses_with(back)
         cancel_moves(graph, new)
-
-
-def _moves_ones(node: Any) -> bool:
-    """Whether a permutation moves nothing but axes of one element."""
-    if is_call(node, aten.permute.default):
-        order = [int(axis) % len(node.args[1]) for axis in node.args[1]]
-    elif is_call(node, aten.transpose.int):
-        order = list(range(len(shape_of(node))))
-        a, b = (int(axis) % len(order) for axis in node.args[1:])
-        order[a], order[b] = order[b], order[a]
-    else:
-        return False
-    shape = shape_of(node.args[0])
-    kept = [axis for axis in order if shape[axis] != 1]
-    return kept == sorted(kept)

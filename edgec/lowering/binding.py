@@ -117,14 +117,14 @@ def _linear(node: Any, constants: Weights) -> Binding:
 def _qconv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, *geometry, x_zp, y_zp, lo, hi = node.args[:13]
     weights = _integer_weights(constants, w, bias, m, shift)
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, requant=_requant(weights))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, **_requant(weights))
     return Binding(_conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue), (x,), layer_of(node), weights)
 
 
 def _qconv2d_add(node: Any, constants: Weights) -> Binding:
     x, w, bias, m, shift, residual, *geometry, x_zp, y_zp, lo, hi, add = node.args
     weights = _integer_weights(constants, w, bias, m, shift)
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add), requant=_requant(weights))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, add=AddEpilogue(*add), **_requant(weights))
     spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, epilogue)
     return Binding(spec, (x,), layer_of(node), weights, (residual,))
 
@@ -135,18 +135,39 @@ def _qlinear(node: Any, constants: Weights) -> Binding:
     weight = weights["w"]
     weights["w"] = weight[:, :, None, None]
     rows = int(np.prod(shape_of(node)[:-1]))
-    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, requant=_requant(weights))
+    epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, **_requant(weights))
     spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue)
     return Binding(spec, (x,), layer_of(node), weights)
+
+
+def _qconv2d_float(node: Any, constants: Weights) -> Binding:
+    x, w, bias, scale, *geometry, x_zp = node.args[:9]
+    weights = {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", scale))}
+    spec = _conv_spec(node, weights["w"], geometry, "int8", x_zp, Epilogue(requant="float"))
+    return Binding(spec, (x,), layer_of(node), weights)
+
+
+def _qlinear_act(node: Any, constants: Weights) -> Binding:
+    x, w, bias, scale, residual, act, lo, hi, y_scale, y_zp = node.args
+    weights = {"w": constants[w.name][:, :, None, None], "bias": constants[bias.name], "m": constants[scale.name]}
+    epilogue = Epilogue(act, lo, hi, y_zp, residual is not None, requant="float", y_scale=y_scale)
+    outputs, inputs = weights["w"].shape[:2]
+    spec = Conv2D(1, int(np.prod(shape_of(node)[:-1])), inputs, outputs, dtype="int8", epilogue=epilogue)
+    return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
 def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) -> dict[str, np.ndarray]:
     return {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", m), ("shift", shift))}
 
 
-def _requant(weights: Mapping[str, np.ndarray]) -> str:
-    """Layers that round by a float32 product have float32 multipliers (see `edgec.integer.requantize`)."""
-    return "RQF" if weights["m"].dtype == np.float32 else "RQ1"
+def _requant(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How a layer rounds: by a float32 product where its multipliers are float32 (see `edgec.integer.requantize`)."""
+    if weights["m"].dtype != np.float32:
+        return {"requant": "RQ1"}
+    # The largest accumulator that codes can make, and some room for the zero point.
+    w = weights["w"].astype(np.int64)
+    largest = np.abs(w).sum(tuple(range(1, w.ndim))) * 128 + np.abs(weights["bias"].astype(np.int64))
+    return {"requant": "RQF", "bounded": bool(np.all(largest * np.abs(weights["m"].astype(np.float64)) < 2**30))}
 
 
 def _map(node: Any) -> tuple[int, int, int]:
@@ -275,7 +296,9 @@ def _group_norm(node: Any, constants: Weights) -> Binding:
     shape = shape_of(x)
     channels = shape[-1] if layout == "NHWC" else shape[1]
     spec = GroupNorm(_rows(x, channels), channels, groups, eps, layout, Epilogue(act=act, lo=lo, hi=hi))
-    return Binding(spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))})
+    return Binding(
+        spec, (x,), layer_of(node), {k: _value(constants, v) for k, v in (("weight", weight), ("bias", bias))}
+    )
 
 
 def _softmax(node: Any, constants: Weights) -> Binding | None:
@@ -347,6 +370,8 @@ RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     edgec.qconv2d.default: _qconv2d,
     edgec.qconv2d_add.default: _qconv2d_add,
     edgec.qlinear.default: _qlinear,
+    edgec.qconv2d_float.default: _qconv2d_float,
+    edgec.qlinear_act.default: _qlinear_act,
     edgec.qmax_pool2d.default: _max_pool,
     edgec.qavg_pool2d.default: _qavg_pool,
     edgec.qmean.default: _qmean,

@@ -77,7 +77,7 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> 
 
 
 def is_identity(node: Any) -> bool:
-    """Whether a call returns its operand: dropout outside training, and copies, which graphs without writes need not."""
+    """Whether a call returns its operand: dropout outside training, and copies, which only graphs with writes need."""
     if is_call(node, aten.dropout.default):
         return argument(node, 2, "train", True) is False
     return is_call(node, aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
@@ -87,6 +87,21 @@ def is_move(node: Any) -> bool:
     return is_call(node, *MOVES) or is_identity(node)
 
 
+def moves_ones(node: Any) -> bool:
+    """Whether a permutation moves nothing but axes of one element."""
+    if is_call(node, aten.permute.default):
+        order = [int(axis) % len(node.args[1]) for axis in node.args[1]]
+    elif is_call(node, aten.transpose.int):
+        order = list(range(len(shape_of(node))))
+        a, b = (int(axis) % len(order) for axis in node.args[1:])
+        order[a], order[b] = order[b], order[a]
+    else:
+        return False
+    shape = shape_of(node.args[0])
+    kept = [axis for axis in order if shape[axis] != 1]
+    return kept == sorted(kept)
+
+
 # -- where elements go -------------------------------------------------------------------------------------------------
 
 
@@ -94,8 +109,7 @@ def moved(node: Any, index: Any) -> Any:
     """What the move `node` makes of `index`, which stands for its operand."""
     if is_identity(node):
         return index
-    first, *rest = node.args
-    rest = fx.map_arg(rest, lambda a: a.meta["val"])
+    rest = fx.map_arg(node.args[1:], lambda a: a.meta["val"])
     kwargs = fx.map_arg(dict(node.kwargs), lambda a: a.meta["val"])
     if node.target in (aten.view.default, aten._unsafe_view.default):
         return index.reshape(*rest)
@@ -108,7 +122,7 @@ def places(node: fx.Node) -> torch.Tensor:
 
 
 def affine(index: torch.Tensor) -> tuple[int, list[int]] | None:
-    """(offset, strides) with index[i, j, ...] = offset + i * strides[0] + ..., or None. Axes of one element: stride 0."""
+    """(offset, strides) with index[i, j, ...] = offset + i * strides[0] + ..., or None. Single elements: stride 0."""
     offset = int(index.flatten()[0])
     strides = []
     made = torch.full((), offset, dtype=index.dtype)

@@ -6,9 +6,10 @@ The result is a Relax `main` made of `call_tir` bindings and reshapes only; `edg
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,19 @@ import torch
 import tvm
 from torch import fx
 from tvm import relax
-from tvm.relax.frontend.torch import from_exported_program
+from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from edgec.errors import EdgecError
 from edgec.lowering.binding import RULES, Binding, bind
 from edgec.lowering.legalize import convert_map
+from edgec.program import layer_of
 from edgec.targets.device import Device
 
 # The relative order of a variable name survives every Relax pass used here, so a call finds its layer by name.
 TAG = re.compile(r"^edgec_call_(\d+)")
+
+# Operators of TVM's library are named after the node they stand for, for the report.
+NODE = re.compile(r"^edgec_node_(\d+)_")
 
 # Same bytes in the same order: a name for memory, never a kernel.
 VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
@@ -77,10 +82,35 @@ RELAX: dict[Any, Callable[[Any, Any], Any]] = {
 
 @dataclass(frozen=True)
 class Imported:
-    """`module`: Relax main over call_tir; `bindings`: our kernel calls by tag number."""
+    """`module`: Relax main; `bindings`: our kernel calls by tag number.
+
+    nodes: the layer of each node of the graph. layers: after `legalize_relax` that of each kernel call of main, in
+    order; empty where it is not known.
+    """
 
     module: tvm.IRModule
     bindings: dict[int, Binding]
+    nodes: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+
+
+class _Importer(ExportedProgramImporter):
+    """TVM's importer, naming what it emits after the number of the node."""
+
+    def _translate_fx_graph(self, graph_module: Any, nodes: Any, *rest: Any, **options: Any) -> Any:
+        emit, current = self.block_builder.emit, 0
+
+        def named(expression: Any, name_hint: str = "") -> Any:
+            return emit(expression, name_hint or f"edgec_node_{current}_")
+
+        def counted() -> Iterator[fx.Node]:
+            nonlocal current
+            for number, node in enumerate(nodes):
+                current = number
+                yield node
+
+        self.block_builder.emit = named  # type: ignore[method-assign]
+        return super()._translate_fx_graph(graph_module, counted(), *rest, **options)  # type: ignore[arg-type]
 
 
 def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Imported:
@@ -115,31 +145,90 @@ def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Impo
     table.update({target._schema.name.split("::")[1] + "." + target._overloadname: convert for target in RULES})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            module = from_exported_program(exported, run_ep_decomposition=False, custom_convert_map=table)
+            module = _Importer().from_exported_program(exported, False, False, False, table)
     except EdgecError:
         raise
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise EdgecError(f"TVM's importer refused the graph: {lines[-1].strip()}", where="import") from error
-    return Imported(module, bindings)
+    nodes = tuple(layer_of(n) if n.op == "call_function" else "" for n in exported.graph.nodes)
+    return Imported(module, bindings, nodes)
 
 
-def legalize_relax(module: tvm.IRModule, device: Device) -> tvm.IRModule:
+def bindings_of(exported: torch.export.ExportedProgram) -> list[Binding]:
+    """The calls of our kernel templates that `import_graph` makes of a graph, in its order."""
+    constants = _constants(exported)
+    found = (bind(node, constants) for node in exported.graph.nodes)
+    return [binding for binding in found if binding is not None]
+
+
+def legalize_relax(imported: Imported, device: Device) -> Imported:
     """Turn Relax operators into TIR kernels, fuse element-wise chains and fold constants."""
-    transform = relax.transform
+    transform, sequential = relax.transform, tvm.ir.transform.Sequential
     with tvm.target.Target(device.llvm_target()):
-        return tvm.ir.transform.Sequential(
+        simple = transform.DecomposeOpsForInference()(imported.module)
+        kernels = sequential(
             [
-                transform.DecomposeOpsForInference(),
                 transform.CanonicalizeBindings(),
                 transform.LegalizeOps(skip_ops=list(VIEWS)),
                 transform.AnnotateTIROpPattern(),
                 transform.FoldConstant(),
-                transform.FuseOps(),
-                transform.FuseTIR(),
-                transform.DeadCodeElimination(["main"]),
             ]
-        )(module)
+        )(simple)
+        fused = transform.FuseOps()(kernels)
+        module = sequential([transform.FuseTIR(), transform.DeadCodeElimination(["main"])])(fused)
+    layers = _layers(_origins(simple["main"], imported.nodes), kernels, fused)
+    known = len(layers) == len(_kernel_calls(module["main"]))
+    return dataclasses.replace(imported, module=module, layers=layers if known else ())
+
+
+def _origins(main: Any, nodes: Sequence[str]) -> dict[str, str]:
+    """The layer of each variable. Those of an operator that was taken apart come before the one it was bound to."""
+    found: dict[str, str] = {}
+    unnamed: list[str] = []
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            match = NODE.match(binding.var.name)
+            unnamed.append(binding.var.name)
+            if match or TAG.match(binding.var.name):
+                layer = nodes[int(match.group(1))] if match else ""
+                found.update({name: layer for name in unnamed if name not in found})
+                unnamed = []
+    return found
+
+
+def _layers(origins: Mapping[str, str], before: tvm.IRModule, fused: tvm.IRModule) -> tuple[str, ...]:
+    """The layer of each call in the main function of `fused`: that of the last operator in it.
+
+    A fused call has lost its name. The operators in it are taken to be the first ones with their kernels that no call
+    before it has; equal groups follow each other in the order of the graph.
+    """
+    kept = {binding.var.name for binding, _ in _kernel_calls(fused["main"])}
+    waiting: dict[str, list[str]] = {}
+    for binding, kernel in _kernel_calls(before["main"]):
+        if binding.var.name not in kept:
+            waiting.setdefault(kernel, []).append(binding.var.name)
+    layers = []
+    for binding in _calls(fused["main"]):
+        names = [binding.var.name]
+        if isinstance(binding.value.op, tvm.ir.GlobalVar):
+            inside = [kernel for _, kernel in _kernel_calls(fused[binding.value.op])]
+            names = [waiting[kernel].pop(0) for kernel in inside if waiting.get(kernel)]
+        elif binding.value.op.name != "relax.call_tir":
+            continue
+        layers.append(origins.get(names[-1], "") if names else "")
+    return tuple(layers)
+
+
+def _calls(function: Any) -> list[Any]:
+    """The bindings of a Relax function that call something."""
+    return [b for block in function.body.blocks for b in block.bindings if isinstance(b.value, relax.Call)]
+
+
+def _kernel_calls(function: Any) -> list[tuple[Any, str]]:
+    """The bindings of a Relax function that call kernels, with the kernel's name."""
+    calls = [b for b in _calls(function) if getattr(b.value.op, "name", "") == "relax.call_tir"]
+    return [(b, b.value.args[0].name_hint) for b in calls]
 
 
 def _constants(exported: torch.export.ExportedProgram) -> dict[str, np.ndarray]:

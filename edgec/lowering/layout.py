@@ -38,6 +38,8 @@ UNARY = (
     aten.neg.default,
     aten.leaky_relu.default,
     aten.elu.default,
+    aten.mish.default,
+    aten.softplus.default,
     aten.dropout.default,
     aten.clone.default,
     aten.contiguous.default,
@@ -58,6 +60,7 @@ BINARY = (
     edgec.qmul.default,
 )
 CONSTANT_VIEWS = (aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.squeeze.dims)
+INTERLEAVE = [0, 3, 4, 1, 5, 2]
 RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims)
 
 
@@ -260,6 +263,8 @@ def _permute(module: fx.GraphModule, node: Any) -> fx.Node | None:
 def _reshape(module: fx.GraphModule, node: Any) -> fx.Node | None:
     """A 1x1 map has the same memory order in both layouts; flatten(2).transpose(1, 2) is a reshape of NHWC."""
     x = node.args[0]
+    if is_call(x, aten.permute.default) and list(x.args[1]) == INTERLEAVE:  # type: ignore[arg-type]
+        return _interleave(module, node, x)
     if not held(x):
         return None
     n, c, h, w = shape_of(x)
@@ -277,6 +282,29 @@ def _reshape(module: fx.GraphModule, node: Any) -> fx.Node | None:
             back.meta.update(val=node.meta["val"], edgec_layer=layer_of(node))
             return back
     return None
+
+
+def _interleave(module: fx.GraphModule, node: Any, moved: Any) -> fx.Node | None:
+    """[N, a, b, C, H, W] to [N, C, H, a, W, b] to a map: phases of a transposed convolution, put next to each other.
+
+    In NHWC the same is a move of whole runs of b * C elements, and none at all when a is 1.
+    """
+    split = moved.args[0]
+    if not is_call(split, aten.reshape.default) or not held(split.args[0]) or len(shape_of(split)) != 6:
+        return None
+    n, a, b, c, h, w = shape_of(split)
+    if shape_of(split.args[0]) != (n, a * b * c, h, w) or shape_of(node) != (n, c, h * a, w * b):
+        return None
+    graph = module.graph
+    x = nhwc(graph, split.args[0])
+    if a > 1:
+        order = [0, 1, 3, 2, 4]
+        value = x.meta["val"].reshape(n, h, w, a, b * c)
+        x = graph.call_function(aten.reshape.default, (x, list(value.shape)))
+        x.meta.update(val=value, edgec_layer=layer_of(node))
+        x = graph.call_function(aten.permute.default, (x, order))
+        x.meta.update(val=value.permute(order), edgec_layer=layer_of(node))
+    return _emit(module, node, aten.reshape.default, (x, [n, h * a, w * b, c]))
 
 
 def _transpose(module: fx.GraphModule, node: Any) -> fx.Node | None:

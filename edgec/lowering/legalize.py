@@ -160,10 +160,14 @@ LAYER_NORMS = (aten.layer_norm.default, aten.native_layer_norm.default)
 
 
 def _rewrite(module: fx.GraphModule) -> None:
-    """Repair the arguments that the importer misreads."""
+    """Repair the arguments that the importer misreads, and drop what it would copy for nothing."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != "call_function":
+            continue
+        if is_call(node, aten.expand.default) and _val(node).shape == _val(node.args[0]).shape:
+            node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+            graph.erase_node(node)
             continue
         packet = getattr(node.target, "overloadpacket", None)
         if packet in (aten.add, aten.sub, aten.rsub):

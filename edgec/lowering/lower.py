@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from edgec.errors import EdgecError
 from edgec.lowering import STEPS as STEPS
-from edgec.lowering.importer import Imported, import_graph, legalize_relax
+from edgec.lowering.binding import Binding
+from edgec.lowering.importer import Imported, bindings_of, import_graph, legalize_relax
 from edgec.lowering.layout import channels_last
 from edgec.lowering.legalize import legalize, unsupported
 from edgec.lowering.planner import make_plan
@@ -20,6 +21,7 @@ from edgec.plan import Plan
 from edgec.program import Program, origin_of, propagate
 from edgec.targets.codegen import LoweredKernels
 from edgec.targets.device import Device
+from edgec.targets.kernels.conv2d import Blocking
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Lowered:
     """What a target needs to emit code.
 
     plan: calls, constants and arena. kernels: TIR, ready for LLVM. fallbacks: what runs on an untuned kernel, and why.
+    tiles: by `tuning_key`, the register tiles that came from the device's tuning table.
     """
 
     plan: Plan
     kernels: LoweredKernels
     fallbacks: tuple[Skip, ...]
+    tiles: Mapping[str, Blocking] = field(default_factory=dict)
 
 
 def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] | None = None) -> Lowered:
@@ -41,8 +45,21 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
     be compiled, with its layer.
     """
     show = dump or (lambda step, text: None)
-    staged = lower_torch(program, show)
-    exported = legalize(staged.export())
+    imported = import_graph(_legalized(program, show), device)
+    show("import", imported.module.script())
+    return _finish(program, legalize_relax(imported, device), device, show)
+
+
+def kernel_bindings(program: Program) -> list[Binding]:
+    """The calls of our kernel templates that `lower` makes, for any device. Raises EdgecError as `lower` does."""
+    return bindings_of(_legalized(program))
+
+
+def _legalized(
+    program: Program, show: Callable[[str, str], Any] = lambda step, text: None
+) -> torch.export.ExportedProgram:
+    """The graph of operators that have a kernel or a converter. Raises EdgecError when one has neither."""
+    exported = legalize(lower_torch(program, show).export())
     show("legalize", str(exported.graph))
     missing = unsupported(exported)
     if missing:
@@ -51,10 +68,7 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
             where=program.name,
             hint="rewrite these operations in the model or register a converter",
         )
-    imported = import_graph(exported, device)
-    show("import", imported.module.script())
-    module = legalize_relax(imported.module, device)
-    return _finish(program, Imported(module, imported.bindings), device, show)
+    return exported
 
 
 def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step, text: None) -> Program:
@@ -76,7 +90,9 @@ def _finish(program: Program, imported: Imported, device: Device, show: Callable
     plan, kernels, fallbacks = make_plan(program, imported, device)
     show("kernels", str(kernels.module))
     show("plan", plan.text())
-    return Lowered(plan, kernels, tuple(fallbacks))
+    keys = {getattr(binding.spec, "tuning_key", None) for binding in imported.bindings.values()}
+    tiles = {key: tile for key, tile in sorted(device.tuning.items()) if key in keys}
+    return Lowered(plan, kernels, tuple(fallbacks), tiles)
 
 
 def max_relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -42,7 +42,7 @@ def _layer_norm(graph: fx.Graph, node: Any) -> None:
     eps = argument(node, 4, "eps", 1e-5)
     if not is_tensor(x) or not _stored(weight, bias) or 0 in shape_of(x):
         return
-    last = node
+    last: Any = node
     if is_call(node, aten.native_layer_norm.default):
         # (result, mean, 1 / deviation), of which only the first may be read.
         if len(node.users) != 1 or not is_call(only_user(node), operator.getitem) or only_user(node).args[1] != 0:  # type: ignore[union-attr]
@@ -60,9 +60,11 @@ def _composed_rms_norm(module: fx.GraphModule, root: Any) -> None:
     if not is_call(mean, aten.mean.dim) or not argument(mean, 2, "keepdim", False):
         return
     square = mean.args[0]
-    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        x = square.args[0]
-    elif is_call(square, aten.square.default) or (is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]):
+    if (
+        (is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2)
+        or is_call(square, aten.square.default)
+        or (is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1])
+    ):
         x = square.args[0]
     else:
         return

@@ -48,6 +48,7 @@ class _Reader:
         # Relax variable names are not unique: the objects are the keys.
         self.names: dict[Any, Any] = {}
         self.fallbacks: list[Skip] = []
+        self.layers = iter(imported.layers)
 
     def read(self, main: Any) -> Plan:
         for spec, variable in zip(self.program.inputs, main.params, strict=True):
@@ -95,12 +96,16 @@ class _Reader:
         outputs = [self.builder.add_temp(_shape(t), str(t.dtype)) for t in types]
         match = TAG.match(variable.name)
         ours = self.imported.bindings.get(int(match.group(1))) if match else None
-        if ours is None:
-            self.fallbacks.append(Skip(kernel, "untuned kernel", "no template: TVM's default loop nest, unscheduled"))
+        layer = next(self.layers, "")
+        if ours is not None:
+            layer = ours.layer
+        else:
+            operator = kernel.rstrip("0123456789")
+            self.fallbacks.append(Skip(layer or kernel, "untuned kernel", f"no template for {operator}"))
         self.builder.add_step(
             symbol,
             [*arguments, *outputs],
-            layer=ours.layer if ours else "",
+            layer=layer,
             op=ours.symbol if ours else kernel,
             macs=ours.spec.macs if ours else 0,
             tuned=ours is not None,

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from edgec import regions as region_ops  # noqa: F401  (registers the operators)
+from edgec.as_conv2d import as_conv2d
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
@@ -29,8 +30,18 @@ SMOOTH = {
     aten.hardsigmoid.default: "hardsigmoid",
     aten.sigmoid.default: "sigmoid",
     aten.silu.default: "silu",
+    aten.mish.default: "mish",
     aten.tanh.default: "tanh",
 }
+MOVES = (
+    aten.permute.default,
+    aten.transpose.int,
+    aten.reshape.default,
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.contiguous.default,
+)
 CONV2D = (aten.conv2d.default, aten.conv2d.padding)
 
 
@@ -73,20 +84,22 @@ def activation_of(node: Any) -> tuple[str, float, float] | None:
             return None
         return "clip", -math.inf if lo is None else float(lo), math.inf if hi is None else float(hi)
     if is_call(node, aten.gelu.default):
-        return ("gelu", 0.0, 0.0) if argument(node, 1, "approximate", "none") == "none" else None
+        exact = argument(node, 1, "approximate", "none") == "none"
+        return ("gelu" if exact else "gelu_tanh", 0.0, 0.0)
+    if is_call(node, aten.leaky_relu.default):
+        return "leaky_relu", float(argument(node, 1, "negative_slope", 0.01)), 0.0
     name = SMOOTH.get(node.target)
     return (name, 0.0, 0.0) if name is not None else None
 
 
 def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
-    """Replace conv2d, linear, pools and their quantised forms by region operators, in place; returns `module`.
+    """Replace convolutions, linear, pools and their quantised forms by region operators, in place; returns `module`.
 
     Programs have no in-place operators (see `edgec.frontend`).
     """
     graph = module.graph
-    fuse_attention(module)
-    fuse_products(module)
-    fuse_norms(module)
+    as_conv2d(module)
+    _sink_quantize(graph)
     for node in list(graph.nodes):
         if is_call(node, aten.view.default, aten._unsafe_view.default):
             # A view refuses a tensor in another memory order, which its operand is about to have.
@@ -99,13 +112,6 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 around = None if residual is None else nhwc(graph, residual)
                 args = (nhwc(graph, x), w, bias, around, *geometry, *act)
                 _replace(graph, edgec.conv2d_nhwc.default, args, node, last, residual=3)
-        elif is_call(node, aten.linear.default) and _packable(node):
-            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
-            last, residual, act = _follow(node)
-            with graph.inserting_before(last):
-                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
-            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
-            last.replace_all_uses_with(new)
         elif is_call(node, edgec.qconv2d.default) and argument(node, 13, "layout", "NCHW") == "NCHW":
             _fuse_qconv(graph, node)
         elif is_call(node, edgec.qconv2d_float.default) and argument(node, 9, "layout", "NCHW") == "NCHW":
@@ -142,10 +148,41 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
                 _replace(graph, edgec.avg_pool2d_nhwc.default, args, node, node)
         elif is_call(node, aten.group_norm.default, aten.instance_norm.default):
             _fuse_group_norm(graph, node)
+    # Behind the convolutions, whose results they read channels last; before the linear layers, which they move.
+    fuse_attention(module)
+    fuse_products(module)
+    fuse_norms(module)
+    for node in list(graph.nodes):
+        if is_call(node, aten.linear.default) and _packable(node):
+            x, w, bias = node.args[0], node.args[1], argument(node, 2, "bias", None)
+            last, residual, act = _follow(node)
+            with graph.inserting_before(last):
+                new = graph.call_function(edgec.linear_act.default, (x, w, bias, residual, *act))
+            new.meta.update(val=last.meta["val"], edgec_layer=layer_of(node), edgec_origin=origin_of(last))
+            last.replace_all_uses_with(new)
     graph.eliminate_dead_code()
     graph.lint()
     module.recompile()
     return module
+
+
+def _sink_quantize(graph: fx.Graph) -> None:
+    """Round behind operations that only move data, where the kernel in front of them can take both up."""
+    for node in list(graph.nodes):
+        reader = only_user(node)
+        while is_call(node, edgec.quantize.default) and reader is not None and is_call(reader, *MOVES):
+            x: Any
+            x, scale, zero_point = node.args
+            reader.replace_input_with(node, x)
+            codes, reader.meta["val"] = reader.meta["val"], reader.meta["val"].to(torch.float32)
+            with graph.inserting_after(reader):
+                moved = graph.call_function(edgec.quantize.default, (reader, scale, zero_point))
+            reader.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
+            moved.meta.update(reader.meta, val=codes)
+            # Its value is now that of the tensor before rounding, which the Program does not have in this form.
+            reader.meta["edgec_origin"] = f"{origin_of(reader)}, real"
+            node, reader = moved, only_user(moved)
+    graph.eliminate_dead_code()
 
 
 def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
@@ -162,11 +199,10 @@ def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
     stored = all(w is None or w.op == "get_attr" for w in (weight, bias))
     if not stored or not is_tensor(x) or len(shape_of(x)) < 3 or 0 in shape_of(x):
         return
-    last, act = node, ("none", 0.0, 0.0)
     follower = only_user(node)
-    if follower is not None and activation_of(follower) is not None:
-        last, act = follower, activation_of(follower)  # type: ignore[assignment]
-    rest = (weight, bias, int(groups), eps, *act)
+    act = None if follower is None else activation_of(follower)
+    last: Any = node if act is None else follower
+    rest = (weight, bias, int(groups), eps, *(act or ("none", 0.0, 0.0)))
     with graph.inserting_before(last):
         if _is_map(node):
             _replace(graph, edgec.group_norm.default, (nhwc(graph, x), *rest, "NHWC"), node, last)
@@ -311,7 +347,7 @@ def _fuse_qconv(graph: fx.Graph, node: Any) -> None:
 def _fuse_qlinear(graph: fx.Graph, node: Any) -> None:
     """`qlinear_float` with the float operations on its result, and with the rounding for the layer behind them."""
     last, residual, act = _follow(node)
-    follower = _only_user(last)
+    follower = only_user(last)
     y_scale: Any = None
     y_zp: Any = 0
     if follower is not None and is_call(follower, edgec.quantize.default):

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import fx
 
@@ -123,11 +124,16 @@ def _is_stored_number(node: fx.Node) -> bool:
     return node.op == "get_attr" and node.meta["val"].numel() == 1
 
 
-def annotate(module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinear: str = "auto") -> Annotation:
+def annotate(
+    module: fx.GraphModule,
+    keep_float: Callable[[str], bool],
+    nonlinear: str = "auto",
+    held: Mapping[fx.Node, str] = MappingProxyType({}),
+) -> Annotation:
     """Annotate a graph. `keep_float(layer name)` tells which layers the user wants left alone; nonlinear: one of
-    `operators.NONLINEAR`, see above.
+    `operators.NONLINEAR`, see above; held: other nodes to leave alone, with the reason.
     """
-    candidates, reasons = _candidates(module, keep_float, nonlinear)
+    candidates, reasons = _candidates(module, keep_float, nonlinear, held)
     reaches = _reaching_layers(module, candidates)
     pays = _pays_integer if nonlinear == "integer" else _pays
     found = Annotation()
@@ -149,7 +155,7 @@ def annotate(module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinea
 
 
 def _candidates(
-    module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinear: str
+    module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinear: str, held: Mapping[fx.Node, str]
 ) -> tuple[dict[fx.Node, Kind], dict[fx.Node, str]]:
     kinds: dict[fx.Node, Kind] = {}
     reasons: dict[fx.Node, str] = {}
@@ -165,6 +171,8 @@ def _candidates(
             kind, reason = None, "is normalised afterwards: one scale does not serve a residual stream"
         if kind is Kind.TABLE and _stays_curved(node, nonlinear):
             kind, reason = None, "is computed in float before the result is rounded"
+        if node in held:
+            kind, reason = None, held[node]
         moves = is_call(node, *MOVES, *IDENTITIES, *SPLITTERS)
         if kind is not None and not moves and keep_float(layer_of(node)):
             kind, reason = None, "kept float by keep_float"

@@ -21,7 +21,9 @@ from edgec.passes.quantization.operators import (
     make_functional,
     op_name,
     operand,
+    owns_weights,
     spatial_padding,
+    weight_readers,
 )
 from edgec.program import Program, constant_of, is_call, layer_of, origin_of, shape_of
 
@@ -80,14 +82,14 @@ def equalize_module(module: fx.GraphModule, report: Report) -> list[Pair]:
 
 def find_pairs(module: fx.GraphModule, report: Report) -> Iterator[Pair]:
     """The pairs of layers that can be equalised, in graph order."""
-    readers = _weight_readers(module)
+    readers = weight_readers(module)
     for first in module.graph.nodes:
-        if not is_call(first, *LAYERS) or not _owns_weights(module, first, readers):
+        if not is_call(first, *LAYERS) or not owns_weights(module, first, readers):
             continue
         if is_call(first, aten.linear.default) and len(shape_of(first)) != 2:
             continue
         found = _follow(first)
-        if isinstance(found, Pair) and _owns_weights(module, found.second, readers):
+        if isinstance(found, Pair) and owns_weights(module, found.second, readers):
             yield found
         elif isinstance(found, str):
             report(layer_of(first), "equalize", found)
@@ -122,27 +124,12 @@ def _lets_factors_through(node: fx.Node) -> bool:
     return spatial_padding(node) is not None
 
 
-def _weight_readers(module: fx.GraphModule) -> dict[str, int]:
-    """How many calls read each stored tensor."""
-    counts: dict[str, int] = {}
-    for node in module.graph.nodes:
-        if node.op == "get_attr":
-            counts[str(node.target)] = counts.get(str(node.target), 0) + len(node.users)
-    return counts
-
-
 def _between(pair: Pair) -> Iterator[fx.Node]:
     """The first layer and everything up to the second one."""
     node = pair.first
     while node is not pair.second:
         yield node
         node = next(iter(node.users))
-
-
-def _owns_weights(module: fx.GraphModule, layer: fx.Node, readers: dict[str, int]) -> bool:
-    given = arguments(layer)
-    stored = [given["weight"]] + ([] if given["bias"] is None else [given["bias"]])
-    return all(constant_of(module, n) is not None and readers[str(n.target)] == 1 for n in stored)
 
 
 def _equalize(module: fx.GraphModule, pair: Pair) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -172,6 +173,22 @@ def scalar_of(module: fx.GraphModule, value: Any) -> float | None:
         return float(value)
     tensor = constant_of(module, value)
     return float(tensor.reshape(-1)[0]) if tensor is not None and tensor.numel() == 1 else None
+
+
+def weight_readers(module: fx.GraphModule) -> dict[str, int]:
+    """How many calls read each stored tensor, by path."""
+    counts: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            counts[str(node.target)] = counts.get(str(node.target), 0) + len(node.users)
+    return counts
+
+
+def owns_weights(module: fx.GraphModule, layer: fx.Node, readers: Mapping[str, int]) -> bool:
+    """True when weight and bias of a layer (or norm) are stored and nobody else reads them; see `weight_readers`."""
+    given = arguments(layer)
+    stored = [given[name] for name in ("weight", "bias") if given[name] is not None]
+    return all(constant_of(module, n) is not None and readers[str(n.target)] == 1 for n in stored)
 
 
 # -- classification ----------------------------------------------------------------------------------------------------

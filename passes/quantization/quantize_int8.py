@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from edgec.as_conv2d import as_conv2d
 from edgec.data import Dataset
 from edgec.errors import EdgecError
 from edgec.integer import REQUANTS
@@ -18,9 +19,10 @@ from edgec.passes.quantization.bias_correction import correct_biases
 from edgec.passes.quantization.calibrate import ChannelMean, Watcher, batches, calibrate
 from edgec.passes.quantization.convert import Converter
 from edgec.passes.quantization.equalize import equalize_module
-from edgec.passes.quantization.operators import CONV2D, NONLINEAR, SATURATION, Kind, make_functional, op_name
+from edgec.passes.quantization.operators import CONV2D, NONLINEAR, SATURATION, Kind, make_functional, op_name, operand
+from edgec.passes.quantization.outliers import find_layers, find_outliers, separate
 from edgec.passes.quantization.squant import squant_codes
-from edgec.program import Program, is_call, layer_of, output_nodes
+from edgec.program import Program, is_call, layer_of, output_nodes, propagate
 from edgec.quantparams import (
     OBSERVERS,
     ChannelMinMax,
@@ -86,6 +88,9 @@ class QuantizeInt8(Pass):
         "and what reaches no layer; integer, as little as possible; float, every curved function",
         choices=NONLINEAR,
     )
+    outliers: bool = option(
+        True, "multiply hidden channels of an MLP in float if their values are far larger than all others (rare)"
+    )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
     calibration_samples: int = option(256, "at most this many calibration samples are used", low=1)
 
@@ -100,8 +105,11 @@ class QuantizeInt8(Pass):
         module = program.edit()
         module.graph.eliminate_dead_code()
         make_functional(module)
+        as_conv2d(module)
         check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
-        annotation = annotate(module, self._keeps, self.nonlinear)
+        apart = self.outliers and self.nonlinear != "integer"
+        held = self._separate_outliers(program, module, samples) if apart else {}
+        annotation = annotate(module, self._keeps, self.nonlinear, held)
         for skip in annotation.skipped:
             context.skip(*skip)
         summary = self._summary(module, annotation, len(samples))
@@ -125,6 +133,25 @@ class QuantizeInt8(Pass):
         names = {str(n.target) if n.op == "get_attr" else n.name for n in module.graph.nodes}
         kept = {k: v for k, v in {**program.annotations, **records}.items() if k in names}
         return program.replace(module, {**kept, self.name: summary})
+
+    def _separate_outliers(self, program: Program, module: fx.GraphModule, samples: Dataset) -> dict[fx.Node, str]:
+        """Rewrite the layers whose input has outlier channels; returns the layers that stay float, and why."""
+        layers = {n: ChannelMinMax(-1) for n in find_layers(module) if not self._keeps(layer_of(n))}
+        if not layers:
+            return {}
+        calibrate(module, batches(program, samples), {operand(n): [seen] for n, seen in layers.items()})
+        held = {}
+        for layer, seen in layers.items():
+            found = find_outliers(seen)
+            if found is not None:
+                reason = (
+                    f"multiplies {len(found.channels)} of {len(seen)} input channels in float: they reach "
+                    f"{found.reach:.3g}, the others {found.rest:.3g}"
+                )
+                held[separate(module, layer, found.channels)] = reason
+        if held:
+            propagate(module, program.example_inputs)
+        return held
 
     def _keeps(self, layer: str) -> bool:
         return fits(layer, self.keep_float)

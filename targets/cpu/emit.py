@@ -31,6 +31,10 @@ CTYPES = {
     # Only ever passed on between kernels: C has no portable half type.
     "float16": "uint16_t",
 }
+# A kernel that takes less time than this is not worth waking threads for; in microseconds, at the work a slow core does
+# in one. Handing out a kernel takes one to five.
+WORTH_SHARING = 20
+MACS_PER_US, BYTES_PER_US = 5000, 4000
 # What a C or C++ parameter may not be called; the last line is what the generated code uses itself.
 _RESERVED = """
     auto break case char const continue default do double else enum extern float for goto if inline int long register
@@ -60,6 +64,9 @@ class Kernels(Protocol):
     @property
     def readonly(self) -> Mapping[str, frozenset[int]]: ...
 
+    @property
+    def phases(self) -> Mapping[str, tuple[tuple[str, int], ...]]: ...
+
 
 class SelfTest(NamedTuple):
     """One sample and what the model must give for it.
@@ -70,6 +77,14 @@ class SelfTest(NamedTuple):
     inputs: Sequence[np.ndarray]
     outputs: Sequence[np.ndarray]
     tolerance: float
+
+
+class Member(NamedTuple):
+    """An object in a library: a program gets it when it calls one of its functions, and sees nothing else of it."""
+
+    name: str
+    sources: tuple[str, ...]
+    exports: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -126,10 +141,13 @@ def layout_constants(plan: Plan) -> tuple[dict[str, int], bytes]:
     return offsets, b"".join(parts) or b"\0"
 
 
-def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest | None, version: str) -> dict[str, bytes]:
+def emit(
+    plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest | None, version: str, threads: int = 1
+) -> dict[str, bytes]:
     """All generated files by name. Deterministic: no time, no path of this machine.
 
-    Without `selftest` there is no self-test function. Raises EdgecError for a model name that no library may have and
+    Without `selftest` there is no self-test function. threads: the number that the header advises and the example uses;
+    the library starts with one, whatever it is. Raises EdgecError for a model name that no library may have and
     for a self-test that does not fit the model.
     """
     check_name(plan.name)
@@ -151,6 +169,7 @@ def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest | None
         "names": ", ".join(p.c for p in inputs + outputs),
         "arena_bytes": plan.arena_bytes,
         "arena_align": plan.arena_align,
+        "threads": threads,
         "selftest": selftest is not None,
         "selftest_bytes": results_offset + room,
         "tolerance": 0 if selftest is None or selftest.tolerance == 0 else repr(float(selftest.tolerance)),
@@ -162,10 +181,18 @@ def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest | None
     addresses = _addresses(plan, offsets, inputs, outputs)
     calls = [{"text": _call(plan, step, kernels, addresses), "layer": _comment(step.layer)} for step in plan.steps]
     used = sorted({s.symbol for s in plan.steps if s.symbol != COPY})
-    prototypes = [{"symbol": s, "parameters": _parameters(kernels, s)} for s in used]
+    prototypes = [p for symbol in used for p in _prototypes(kernels, symbol)]
+    large = sorted({s.symbol for s in plan.steps if _worth_sharing(plan, s, kernels)})
+    shared = [
+        {"symbol": c, "arguments": ", ".join(f"({t})p[{i}]" for i, t in enumerate(_pointers(kernels, symbol)))}
+        for symbol in large
+        for c, tasks in kernels.phases[symbol]
+        if tasks
+    ]
     texts = {
         f"{plan.name}.h": _render("model.h.jinja", **common),
-        "model.c": _render("model.c.jinja", **common, kernels=prototypes, calls=calls),
+        "model.c": _render("model.c.jinja", **common, kernels=prototypes, shared=shared, calls=calls),
+        "threads.c": _render("threads.c.jinja", **common),
         "weights.S": _blob(f"{plan.name}_weights", "weights.bin", plan.arena_align),
         "example.c": _render("example.c.jinja", **common, cc=device.cc, cflags="".join(f"{f} " for f in device.cflags)),
         "runner.c": _render(
@@ -196,9 +223,14 @@ def emit(plan: Plan, kernels: Kernels, device: Device, selftest: SelfTest | None
     return {**{name: text.encode() for name, text in texts.items()}, **data}
 
 
-def exports(name: str, selftest: bool) -> list[str]:
-    """The functions that a library offers; everything else in it is hidden."""
-    return [f"{name}_run", *([f"{name}_selftest"] if selftest else [])]
+def members(name: str, selftest: bool) -> list[Member]:
+    """The parts of a library, the one with the kernels first."""
+    parts = [
+        Member(name, ("model.c", "weights.S"), (f"{name}_run", f"{name}_set_parallel_for")),
+        Member(f"{name}_threads", ("threads.c",), (f"{name}_set_threads",)),
+        Member(f"{name}_selftest", ("selftest.c", "selftest_data.S"), (f"{name}_selftest",)),
+    ]
+    return parts if selftest else parts[:-1]
 
 
 def _pointer(port: Port, c: str) -> _Pointer:
@@ -220,24 +252,49 @@ def _addresses(
 
 
 def _call(plan: Plan, step: Step, kernels: Kernels, addresses: Mapping[str, str]) -> str:
+    """The statement that does a step."""
     if step.symbol == COPY:
         source, target = step.args
         return f"memcpy({addresses[target]}, {addresses[source]}, {plan.buffers[target].nbytes});"
-    arguments = []
-    types = zip(step.args, kernels.signature[step.symbol], strict=True)
-    for position, (name, dtype) in enumerate(types):
-        readonly = position in kernels.readonly[step.symbol]
-        if not readonly and (name in plan.constants or plan.buffers[name].kind == "input"):
+    readonly = kernels.readonly[step.symbol]
+    for position, name in enumerate(step.args):
+        if position not in readonly and (name in plan.constants or plan.buffers[name].kind == "input"):
             raise AssertionError(f"{step.symbol} writes to {name}, which is read-only")
-        arguments.append(f"({'const ' if readonly else ''}{CTYPES[dtype]} *)({addresses[name]})")
-    return f"{step.symbol}({', '.join(arguments)});"
+    types = _pointers(kernels, step.symbol)
+    arguments = ", ".join(f"({t})({addresses[a]})" for t, a in zip(types, step.args, strict=True))
+    phases = kernels.phases[step.symbol]
+    if not _worth_sharing(plan, step, kernels):
+        calls = [f"{c}({arguments}, 0, {tasks});" if tasks else f"{c}({arguments});" for c, tasks in phases]
+        return calls[0] if len(calls) == 1 else f"{{ {' '.join(calls)} }}"
+    lines = [f"const void *const _p[] = {{{', '.join(addresses[a] for a in step.args)}}};"]
+    for c, tasks in phases:
+        lines.append(f"{plan.name}_share({tasks}, {c}_range, _p);" if tasks else f"{c}({arguments});")
+    return "\n        ".join(["{", *lines]) + "\n    }"
 
 
-def _parameters(kernels: Kernels, symbol: str) -> str:
-    constant = kernels.readonly[symbol]
-    return ", ".join(
-        f"{'const ' if i in constant else ''}{CTYPES[t]} *" for i, t in enumerate(kernels.signature[symbol])
+def _worth_sharing(plan: Plan, step: Step, kernels: Kernels) -> bool:
+    """Whether threads would make a step faster."""
+    if step.symbol == COPY or not any(tasks > 1 for _, tasks in kernels.phases[step.symbol]):
+        return False
+    memory = sum(
+        plan.constants[name].array.nbytes if name in plan.constants else plan.buffers[name].nbytes for name in step.args
     )
+    return step.macs / MACS_PER_US + memory / BYTES_PER_US >= WORTH_SHARING
+
+
+def _prototypes(kernels: Kernels, symbol: str) -> list[dict[str, str]]:
+    """The declarations of a kernel's functions."""
+    pointers = ", ".join(_pointers(kernels, symbol))
+    return [
+        {"symbol": c, "parameters": f"{pointers}, int32_t begin, int32_t end" if tasks else pointers}
+        for c, tasks in kernels.phases[symbol]
+    ]
+
+
+def _pointers(kernels: Kernels, symbol: str) -> list[str]:
+    """The C types of a kernel's pointers."""
+    constant = kernels.readonly[symbol]
+    return [f"{'const ' if i in constant else ''}{CTYPES[t]} *" for i, t in enumerate(kernels.signature[symbol])]
 
 
 def _comment(text: str) -> str:

@@ -29,8 +29,9 @@ def run_samples(
     inputs: Sequence[np.ndarray],
     outputs: Sequence[tuple[tuple[int, ...], str]],
     package: str | None = None,
+    threads: int = 1,
 ) -> tuple[np.ndarray, ...]:
-    """Run `program` on samples.
+    """Run `program` on samples, each on `threads` threads.
 
     inputs: one array [n, ...] per model input, in the model's dtype; outputs: (shape of one sample, dtype) of each.
     Returns one array [n, ...] per output. Raises EdgecError when the program or the emulator fails.
@@ -46,13 +47,13 @@ def run_samples(
         samples = np.empty(len(chunk[0]), taken)
         for i, array in enumerate(chunk):
             samples[f"{i}"] = array
-        parts.append(_run_chunk(program, prefix, samples, given, package))
+        parts.append(_run_chunk(program, prefix, samples, given, package, threads))
     results = np.concatenate(parts)
     return tuple(np.ascontiguousarray(results[f"{i}"]) for i in range(len(outputs)))
 
 
 def _run_chunk(
-    program: Path, prefix: Sequence[str], samples: np.ndarray, given: np.dtype, package: str | None
+    program: Path, prefix: Sequence[str], samples: np.ndarray, given: np.dtype, package: str | None, threads: int
 ) -> np.ndarray:
     """Results, as records of type `given`, for sample records, by way of two temporary files."""
     name = " ".join([*prefix, program.name])
@@ -61,6 +62,8 @@ def _run_chunk(
             source, target = Path(folder) / "in.bin", Path(folder) / "out.bin"
             source.write_bytes(samples.tobytes())
             command = [*prefix, str(program.absolute()), str(source), str(target), str(len(samples))]
+            if threads > 1:
+                command += ["1", str(threads)]
             status, text = execute(command, package)
             if status:
                 raise EdgecError(f"ended with status {status}: {text}", where=name)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgec.errors import EdgecError, ToolchainMissing
+from edgec.targets.cpu.emit import Member
 from edgec.targets.device import Device
 
 TIMEOUT = 300
@@ -39,35 +40,33 @@ def has_toolchain(device: Device) -> str | None:
     return None
 
 
-def build_library(folder: Path, name: str, device: Device, exports: Sequence[str]) -> None:
+def build_library(folder: Path, name: str, device: Device, members: Sequence[Member]) -> None:
     """Compile the emitted files in `folder`, and its `obj/kernel*.o`, into lib<name>.a, lib<name>.so and `runner`.
 
-    Both libraries offer the functions `exports` and nothing else: the parts are linked into one object whose other
-    symbols are made local, so any number of models can share a program. The self-test is a second object, which a
-    program that does not call it leaves out. All paths are relative to `folder` and no build identifier is written:
-    equal inputs give equal files. Raises EdgecError with the compiler's message, OSError when the disk is full.
+    Both libraries offer what their members export and nothing else: the parts of a member are linked into one object
+    whose other symbols are made local, so any number of models can share a program. The kernels go into the first one.
+    All paths are relative to `folder` and no build identifier is written: equal inputs give equal files. Raises
+    EdgecError with the compiler's message, OSError when the disk is full.
     """
-    kernels = sorted(f"obj/{path.name}" for path in (folder / "obj").glob("kernel*.o"))
-    parts = [("model.c", "weights.S", *kernels), ("selftest.c", "selftest_data.S")]
-    members = []
-    for export, sources in zip(exports, parts, strict=False):
-        objects = [_compile(source, folder, device) for source in sources]
-        member = f"{export.removesuffix('_run')}.o"
-        _run([device.cc, *device.cflags, "-r", "-nostdlib", "-o", member, *objects], folder)
-        _run([binutil(device, "objcopy"), f"--keep-global-symbol={export}", member], folder)
-        members.append(member)
-    _run([binutil(device, "ar"), "rcsD", f"lib{name}.a", *members], folder)
+    parts = sorted(f"obj/{path.name}" for path in (folder / "obj").glob("kernel*.o"))
+    files = []
+    for member in members:
+        objects = [_compile(source, folder, device) for source in member.sources] + parts
+        files.append(f"{member.name}.o")
+        _run([device.cc, *device.cflags, "-r", "-nostdlib", "-o", files[-1], *objects], folder)
+        kept = [f"--keep-global-symbol={symbol}" for symbol in member.exports]
+        _run([binutil(device, "objcopy"), *kept, files[-1]], folder)
+        parts = []
+    _run([binutil(device, "ar"), "rcsD", f"lib{name}.a", *files], folder)
     shared = [device.cc, *device.cflags, "-shared", *LINK, "-Wl,-z,defs", f"-Wl,-soname,lib{name}.so"]
-    _run([*shared, "-o", f"lib{name}.so", *members, "-lm"], folder)
+    _run([*shared, "-o", f"lib{name}.so", *files, "-lm", "-pthread"], folder)
     static = [] if device.runner == "native" else ["-static"]
     flags = [*device.cflags, *FLAGS, *static, *LINK]
-    _run([device.cc, *flags, "runner.c", f"lib{name}.a", "-lm", "-o", "runner"], folder)
+    _run([device.cc, *flags, "runner.c", f"lib{name}.a", "-lm", "-pthread", "-o", "runner"], folder)
 
 
 def _compile(source: str, folder: Path, device: Device) -> str:
-    """The object file of a C or assembler source, which an object file is already."""
-    if source.endswith(".o"):
-        return source
+    """The object file of a C or assembler source."""
     target = f"obj/{Path(source).stem}.o"
     _run([device.cc, *device.cflags, *FLAGS, "-c", source, "-o", target], folder)
     return target

@@ -36,7 +36,7 @@ BLOCK = 4
 
 @dataclass(frozen=True)
 class View:
-    """Element [batch, head, row, column] is at offset + the sum of index times stride of a tensor of `size` elements."""
+    """Element [batch, head, row, column] of a tensor of `size` elements is at offset + the sum of index x stride."""
 
     size: int
     offset: int
@@ -247,9 +247,7 @@ class Attention:
             parallel(tasks, lambda task: shares(task, tasks, units, lambda number: unit(task, number)))
         return builder.get()
 
-    def _copy_queries(
-        self, q: Any, panel: Any, task: Any, first: Any, used: int, width: int, lanes: int
-    ) -> None:
+    def _copy_queries(self, q: Any, panel: Any, task: Any, first: Any, used: int, width: int, lanes: int) -> None:
         """panel [depth, width]: the queries of a block times the scale; zeros where there are none."""
         step, inner = self.q.strides[2:]
 
@@ -272,9 +270,7 @@ class Attention:
             zero = const(0.0, "float32")
             loop(
                 self.depth,
-                lambda d: loop(
-                    width - used, lambda j: T.buffer_store(panel, zero, [task, d * width + (used + j)])
-                ),
+                lambda d: loop(width - used, lambda j: T.buffer_store(panel, zero, [task, d * width + (used + j)])),
             )
 
     def reference(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:

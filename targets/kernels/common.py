@@ -43,12 +43,14 @@ class AddEpilogue:
 class Epilogue:
     """What happens to an accumulator before it is stored.
 
-    float32: `act` ("none", "clip" to lo..hi, "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh") after the
-    optional residual. int8: requantise, add `y_zp`, clamp to lo..hi, then the optional `add`.
+    float32: `act` ("none", "clip" to lo..hi, "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "gelu_tanh",
+    "mish", "tanh", "leaky_relu" with slope `lo`) after the optional residual. int8: requantise, add `y_zp`, clamp to
+    lo..hi, then the optional `add`.
 
     `requant` says what turns an int32 accumulator into the next value (specification 1.9): "RQ1", an integer factor
     and a shift per channel; "RQF", a float32 factor; "float", a float32 factor that gives real values, to which
     residual and activation apply as for float32, and which are stored as float32, or as int8 where `y_scale` is set.
+    `bounded`: no rounded value of RQF can leave int32, which saves a clamp.
     """
 
     act: str = "none"
@@ -59,6 +61,7 @@ class Epilogue:
     add: AddEpilogue | None = None
     requant: str = "RQ1"
     y_scale: float | None = None
+    bounded: bool = False
 
     def out_type(self, dtype: str) -> str:
         """Element type of the result of a kernel on elements of `dtype`."""
@@ -111,8 +114,18 @@ def loop(extent: int, body: Callable[[Any], None]) -> None:
 
 
 def parallel(extent: int, body: Callable[[Any], None]) -> None:
-    """A loop whose iterations may run on several threads: the only outermost loop, without scratch they share."""
-    loop(extent, body)
+    """A kernel's outermost loop, whose iterations may run on several threads and in any order; at most `extent` do.
+
+    An iteration may read what loops before this one wrote and may write what no other iteration touches. Memory that it
+    needs for itself has scope "local", which is the stack of its thread, or is its own part of a buffer of the kernel:
+    buffer[i, ...]. A loop whose iterations write and read the same elements stays serial. A kernel may have several
+    such loops, one after the other; the threads meet in between. A loop inside another is serial.
+    """
+    if extent == 1:
+        body(0)
+    elif extent > 1:
+        with T.parallel(0, extent) as i:
+            body(i)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -215,6 +228,8 @@ def concat(parts: Sequence[Any], width: int) -> Any:
 
 def narrow(codes: Sequence[Any], z: int, lo: int, hi: int, lanes: int, device: Device) -> Any:
     """clamp(code + z, lo, hi) as one int8 vector, for any int32 codes in vectors of `lanes`."""
+    if device.is_x86 and lanes == 16 and len(codes) in (2, 4):
+        return _narrow_x86(codes, z, lo, hi)
     if not device.is_arm64 or lanes != 4 or len(codes) == 1:
         inside = [clamp(code, lo - z, hi - z, "int32", lanes) + const(z, "int32", lanes) for code in codes]
         return concat([code.astype(vec("int8", lanes)) for code in inside], lanes)
@@ -224,7 +239,41 @@ def narrow(codes: Sequence[Any], z: int, lo: int, hi: int, lanes: int, device: D
     if z:
         eights = [intrinsic("llvm.aarch64.neon.sqadd.v8i16", "int16x8", e, const(z, "int16", 8)) for e in eights]
     result = concat([intrinsic("llvm.aarch64.neon.sqxtn.v8i8", "int8x8", e) for e in eights], 8)
-    return clamp(result, lo if lo > -128 else -math.inf, hi if hi < 127 else math.inf, "int8", lanes * len(codes))
+    return clamp_codes(result, lo, hi, lanes * len(codes))
+
+
+def _narrow_x86(codes: Sequence[Any], z: int, lo: int, hi: int) -> Any:
+    """`narrow` of two or four AVX-512 vectors by saturating packs, which work within 128 bits: a last shuffle sorts."""
+    words = pack_words(codes, 16)
+    if len(codes) == 4:
+        order = [4 * k + v for v in range(4) for k in range(4)]
+    else:
+        words = [words[0], words[0]]
+        order = [4 * k + v for v in range(2) for k in range(4)]
+    packed = tirx.reinterpret("int32x16", pack_bytes(words, z, 16))
+    sorted_words = tirx.Shuffle([packed], [const(k, "int32") for k in order])
+    result = tirx.reinterpret(f"int8x{16 * len(codes)}", sorted_words)
+    return clamp_codes(result, lo, hi, 16 * len(codes))
+
+
+def pack_words(codes: Sequence[Any], lanes: int) -> list[Any]:
+    """Neighbouring x86 int32 vectors to int16 with saturation; in 128 bits four of the first, four of the second."""
+    name = {4: "llvm.x86.sse2.packssdw.128", 8: "llvm.x86.avx2.packssdw", 16: "llvm.x86.avx512.packssdw.512"}[lanes]
+    return [intrinsic(name, f"int16x{2 * lanes}", *codes[i : i + 2]) for i in range(0, len(codes), 2)]
+
+
+def pack_bytes(words: Sequence[Any], z: int, lanes: int) -> Any:
+    """Two x86 int16 vectors plus z to int8, all with saturation, within 128 bits."""
+    name = {4: "llvm.x86.sse2.packsswb.128", 8: "llvm.x86.avx2.packsswb", 16: "llvm.x86.avx512.packsswb.512"}[lanes]
+    if z:
+        kind = f"int16x{2 * lanes}"
+        words = [intrinsic("llvm.sadd.sat", kind, word, const(z, "int16", 2 * lanes)) for word in words]
+    return intrinsic(name, f"int8x{4 * lanes}", *words)
+
+
+def clamp_codes(codes: Any, lo: int, hi: int, lanes: int) -> Any:
+    """int8 codes limited to lo .. hi, where that is less than all of int8."""
+    return clamp(codes, lo if lo > -128 else -math.inf, hi if hi < 127 else math.inf, "int8", lanes)
 
 
 def finish(
@@ -252,7 +301,7 @@ def finish(
 
     def whole(value: Any, lo: int, hi: int) -> Any:
         # The conversion to an integer is defined for values in range only; NEON's is for all.
-        exact = device.is_arm64 and lanes == 4
+        exact = (device.is_arm64 and lanes == 4) or (epilogue.bounded and epilogue.requant == "RQF")
         return nearest(value if exact else clamp(value, lo - z, hi - z, "float32", lanes), lanes, device)
 
     if epilogue.requant == "float":
@@ -315,8 +364,18 @@ def activate(x: Any, epilogue: Epilogue, lanes: int) -> Any:
         return x / (c(1.0) + tirx.exp(c(0.0) - x))
     if act == "tanh":
         return tirx.tanh(x)
+    if act == "gelu_tanh":
+        cubic = (x + c(0.044715) * x * x * x) * c(-2.0 * math.sqrt(2.0 / math.pi))
+        return x / (c(1.0) + tirx.exp(cubic))
+    if act == "mish":
+        # tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2), which is 1 long before e overflows.
+        e = tirx.exp(tirx.min(x, c(20.0)))
+        return x * (e * (e + c(2.0)) / (e * (e + c(2.0)) + c(2.0)))
+    if act == "leaky_relu":
+        return tirx.Select(x > c(0.0), x, x * c(epilogue.lo))
     if act == "gelu":
-        return c(0.5) * x * (c(1.0) + tirx.erf(x * c(math.sqrt(0.5))))
+        half = c(0.5) * x
+        return half + half * tirx.erf(x * c(math.sqrt(0.5)))
     raise ValueError(f"no epilogue for activation {act}")
 
 
@@ -341,6 +400,9 @@ def activate_reference(x: np.ndarray, epilogue: Epilogue) -> np.ndarray:
         "sigmoid": lambda: 1.0 / (1.0 + np.exp(-x)),
         "silu": lambda: x / (1.0 + np.exp(-x)),
         "tanh": lambda: np.tanh(x),
+        "gelu_tanh": lambda: 0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
+        "mish": lambda: x * np.tanh(np.log1p(np.exp(x))),
+        "leaky_relu": lambda: np.where(x > 0, x, x * epilogue.lo),
         "gelu": lambda: 0.5 * x * (1.0 + np.vectorize(math.erf)(x * math.sqrt(0.5))),
     }
     return table[epilogue.act]()

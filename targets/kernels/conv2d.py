@@ -6,8 +6,9 @@ channels; weights are packed so that the inner loop reads them in order. Padding
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
-from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smull, dot, pack_weights
-from edgec.targets.kernels.tiling import Axis, Run, balanced, best, tiles
+from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
+from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
 from edgec.targets.tir import T, tirx
 
 # An inner loop of at most this many multiplications is unrolled.
@@ -72,6 +73,19 @@ class Weighted(Window):
     """What convolutions with weights share: the order of parameters and the epilogue."""
 
     @property
+    def tuning_key(self) -> str:
+        """What the choice of a register tile depends on, as text: no values of the epilogue, no defaults."""
+        spec: Any = self
+        parts = [spec.name, spec.dtype]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("dtype", "x_zp", "epilogue") and value != f.default:
+                parts.append(f"{f.name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        if spec.dtype == "int8":
+            parts.append(spec.epilogue.requant)
+        return " ".join(parts + ["residual"] * self.residual)
+
+    @property
     def residual(self) -> bool:
         spec: Any = self
         return spec.epilogue.residual or spec.epilogue.add is not None
@@ -117,11 +131,17 @@ class Conv2D(Weighted):
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "conv2d"
+    # Whether a tile says in which order its loops run.
+    reorders = True
 
     @property
     def macs(self) -> int:
         oh, ow = self.out
         return oh * ow * self.co * self.kernel[0] * self.kernel[1] * (self.ci // self.groups)
+
+    def dot(self, device: Device) -> Dot:
+        """How inputs and weights are multiplied; the same for `expanded`."""
+        return dot(device, self.dtype, self.ci // self.groups, math.prod(self.out))
 
     @property
     def walk(self) -> tuple[Axis, Axis]:
@@ -133,7 +153,7 @@ class Conv2D(Weighted):
 
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
-        group = dot(device, self.dtype).group
+        group = self.dot(device).group
         inputs = self.ci // self.groups
         if inputs % group == 0:
             return self
@@ -147,24 +167,28 @@ class Conv2D(Weighted):
         )
 
     def blocking(self, device: Device) -> Blocking:
-        """The register tile with the lowest modelled cost, and the order of the loops around it."""
-        how = dot(device, self.dtype)
+        """The register tile, and the order of the loops around it: from the device's table or the cheapest modelled."""
+        return device.tuning.get(self.tuning_key) or self.candidates(device)[0]
+
+    def candidates(self, device: Device) -> list[Blocking]:
+        """All register tiles that fit, lowest modelled cost first."""
+        how = self.dot(device)
         outputs, inputs = self.co // self.groups, self.ci // self.groups
-        rows, columns = self.walk
+        rows, columns = self.expanded(device).walk
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
-        options = []
+        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
+        rows_first = weights <= device.l2_kb * 1024 // 2
+        options: dict[Blocking, float] = {}
         for vectors in range(1, 9):
+            if (vectors - 1) * how.lanes >= outputs:
+                break
             for most in range(1, 29):
                 if not fits(how, device, most, vectors):
                     break
-                if (vectors - 1) * how.lanes >= outputs:
-                    continue
-                pixels = balanced(columns.out, most)
+                pixels = round_up(balanced(columns.out, most), how.pixels)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
-                options.append((cost, (pixels, vectors)))
-        pixels, vectors = best(options)
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
-        return Blocking(pixels, vectors, weights <= device.l2_kb * 1024 // 2)
+                options.setdefault(Blocking(pixels, vectors, rows_first), cost)
+        return sorted(options, key=lambda option: options[option])
 
     def pack(
         self,
@@ -178,7 +202,7 @@ class Conv2D(Weighted):
 
         An int8 bias has one row for each set of taps that the border leaves, with what the missing ones would add.
         """
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         block = self.blocking(device).vectors * how.lanes
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
@@ -222,9 +246,9 @@ class Conv2D(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
-        how = dot(device, self.dtype)
+        how = self.dot(device)
         inner = self.expanded(device)
-        shape = inner.blocking(device)
+        shape = self.blocking(device)
         block = shape.vectors * how.lanes
         per_group = self.co // self.groups
         blocks = round_up(per_group, block) // block
@@ -284,7 +308,7 @@ class Conv2D(Weighted):
                 else:
                     parallel(whole, lambda b: body(b, block))
 
-            loop(self.groups, pixels_first if shape.rows_first else channels_first)
+            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
@@ -305,6 +329,8 @@ def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
     """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop."""
     if isinstance(how, Smull):
         return pixels * vectors <= 8 and vectors <= 2
+    if isinstance(how, Smmla):
+        return round_up(pixels, 2) * (vectors + 1) + 2 <= device.registers
     if isinstance(how, Lane | Sdot):
         return pixels * vectors + pixels + vectors < device.registers
     return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
@@ -318,9 +344,13 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
     """
 
     def tile(count: int, used: int) -> float:
+        count = round_up(count, how.pixels)
         busy = max(count * used * (3 if isinstance(how, Smull) else 1), 8) * how.wide
-        extra = count * (5 if isinstance(how, Smull) else 1)
-        epilogue = count * used * (8.0 if how.dtype == "int8" else 2.5)
+        extra = count * (5 if isinstance(how, Smull) else 2 if isinstance(how, Smmla) else 1)
+        epilogue = count * used * 2.5
+        if how.dtype == "int8":
+            # Whole registers of codes are stored with fewer instructions than parts of them.
+            epilogue = count * sum(8 + 1.5 * size for _, size in pieces(used * how.lanes, 4 * how.lanes))
         return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
 
     full, rest = divmod(columns, pixels)
@@ -347,14 +377,15 @@ class _Tile:
         residual: Any,
         y: Any,
     ) -> None:
-        self.spec, self.device, self.how = spec, device, dot(device, spec.dtype)
+        self.spec, self.device, self.how = spec, device, spec.dot(device)
         self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
         self.block = shape.vectors * how.lanes
         elements, held = how.held
-        self.acc = T.alloc_buffer((shape.pixels, shape.vectors, how.sums, how.lanes), how.acc_type, scope="local")
-        self.held = T.alloc_buffer((shape.pixels, elements), held, scope="local")
+        units = -(-shape.pixels // how.pixels)
+        self.acc = T.alloc_buffer((units, shape.vectors, how.sums, how.lanes), how.acc_type, scope="local")
+        self.held = T.alloc_buffer((units, elements), held, scope="local")
         self.weights = T.alloc_buffer((shape.vectors, how.weight_elements), spec.dtype, scope="local")
 
     def emit(self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int) -> None:
@@ -365,23 +396,24 @@ class _Tile:
         index = group * (round_up(per_group, self.block) // self.block) + number
         used = -(-channels // how.lanes)
         offset = index * self.block
-        bias_rows = [self._bias_row(row, run.start + p) for p in range(run.count)]
-        for p in range(run.count):
+        # Where pixels go in pairs, the last one goes with itself when it has no neighbour.
+        members = [min(p, run.count - 1) for p in range(round_up(run.count, how.pixels))]
+        bias_rows = [self._bias_row(row, run.start + p) for p in members]
+        for p in range(0, len(members), how.pixels):
             for v in range(used):
-                for s in range(how.sums):
-                    start = const(0, how.acc_type, how.lanes)
-                    if not how.bias_last:
-                        start = self.bias[bias_rows[p], ramp(offset + v * how.lanes, how.lanes)]
-                    T.buffer_store(self.acc, start, [p, v, s, ramp(0, how.lanes)])
+                ours = bias_rows[p : p + how.pixels]
+                bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in ours]
+                for s, start in enumerate(how.start(bias)):
+                    T.buffer_store(self.acc, start, [p // how.pixels, v, s, ramp(0, how.lanes)])
 
         def first(i: Any, j: Any, p: int) -> Any:
             """Place in x of the first channel under tap (i, j) of a pixel."""
             line = row * rows.stride + i * rows.dilation - rows.before
-            place = (column + p) * columns.stride + j * columns.dilation - columns.before
+            place = (column + members[p]) * columns.stride + j * columns.dilation - columns.before
             return (line * spec.w + place) * spec.ci + group * inputs
 
         def kernel_row(i: Any) -> None:
-            everyone = list(range(run.count))
+            everyone = list(range(len(members)))
             if run.inner and columns.dilation == 1 and spec.groups == 1:
                 # The window's row is one stretch of memory.
                 self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
@@ -392,7 +424,7 @@ class _Tile:
                 )
             else:
                 for j in range(columns.kernel):
-                    there = [p for p in everyone if j in columns.taps(run.start + p)]
+                    there = [p for p in everyone if j in columns.taps(run.start + members[p])]
                     if there:
                         self._products(index, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
 
@@ -423,25 +455,45 @@ class _Tile:
     ) -> None:
         """Add the products of `count` groups from group `start` of kernel row `i`; `first` is where a pixel's lie."""
         how = self.how
+        units = sorted({p // how.pixels for p in pixels})
+
+        def load(k: Any, unit: int, groups: int) -> Any:
+            """The inputs of the pixels that go together; zeros for one that does not have this tap."""
+            size = how.group * groups
+            members = range(unit * how.pixels, (unit + 1) * how.pixels)
+            nothing = const(0, self.spec.dtype, size)
+            inputs = [self.x[ramp(first(p) + k * how.group, size)] if p in pixels else nothing for p in members]
+            return how.load(inputs, groups)
+
+        def load_weights(k: Any, v: int) -> None:
+            place = [index, i, start + k, v, ramp(0, how.weight_elements)]
+            T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
+
+        def multiply(unit: int, v: int, lane: int | None) -> None:
+            acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
+            weights = self.weights[v, ramp(0, how.weight_elements)]
+            x = self.held[unit, ramp(0, how.held[0])]
+            for s, value in enumerate(how.multiply(acc, weights, x, lane)):
+                T.buffer_store(self.acc, value, [unit, v, s, ramp(0, how.lanes)])
 
         def step(k: Any, groups: int) -> None:
             """The products of groups k .. k + groups."""
-            for p in pixels:
-                base = first(p) + k * how.group
-                value = self.x[ramp(base, how.group * groups)]
-                value = how.hold(value) if groups == 1 else value
-                T.buffer_store(self.held, value, [p, ramp(0, how.held[0])])
+            for unit in units:
+                T.buffer_store(self.held, load(k, unit, groups), [unit, ramp(0, how.held[0])])
             for g in range(groups):
-                for v in range(used):
-                    place = [index, i, start + k + g, v, ramp(0, how.weight_elements)]
-                    T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
-                for p in pixels:
-                    x = self.held[p, ramp(0, how.held[0])]
+                lane = g if groups > 1 else None
+                if how.pixels > 1:
+                    # Its many weight registers live for a short time each.
                     for v in range(used):
-                        acc = [self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
-                        weights = self.weights[v, ramp(0, how.weight_elements)]
-                        for s, value in enumerate(how.multiply(acc, weights, x, g if groups > 1 else None)):
-                            T.buffer_store(self.acc, value, [p, v, s, ramp(0, how.lanes)])
+                        load_weights(k + g, v)
+                        for unit in units:
+                            multiply(unit, v, lane)
+                    continue
+                for v in range(used):
+                    load_weights(k + g, v)
+                for unit in units:
+                    for v in range(used):
+                        multiply(unit, v, lane)
 
         repeat = max(1, min(8, UNROLLED // (2 * len(pixels) * used))) if how.wide == 1 else 1
 
@@ -461,10 +513,9 @@ class _Tile:
         spec, how = self.spec, self.how
         values = []
         for v in range(used):
-            value = how.total([self.acc[p, v, s, ramp(0, how.lanes)] for s in range(how.sums)])
-            if how.bias_last:
-                value = value + self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)]
-            values.append(value)
+            unit, pixel = divmod(p, how.pixels)
+            acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
+            values.append(how.total(acc, self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)], pixel))
         store_channels(
             values, how.lanes, channels, self.factors, offset, self.residual, self.y, here, spec, self.device
         )
@@ -484,9 +535,9 @@ def store_channels(
 ) -> None:
     """Apply the epilogue of `spec` to the first `channels` lanes of `values` and store them from y[here].
 
-    Per-channel factors are read from `offset`. Bytes are stored up to sixteen at a time.
+    Per-channel factors are read from `offset`. Bytes are stored in whole registers where they fill them.
     """
-    most = max(16, lanes) if spec.out_type == "int8" else lanes
+    most = max(16, 4 * lanes if lanes == 16 else lanes) if spec.out_type == "int8" else lanes
     for start, size in pieces(channels, most):
         width = min(size, lanes)
         parts = range(start, start + size, width)

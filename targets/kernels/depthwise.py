@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from edgec.targets.device import Device
-from edgec.targets.kernels import common
+from edgec.targets.kernels import common, depthwise_dot
 from edgec.targets.kernels.common import Epilogue, const, loop, parallel, param, pieces, ramp, vec
-from edgec.targets.kernels.conv2d import Weighted, accumulate, store_channels
+from edgec.targets.kernels.conv2d import Blocking, Weighted, accumulate, store_channels
 from edgec.targets.kernels.tiling import Run, balanced, tiles
 from edgec.targets.tir import T
 
@@ -33,6 +33,8 @@ class Depthwise(Weighted):
     epilogue: Epilogue = field(default_factory=Epilogue)
 
     name = "depthwise"
+    # Whether a tile says in which order its loops run.
+    reorders = False
 
     @property
     def groups(self) -> int:
@@ -44,15 +46,31 @@ class Depthwise(Weighted):
         return oh * ow * self.c * self.kernel[0] * self.kernel[1]
 
     def blocking(self, device: Device) -> tuple[int, int]:
-        """(channels per block, pixels per tile)."""
+        """(channels per block, pixels per tile): from the device's table or the largest that fits registers."""
+        tile = device.tuning.get(self.tuning_key) or self.candidates(device)[0]
+        return tile.vectors * device.lanes_of(self.dtype), tile.pixels
+
+    def candidates(self, device: Device) -> list[Blocking]:
+        """Register tiles that fit, the default first, then those with most pixels."""
+        if depthwise_dot.applies(self, device):
+            counts = (depthwise_dot.PIXELS, *range(depthwise_dot.PIXELS + 1, 0, -1))
+            return list(dict.fromkeys(Blocking(balanced(self.out[1], n), 1, True) for n in counts))
         registers, lanes = device.registers, device.lanes_of(self.dtype)
         channels = lanes if lanes >= 16 else 2 * lanes
         if self.dtype == "int8":
-            channels = 16
+            channels = max(8, lanes)
+
         # A row of weights, an input and a spare share the registers with the accumulators.
-        used = channels // lanes
-        most = max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used)
-        return channels, balanced(self.out[1], min(most, 14))
+        def pixels(used: int) -> int:
+            return min(max(1, (registers - used * (min(self.kernel[1], 5) + 2)) // used), 14)
+
+        first = channels // lanes
+        # Bytes are worked on eight or sixteen at a time, whatever the width of a register.
+        others = [first] if self.dtype == "int8" else [v for v in (1, 2, 3, 4) if v == 1 or (v - 1) * lanes < self.c]
+        found = [Blocking(balanced(self.out[1], pixels(first)), first, True)]
+        for used in others:
+            found += [Blocking(balanced(self.out[1], n), used, True) for n in range(pixels(used), 0, -1)]
+        return list(dict.fromkeys(found))
 
     def pack(
         self,
@@ -63,12 +81,13 @@ class Depthwise(Weighted):
         shift: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ...]:
         """Weights [c, 1, kh, kw] to [kh, kw, c]; vectors as they are."""
+        if depthwise_dot.applies(self, device):
+            assert m is not None
+            return depthwise_dot.pack(self, device, w, bias, m)
         packed = np.ascontiguousarray(w[:, 0].transpose(1, 2, 0))
         if self.dtype != "int8":
             return packed, np.zeros(self.c, self.dtype) if bias is None else bias
-        # Every tap sees the difference to the zero point here, which the bias counts on the other side.
-        folded = self.x_zp * w.astype(np.int64).sum((1, 2, 3))
-        start = ((0 if bias is None else bias) + folded).astype(np.int32)
+        start = np.zeros(self.c, np.int32) if bias is None else bias
         assert m is not None
         if self.epilogue.requant == "RQ1":
             assert shift is not None
@@ -77,10 +96,12 @@ class Depthwise(Weighted):
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        if depthwise_dot.applies(self, device):
+            return depthwise_dot.prim_func(self, device)
         block, pixels = self.blocking(device)
         rows, columns = self.axes
         acc_type = "int32" if self.dtype == "int8" else self.dtype
-        # int8 is multiplied as int16, which the zero point of the input is taken off from.
+        # int8 is multiplied as int16.
         wide = "int16" if self.dtype == "int8" else self.dtype
         size = rows.out * columns.out * self.c
         with common.prim_func(self.name, self.inplace) as builder:
@@ -95,45 +116,60 @@ class Depthwise(Weighted):
             held = T.alloc_buffer((block,), wide, scope="local")
             weights = T.alloc_buffer((self.kernel[1], block), wide, scope="local")
 
-            def widen(value: Any, lanes: int, zero: int) -> Any:
-                if self.dtype != "int8":
-                    return value
-                value = value.astype(vec("int16", lanes))
-                return value - const(zero, "int16", lanes) if zero else value
+            def widen(value: Any, lanes: int) -> Any:
+                return value.astype(vec("int16", lanes)) if self.dtype == "int8" else value
 
             def tile(row: Any, column: Any, run: Run, channel: Any, lanes: int) -> None:
                 there = {p: columns.taps(run.start + p) for p in range(run.count)}
-                # As in `Dot.bias_last`.
+                # As in `Dot.start`.
                 late = self.dtype == "float16"
                 for p in there:
                     start = const(0, acc_type, lanes) if late else bias[ramp(channel, lanes)]
                     T.buffer_store(acc, start, [p, ramp(0, lanes)])
-                # Input columns, from the first pixel's tap 0, and who multiplies them.
-                users: dict[int, list[tuple[int, int]]] = {}
+                # Input columns, from the first pixel's tap 0, and who multiplies them; None is the border's code.
+                users: dict[int | None, list[tuple[int, int]]] = {}
                 for p, taps in there.items():
                     for j in taps:
                         users.setdefault(p * columns.stride + j * columns.dilation, []).append((p, j))
+                    if self.x_zp:
+                        users.setdefault(None, []).extend((p, j) for j in range(columns.kernel) if j not in taps)
+
+                def load_weights(i: Any) -> None:
+                    for j in sorted({j for taps in users.values() for _, j in taps}):
+                        T.buffer_store(weights, widen(w[i, j, ramp(channel, lanes)], lanes), [j, ramp(0, lanes)])
+
+                def multiply(value: Any, taps: list[tuple[int, int]]) -> None:
+                    T.buffer_store(held, value, [ramp(0, lanes)])
+                    for p, j in taps:
+                        a = held[ramp(0, lanes)].astype(vec(acc_type, lanes))
+                        b = weights[j, ramp(0, lanes)].astype(vec(acc_type, lanes))
+                        T.buffer_store(acc, acc[p, ramp(0, lanes)] + a * b, [p, ramp(0, lanes)])
+
+                border = const(self.x_zp, wide, lanes)
 
                 def kernel_row(i: Any) -> None:
-                    for j in sorted({j for taps in there.values() for j in taps}):
-                        value = widen(w[i, j, ramp(channel, lanes)], lanes, 0)
-                        T.buffer_store(weights, value, [j, ramp(0, lanes)])
+                    load_weights(i)
                     line = (row * rows.stride + i * rows.dilation - rows.before) * self.w
                     first = line + column * columns.stride - columns.before
-                    for place, taps in sorted(users.items()):
-                        value = x[ramp((first + place) * self.c + channel, lanes)]
-                        T.buffer_store(held, widen(value, lanes, self.x_zp), [ramp(0, lanes)])
-                        for p, j in taps:
-                            a = held[ramp(0, lanes)].astype(vec(acc_type, lanes))
-                            b = weights[j, ramp(0, lanes)].astype(vec(acc_type, lanes))
-                            T.buffer_store(acc, acc[p, ramp(0, lanes)] + a * b, [p, ramp(0, lanes)])
+                    for place, taps in users.items():
+                        if place is None:
+                            multiply(border, taps)
+                        else:
+                            multiply(widen(x[ramp((first + place) * self.c + channel, lanes)], lanes), taps)
+
+                def outside(i: Any) -> None:
+                    """A kernel row above or below the image, where every code is that of zero."""
+                    load_weights(i)
+                    multiply(border, [(p, j) for p in there for j in range(columns.kernel)])
 
                 low, high = rows.bounds(row)
                 if isinstance(high, int):
                     loop(high, kernel_row)
                 else:
-                    with T.serial(low, high) as i:
-                        kernel_row(i)
+                    edges = ((0, low, outside), (high, rows.kernel, outside)) if self.x_zp else ()
+                    for begin, end, body in ((low, high, kernel_row), *edges):
+                        with T.serial(begin, end) as i:
+                            body(i)
                 here = (row * columns.out + column) * self.c + channel
                 width = min(lanes, device.lanes_of(self.dtype))
                 for p in there:

@@ -23,6 +23,7 @@ class Dot:
 
     group: input channels per output channel in a weight vector. wide: groups per input load. sums: accumulators per
     weight vector. offset: what is added to input codes before they are multiplied; the bias takes it off again.
+    pixels: neighbours that are multiplied together, and share the accumulators.
     """
 
     lanes: int
@@ -30,16 +31,12 @@ class Dot:
     wide: int = 1
     sums: int = 1
     offset: int = 0
+    pixels: int = 1
     dtype: str = "float32"
 
     @property
     def acc_type(self) -> str:
         return "int32" if self.dtype == "int8" else self.dtype
-
-    @property
-    def bias_last(self) -> bool:
-        """Whether the bias is added to the finished sum: in float16 all that is added to it is rounded to its size."""
-        return self.sums > 1 or self.dtype == "float16"
 
     @property
     def weight_elements(self) -> int:
@@ -55,13 +52,24 @@ class Dot:
         """An input load of one group in the form that `multiply` takes; x has `group` elements."""
         return splat(x, self.lanes)
 
+    def load(self, inputs: list[Any], groups: int) -> Any:
+        """Input loads of `groups` groups (one or `wide`) for each of `pixels` neighbours, as `multiply` takes them."""
+        return self.hold(inputs[0]) if groups == 1 else inputs[0]
+
+    def start(self, bias: list[Any]) -> list[Any]:
+        """What accumulators begin with, given the bias of each pixel: the bias, or nothing where `total` adds it.
+
+        In float16 every product that is added to the bias would be rounded to the size of the bias.
+        """
+        return [const(0, self.dtype, self.lanes)] if self.dtype == "float16" else bias
+
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         """`acc` plus w times input group `lane` of a wide load, or the only group when `lane` is None."""
         return [acc[0] + x * w]
 
-    def total(self, acc: list[Any]) -> Any:
-        """The sums per output channel."""
-        return acc[0]
+    def total(self, acc: list[Any], bias: Any, pixel: int) -> Any:
+        """The sums per output channel of one of the pixels."""
+        return acc[0] + bias if self.dtype == "float16" else acc[0]
 
 
 @dataclass(frozen=True)
@@ -205,16 +213,55 @@ class Smull(Dot):
             result.append(acc[half] + pairs)
         return result
 
-    def total(self, acc: list[Any]) -> Any:
-        return intrinsic("llvm.aarch64.neon.addp.v4i32", "int32x4", *acc)
+    def start(self, bias: list[Any]) -> list[Any]:
+        return [const(0, "int32", 4)] * 2
+
+    def total(self, acc: list[Any], bias: Any, pixel: int) -> Any:
+        return intrinsic("llvm.aarch64.neon.addp.v4i32", "int32x4", *acc) + bias
+
+
+@dataclass(frozen=True)
+class Smmla(Dot):
+    """Armv8.6 SMMLA: 2x2 sums of eight products, of two pixels and two output channels.
+
+    Two input loads of sixteen channels are joined to two registers of two pixels by eight channels (ZIP). A weight
+    vector is two registers of two output channels by eight inputs; the accumulators hold [pixel, channel] of these.
+    """
+
+    group: int = 8
+    wide: int = 2
+    sums: int = 2
+    pixels: int = 2
+    dtype: str = "int8"
+
+    @property
+    def held(self) -> tuple[int, str]:
+        return 32, "int8"
+
+    def load(self, inputs: list[Any], groups: int) -> Any:
+        size = 8 * groups
+        rows = [list(range(8 * g, 8 * g + 8)) + list(range(size + 8 * g, size + 8 * g + 8)) for g in range(groups)]
+        order = [k for row in rows * (2 // groups) for k in row]
+        # A shuffle's result may not be longer than its operands.
+        return tirx.Shuffle(inputs * (2 // groups), [const(k, "int32") for k in order])
+
+    def start(self, bias: list[Any]) -> list[Any]:
+        return [tirx.Shuffle(bias, [const(k + 2 * s, "int32") for k in (0, 1, 4, 5)]) for s in range(2)]
+
+    def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
+        name, codes = "llvm.aarch64.neon.smmla.v4i32.v16i8", _part(x, 16 * (lane or 0), 16)
+        return [intrinsic(name, "int32x4", acc[s], codes, _part(w, 16 * s, 16)) for s in range(2)]
+
+    def total(self, acc: list[Any], bias: Any, pixel: int) -> Any:
+        return tirx.Shuffle(acc, [const(k + 2 * pixel, "int32") for k in (0, 1, 4, 5)])
 
 
 def _part(x: Any, first: int, count: int) -> Any:
     return tirx.Shuffle([x], [const(first + k, "int32") for k in range(count)])
 
 
-def dot(device: Device, dtype: str) -> Dot:
-    """The way of multiplying for a device and an element type ("float32", "float16" or "int8").
+def dot(device: Device, dtype: str, inputs: int = 1, pixels: int = 1) -> Dot:
+    """The way of multiplying for a device, an element type ("float32", "float16" or "int8") and a layer of these sizes.
 
     Raises EdgecError for float16 on a device that does not compute in it.
     """
@@ -223,8 +270,14 @@ def dot(device: Device, dtype: str) -> Dot:
         return Lane(lanes, wide=lanes, dtype=dtype)
     if dtype != "int8":
         return Lane(device.lanes, dtype=dtype) if device.is_arm64 else Dot(device.lanes, dtype=dtype)
+    # A group of eight inputs and a pair of pixels must not be mostly filling.
+    if device.is_arm64 and device.has_i8mm and -(-inputs // 4) % 2 == 0 and pixels > 1:
+        return Smmla(4)
     if device.is_arm64:
-        return Sdot(4) if device.has_dot else Smull(4)
+        if device.has_dot:
+            return Sdot(4)
+        # Images of one to four channels would fill at most half of a group of eight.
+        return Smull(4) if inputs > 4 else Widening(4)
     if device.is_x86 and device.lanes == 16 and device.has_vnni:
         return Vnni(16)
     if device.is_x86 and device.lanes in (4, 8):

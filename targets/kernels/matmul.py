@@ -37,10 +37,13 @@ def by_element(device: Device) -> bool:
 
 
 def balanced(extent: int, most: int) -> int:
-    """A block length, `most` or up to a third less, whose blocks cover `extent` with the least excess."""
+    """A block height, `most` or up to a third less, with which blocks cover `extent` in least time.
+
+    A block costs its rows and, for what its rows share, about one more.
+    """
     if extent <= most:
         return extent
-    return min(range(most, most * 2 // 3 - 1, -1), key=lambda size: -(-extent // size) * size)
+    return min(range(most, most * 2 // 3 - 1, -1), key=lambda size: -(-extent // size) * (size + 1))
 
 
 def vectors_of(extent: int, lanes: int) -> list[tuple[int, int]]:
@@ -150,17 +153,18 @@ class Tile:
                 one(k)
 
 
-def row_blocks(extent: int, most: int, body: Callable[[Any, int], None]) -> None:
+def row_blocks(extent: int, most: int, body: Callable[[Any, int], None], part: Any = 0, parts: int = 1) -> None:
     """body(row, rows) for blocks of equal height that cover 0..extent: the last one begins earlier where it must.
 
-    Rows in two blocks are computed twice, to the same values.
+    Rows in two blocks are computed twice, to the same values. Of several `parts`, only the blocks of one.
     """
     size = balanced(extent, most)
     count = -(-extent // size)
-    if count * size == extent:
-        loop(count, lambda i: body(i * size, size))
-    else:
-        loop(count, lambda i: body(tirx.min(i * size, extent - size), size))
+
+    def block(i: Any) -> None:
+        body(i * size if count * size == extent else tirx.min(i * size, extent - size), size)
+
+    shares(part, parts, count, block)
 
 
 def shares(task: Any, tasks: int, total: int, body: Callable[[Any], None]) -> None:
@@ -217,6 +221,8 @@ class MatMul:
         rows, vectors = blocking(device)
         blocks = column_blocks(n, lanes, vectors)
         tasks = min(TASKS, self.batch)
+        # Few products are shared by rows; each part transposes the right operand for itself, so it needs some rows.
+        parts = max(1, min(TASKS // self.batch, m // (4 * rows)))
         with common.prim_func(self.name, self.inplace) as builder:
             a = param("a", (self.a_batch, m, k), "float32")
             c = param("c", (self.c_batch, n, k) if self.transposed else (self.c_batch, k, n), "float32")
@@ -224,9 +230,9 @@ class MatMul:
             tile = Tile(device)
             panel = None
             if self.transposed:
-                panel = T.alloc_buffer((tasks, k, max(span(widths) for _, _, widths in blocks)), "float32")
+                panel = T.alloc_buffer((tasks * parts, k, max(span(widths) for _, _, widths in blocks)), "float32")
 
-            def one(task: Any, b: Any) -> None:
+            def one(task: Any, b: Any, part: Any) -> None:
                 ab, cb = (0 if count == 1 else b for count in (self.a_batch, self.c_batch))
 
                 def columns(first: Any, widths: Widths) -> None:
@@ -251,14 +257,17 @@ class MatMul:
                             for v, (offset, size) in enumerate(widths):
                                 T.buffer_store(y, tile.at(i, v, size), [b, row + i, ramp(first + offset, size)])
 
-                    row_blocks(m, rows, block)
+                    row_blocks(m, rows, block, part, parts)
 
                 each_block(blocks, columns)
 
             def run(task: Any) -> None:
-                shares(task, tasks, self.batch, lambda b: one(task, b))
+                if parts == 1:
+                    shares(task, tasks, self.batch, lambda b: one(task, b, 0))
+                else:
+                    one(task, tirx.floordiv(task, parts), tirx.floormod(task, parts))
 
-            parallel(tasks, run)
+            parallel(tasks * parts, run)
         return builder.get()
 
     def reference(self, a: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from edgec.targets.device import Device
 from edgec.targets.elementary import exp_of_nonpositive
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import const, parallel, param, ramp, splat
-from edgec.targets.kernels.rows import Reduction, add, strip
+from edgec.targets.kernels.rows import Reduction, strip
 from edgec.targets.tir import T, tirx
 
 

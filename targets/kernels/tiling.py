@@ -8,7 +8,6 @@ columns by separate code for the tiles at the two ends of a row.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,7 @@ class Axis:
         if not self.padded:
             return 0, self.kernel
         first = position * self.stride - self.before
-        low = tirx.max(tirx.floordiv(self.dilation - 1 - first, self.dilation), 0)
+        low = tirx.min(tirx.max(tirx.floordiv(self.dilation - 1 - first, self.dilation), 0), self.kernel)
         high = tirx.min(tirx.floordiv(self.size - 1 - first, self.dilation) + 1, self.kernel)
         return low, tirx.max(high, low)
 
@@ -98,8 +97,3 @@ def tiles(axis: Axis, pixels: int) -> list[Run]:
 def balanced(length: int, most: int) -> int:
     """The smallest tile width that needs no more tiles than width `most`."""
     return -(-length // -(-length // most))
-
-
-def best(options: Sequence[tuple[float, Any]]) -> Any:
-    """The option with the lowest cost; the first of equals."""
-    return min(enumerate(options), key=lambda entry: (entry[1][0], entry[0]))[1][1]

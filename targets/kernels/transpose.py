@@ -9,7 +9,7 @@ import numpy as np
 
 from edgec.targets.device import Device
 from edgec.targets.kernels import common
-from edgec.targets.kernels.common import loop, param
+from edgec.targets.kernels.common import loop, parallel, param
 from edgec.targets.tir import T
 
 # Elements per side of the square that is read along one axis and written along the other: both sides then use whole
@@ -87,13 +87,13 @@ class Transpose:
                         square(index, row, whole * TILE, rows, rest)
 
                 whole, rest = divmod(out[fast], TILE)
-                loop(whole, lambda t: strip(t * TILE, TILE))
+                parallel(whole, lambda t: strip(t * TILE, TILE))
                 if rest:
                     strip(whole * TILE, rest)
 
             def walk(axes: list[int], index: dict[int, Any]) -> None:
                 if axes:
-                    loop(out[axes[0]], lambda i: walk(axes[1:], {**index, axes[0]: i}))
+                    parallel(out[axes[0]], lambda i: walk(axes[1:], {**index, axes[0]: i}))
                 elif fast == last:
                     loop(out[last], lambda i: element({**index, last: i}))
                 else:

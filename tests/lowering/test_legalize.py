@@ -280,6 +280,15 @@ def test_composite_operators_that_import_well_are_kept_whole() -> None:
     assert all(any(f"aten.{name}." in target or f"aten._{name}." in target for target in legal) for name in kept)
 
 
+def test_expansions_to_the_same_shape_are_dropped() -> None:
+    """They would be copies: batched matrix products are full of them."""
+    core = legalize(export(lambda x, y: x @ y.expand(2, 3, 4), rand(2, 5, 3), rand(1, 3, 4)))
+    (expand,) = [n for n in core.graph.nodes if "expand" in str(n.target)]
+    assert expand.meta["val"].shape == (2, 3, 4) and expand.args[0].meta["val"].shape == (1, 3, 4)
+    again = legalize(export(lambda x: x.expand(2, 5), rand(2, 5)))
+    assert not [n for n in again.graph.nodes if n.op == "call_function"]
+
+
 def test_the_exported_program_is_not_edited() -> None:
     exported = export(lambda x: x[:, -1] + torch.add(x, x, alpha=2).amax(), X)
     text = str(exported.graph)

@@ -24,7 +24,7 @@ from edgec.passbase import Context
 from edgec.passes.graph.fold_bn import FoldBN
 from edgec.passes.quantization.quantize_int8 import QuantizeInt8
 from edgec.plan import Step
-from edgec.program import Program
+from edgec.program import Program, layer_of
 from edgec.targets.device import load_device
 from tests import zoo
 from tests.lowering.helpers import compile_host, load
@@ -116,7 +116,10 @@ def test_zoo_plans(name: str) -> None:
     plan = lowered.plan
     assert plan.arena_bytes >= plan.arena_lower_bound > 0
     # What no template computes is reported, kernel by kernel.
-    assert {f.layer for f in lowered.fallbacks} == {s.op for s in plan.steps if not s.tuned and s.op != "copy"}
+    untuned = [s for s in plan.steps if not s.tuned and s.op != "copy"]
+    assert [f.layer for f in lowered.fallbacks] == [s.layer for s in untuned] and all(s.layer for s in untuned)
+    layers = {layer_of(n) for n in program.graph.nodes}
+    assert all(s.layer in layers for s in untuned)
     convolutions = [n for n in program.graph.nodes if "conv2d" in str(n.target) or "linear" in str(n.target)]
     tuned = [s for s in plan.steps if s.tuned and s.macs]
     assert len(tuned) >= len(convolutions)
@@ -200,7 +203,7 @@ def test_fallbacks_name_the_kernel() -> None:
         load(Net(lambda m, x: m.up(m.conv(x)), conv=conv(3, 4), up=nn.ConvTranspose2d(4, 2, 2, 2)), MAP), HOST
     )
     (entry,) = lowered.fallbacks
-    assert "transpose" in entry.layer and entry.what == "untuned kernel"
+    assert (entry.layer, entry.what) == ("up", "untuned kernel") and "transpose" in entry.reason
     assert lower(load(conv(3, 4), MAP), HOST).fallbacks == ()
 
 
@@ -308,7 +311,7 @@ def test_importer_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
         raise ValueError("first line\n  details\n\n  the reason  \n")
 
-    monkeypatch.setattr(importer, "from_exported_program", refuse)
+    monkeypatch.setattr(importer._Importer, "from_exported_program", refuse)
     with pytest.raises(EdgecError, match=r"^import: TVM's importer refused the graph: the reason$"):
         lower(zoo.program("conv_bn_relu"), HOST)
 

@@ -16,7 +16,19 @@ from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
 from tests.targets.kernel_runner import Call, assert_close, run_calls, spec_call
 
-FLOAT_ACTIVATIONS = ("none", "clip", "hardswish", "hardsigmoid", "sigmoid", "silu", "gelu", "tanh")
+FLOAT_ACTIVATIONS = (
+    "none",
+    "clip",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "silu",
+    "gelu",
+    "tanh",
+    "gelu_tanh",
+    "mish",
+    "leaky_relu",
+)
 
 
 def host(lanes: int | None = None) -> Device:
@@ -58,9 +70,13 @@ def add_epilogue(rng: np.random.Generator) -> AddEpilogue:
 def epilogue(rng: np.random.Generator, dtype: str, residual: bool, act: str) -> Epilogue:
     if dtype == "int8":
         lo, hi = code_range(rng)
-        return Epilogue(y_zp=int(rng.integers(-128, 128)), lo=lo, hi=hi, add=add_epilogue(rng) if residual else None)
+        add = add_epilogue(rng) if residual else None
+        requant = str(rng.choice(["RQ1", "RQF"]))
+        bounded = requant == "RQF" and bool(rng.integers(2))
+        zero = int(rng.integers(-128, 128))
+        return Epilogue(y_zp=zero, lo=lo, hi=hi, add=add, requant=requant, bounded=bounded)
     lo, hi = [(0.0, math.inf), (0.0, 6.0), (-1.0, 1.0), (-math.inf, 2.0)][int(rng.integers(4))]
-    return Epilogue(act=act, lo=lo, hi=hi, residual=residual)
+    return Epilogue(act=act, lo=0.2 if act == "leaky_relu" else lo, hi=hi, residual=residual)
 
 
 def geometry(draw: st.DrawFn) -> dict[str, Any]:
@@ -101,7 +117,7 @@ def convolutions(draw: st.DrawFn, dtype: str, lanes: int) -> tuple[Conv2D, int]:
 @st.composite
 def depthwise(draw: st.DrawFn, dtype: str, lanes: int) -> tuple[Depthwise, int]:
     shape = geometry(draw)
-    c, seed = draw(st.integers(1, 2 * lanes + 1)), draw(st.integers(0, 2**31))
+    c, seed = draw(st.integers(1, 2 * lanes + 1) | st.sampled_from((32, 48, 64, 72, 130))), draw(st.integers(0, 2**31))
     act, residual = draw(st.sampled_from(FLOAT_ACTIVATIONS)), draw(st.booleans())
     rng = np.random.default_rng(seed)
     fused = epilogue(rng, dtype, residual, act)
@@ -133,6 +149,8 @@ def operands(spec: Conv2D | Depthwise, seed: int) -> dict[str, Any]:
         found |= {"x": codes(rng, spec.h, spec.w, ci), "w": codes(rng, *weight, low=-127)}
         found["bias"] = rng.integers(-(2**15), 2**15, co).astype(np.int32)
         found["m"], found["shift"] = multipliers(rng, co, int(np.prod(weight[1:])))
+        if spec.epilogue.requant != "RQ1":
+            found["m"] = (found["m"] * 2.0 ** -found.pop("shift").astype(np.float64)).astype(np.float32)
     if spec.residual:
         make = {"int8": codes, "float16": halves, "float32": floats}[spec.dtype]
         found["residual"] = make(rng, *spec.out, co)

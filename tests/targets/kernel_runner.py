@@ -2,7 +2,8 @@
 
 Kernels are linked with one small C driver. The driver places every array so that it ends at an inaccessible page,
 makes inputs read-only and checks the bytes in front of outputs: a kernel that reads or writes out of bounds, or
-stores to a parameter reported as read-only, fails the call instead of passing by luck.
+stores to a parameter reported as read-only, fails the call instead of passing by luck. Kernels that threads may share
+are called for two ranges of their tasks, the last tasks first.
 """
 
 from __future__ import annotations
@@ -34,23 +35,9 @@ DRIVER = r"""
 #include <sys/mman.h>
 #define PAGE 65536u
 typedef void *P;
-extern void (*const table[])(void);
+extern void (*const table[])(P *);
 static void fail(const char *what, int call) { fprintf(stderr, "call %d: %s\n", call, what); exit(9); }
 static void get(FILE *f, void *to, size_t n) { if (n && fread(to, 1, n, f) != n) fail("short input", -1); }
-static void invoke(void (*f)(void), int n, P *a) {
-  switch (n) {
-    case 1: ((void (*)(P))f)(a[0]); break;
-    case 2: ((void (*)(P, P))f)(a[0], a[1]); break;
-    case 3: ((void (*)(P, P, P))f)(a[0], a[1], a[2]); break;
-    case 4: ((void (*)(P, P, P, P))f)(a[0], a[1], a[2], a[3]); break;
-    case 5: ((void (*)(P, P, P, P, P))f)(a[0], a[1], a[2], a[3], a[4]); break;
-    case 6: ((void (*)(P, P, P, P, P, P))f)(a[0], a[1], a[2], a[3], a[4], a[5]); break;
-    case 7: ((void (*)(P, P, P, P, P, P, P))f)(a[0], a[1], a[2], a[3], a[4], a[5], a[6]); break;
-    case 8: ((void (*)(P, P, P, P, P, P, P, P))f)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]); break;
-    case 9: ((void (*)(P, P, P, P, P, P, P, P, P))f)(a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7], a[8]); break;
-    default: fail("too many arguments", -1);
-  }
-}
 /* Arguments: kind 0 input, 1 output, 2 scratch, 3 output that shares the memory of an earlier argument. */
 int main(int argc, char **argv) {
   FILE *in = fopen(argv[1], "rb"), *out = fopen(argv[2], "wb");
@@ -58,8 +45,9 @@ int main(int argc, char **argv) {
   if (argc != 3 || !in || !out) return 8;
   get(in, &calls, 4);
   for (int call = 0; call < calls; call++) {
-    P pointer[9]; char *base[9]; size_t slack[9], span[9]; int32_t args[9][3];
+    P pointer[16]; char *base[16]; size_t slack[16], span[16]; int32_t args[16][3];
     get(in, head, 8);
+    if (head[1] > 16) fail("too many arguments", call);
     for (int i = 0; i < head[1]; i++) {
       get(in, arg, 12);
       memcpy(args[i], arg, 12);
@@ -75,7 +63,7 @@ int main(int argc, char **argv) {
         if (arg[2] == 0 && mprotect(p, room, PROT_READ)) fail("cannot protect", call);
       }
     }
-    invoke(table[head[0]], head[1], pointer);
+    table[head[0]](pointer);
     for (int i = 0; i < head[1]; i++)
       if (args[i][0] == 1 || args[i][0] == 3) fwrite(pointer[i], 1, (size_t)args[i][1], out);
     for (int i = 0; i < head[1]; i++) {
@@ -134,7 +122,7 @@ def run_calls(calls: Sequence[Call], device: Device, min_scratch: int = 256) -> 
         objects = {folder / f"{symbol}.o": data for symbol, data in build_objects(lowered, device).items()}
         for path, data in objects.items():
             path.write_bytes(data)
-        program = link(folder, list(objects), len(calls), device)
+        program = link(folder, list(objects), len(calls), device, lowered)
         (folder / "in.bin").write_bytes(_encode(calls, lowered))
         emulator = EMULATORS[device.runner]
         prefix = (*emulator, str(device.qemu_cpu)) if emulator else ()
@@ -159,12 +147,20 @@ def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5)
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance * scale)
 
 
-def link(folder: Path, objects: Sequence[Path], count: int, device: Device) -> Path:
+def link(folder: Path, objects: Sequence[Path], count: int, device: Device, lowered: LoweredKernels) -> Path:
     """The static test program: driver, kernels k0..k<count - 1>, and the C library."""
-    names = [f"k{i}" for i in range(count)]
-    declarations = "".join(f"void {n}(void);\n" for n in names)
+    text = "#include <stdint.h>\n"
+    for name in (f"k{i}" for i in range(count)):
+        pointers = len(lowered.signature[name])
+        calls = []
+        for symbol, number in lowered.phases[name]:
+            text += f"void {symbol}({', '.join(['void *'] * pointers + ['int32_t'] * 2 * bool(number))});\n"
+            half = -(-number // 2)
+            for extra in [f", {half}, {number}", f", 0, {half}"] if number else [""]:
+                calls.append(f"{symbol}({', '.join(f'p[{i}]' for i in range(pointers))}{extra});")
+        text += f"static void call_{name}(void **p) {{ {' '.join(calls)} }}\n"
     table = folder / "table.c"
-    table.write_text(f"{declarations}void (*const table[])(void) = {{{', '.join(names)}}};\n")
+    table.write_text(f"{text}void (*const table[])(void **) = {{{', '.join(f'call_k{i}' for i in range(count))}}};\n")
     program = folder / "program"
     driver = folder / "driver.o"
     driver.write_bytes(_driver_object(device))

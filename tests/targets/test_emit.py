@@ -34,12 +34,30 @@ def texts(model: Model, selftest: bool = True, device: str = "host") -> dict[str
 def test_calls_of_a_small_plan() -> None:
     body = texts(dense_model())["model.c"].partition("(void)_w;\n")[2]
     assert body == (
-        "    net_dense((const float *)(x), (const float *)(_w + 0), (const float *)(_w + 128), (float *)(_a + 0), "
-        "(float *)(_a + 64)); /* fc */\n"
-        "    net_relu((const float *)(_a + 0), (float *)(_a + 0)); /* act */\n"
-        "    net_relu((const float *)(_a + 0), (float *)(y)); /* again */\n"
+        "    EDGEC_STEP(0) net_dense((const float *)(x), (const float *)(_w + 0), (const float *)(_w + 128), "
+        "(float *)(_a + 0), (float *)(_a + 64)); /* fc */\n"
+        "    EDGEC_STEP(1) net_relu((const float *)(_a + 0), (float *)(_a + 0)); /* act */\n"
+        "    EDGEC_STEP(2) net_relu((const float *)(_a + 0), (float *)(y)); /* again */\n"
+        "    EDGEC_STEP(3)\n"
         "    return NET_OK;\n}\n"
     )
+
+
+@pytest.mark.host
+def test_the_hook_before_each_call_can_be_defined(tmp_path: Path) -> None:
+    """Left alone, it is nothing; defined, it stands before every call and after the last."""
+    for name, text in texts(dense_model()).items():
+        (tmp_path / name).write_text(text)
+
+    def preprocessed(*flags: str) -> str:
+        command = ["cc", "-E", "-P", *flags, "model.c"]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    hooked = re.findall(
+        r"told\((\d)\)|(net_\w+)\(\(", preprocessed("-DEDGEC_STEP(i)=told(i);").partition("net_run(")[2]
+    )
+    assert ["".join(x) for x in hooked] == ["0", "net_dense", "1", "net_relu", "2", "net_relu", "3"]
+    assert "EDGEC_STEP" not in preprocessed()
 
 
 @pytest.mark.pure
@@ -173,7 +191,7 @@ def test_generated_c_has_no_warnings(standard: str, device: str, tmp_path: Path)
             for name, text in texts(make(), selftest, device).items():
                 (tmp_path / name).write_text(text)
             sources = [p.name for p in sorted(tmp_path.glob("*.c"))]
-            assert sources == ["example.c", "model.c", "runner.c", *(["selftest.c"] if selftest else [])]
+            assert sources == ["example.c", "model.c", "runner.c", *(["selftest.c"] if selftest else []), "threads.c"]
             command = [target.cc, *target.cflags, f"-std={standard}", "-O2", *STRICT, "-fsyntax-only", *sources]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tvm
 
-from edgec.targets.device import Device
+from edgec.targets.codegen import lower_kernels
+from edgec.targets.device import Device, load_device
 from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.matmul import MatMul, balanced, column_blocks, span
 from tests.targets.kernel_cases import floats
@@ -87,9 +89,7 @@ def test_masks(device: Device) -> None:
         (7, 12, (12, 0, 0, 1)),
         (35, 9, (0, 0, 1, 0)),
     ):
-        size = 1 + sum(
-            (n - 1) * stride for n, stride in zip((2, 3, queries, keys), strides, strict=True)
-        )
+        size = 1 + sum((n - 1) * stride for n, stride in zip((2, 3, queries, keys), strides, strict=True))
         mask = floats(rng, size)
         mask[rng.random(size) < 0.3] = -np.inf
         mask[:: max(1, size // 3)] = 0.0
@@ -130,6 +130,29 @@ def test_products(device: Device) -> None:
             c = floats(rng, batches[1], n, k) if transposed else floats(rng, batches[1], k, n)
             cases.append((MatMul(*batches, m, k, n, transposed), [floats(rng, batches[0], m, k), c]))
     check(cases, device)
+
+
+@pytest.mark.pure
+def test_threads_can_share_the_work() -> None:
+    rng = np.random.default_rng(5)
+    specs = {
+        "attention": projection(rng, 3, 197, 64)[0],
+        "single": projection(rng, 1, 20, 8)[0],
+        "batched": MatMul(9, 9, 5, 6, 7),
+        "tall": MatMul(1, 1, 197, 6, 7, True),
+        "small": MatMul(1, 1, 5, 6, 7),
+    }
+    for name in ("host", "cortex-a72"):
+        device = load_device(name)
+        functions = {n: s.prim_func(device).with_attr("global_symbol", n) for n, s in specs.items()}
+        phases = lower_kernels(tvm.IRModule(functions), device).phases
+        assert {n: [tasks for _, tasks in phases[n]] for n in specs} == {
+            "attention": [4],
+            "single": [2 if name == "cortex-a72" else 0],
+            "batched": [4],
+            "tall": [4],
+            "small": [0],
+        }
 
 
 @pytest.mark.pure

@@ -19,6 +19,8 @@ from tests.targets.kernel_runner import assert_close, run_calls, spec_call
 
 # Below one vector, around it, around four vectors, and what transformers use.
 COLUMNS = (1, 2, 3, 7, 15, 16, 17, 31, 63, 64, 65, 100, 192, 197, 259)
+# (pixels, channels, groups)
+GROUPS = ((1, 6, 3), (5, 1, 1), (9, 12, 4), (64, 32, 8), (70, 35, 7), (131, 67, 67), (7, 96, 1))
 DEVICES = [
     pytest.param(host(4), marks=pytest.mark.host, id="host-4"),
     pytest.param(host(8), marks=pytest.mark.host, id="host-8"),
@@ -76,7 +78,7 @@ def test_rows(device: Device, inplace: bool) -> None:
 def test_groups(device: Device) -> None:
     rng = np.random.default_rng(1)
     cases: list[Any] = []
-    for pixels, channels, groups in ((1, 6, 3), (5, 1, 1), (9, 12, 4), (64, 32, 8), (70, 35, 7), (131, 67, 67), (7, 96, 1)):
+    for pixels, channels, groups in GROUPS:
         act = Epilogue(act=("none", "silu", "clip")[len(cases) % 3], lo=0.0)
         weights = affine(rng, channels)
         x = floats(rng, pixels, channels) + np.float32(3.0)

@@ -55,7 +55,9 @@ def test_edge_sizes(kind: Any, dtype: str, lanes: int) -> None:
 
 
 @pytest.mark.host
-@pytest.mark.parametrize("shape", [(7, 7, 33), (1, 49, 5), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(7, 7, 33), (1, 49, 5), (1, 1, 1), (1, 1, 40), (5, 9, 130), (1, 1030, 2), (1, 3000, 70), (2, 3, 1)]
+)
 @pytest.mark.parametrize("dtype", ("int8", "float32"))
 def test_mean_over_the_map(dtype: str, shape: tuple[int, int, int]) -> None:
     rng = np.random.default_rng(1)
@@ -67,6 +69,38 @@ def test_mean_over_the_map(dtype: str, shape: tuple[int, int, int]) -> None:
     else:
         expected = integer.qmean(x, (0, 1), True, q.m, q.shift, q.x_zp, q.y_zp, q.lo, q.hi)
     assert_close(run(spec_call(spec, host(), [x], expected), host()), expected)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("value", (-128, 127))
+@pytest.mark.parametrize("shape", [(16, 16, 64), (1, 256, 3), (1, 257, 96), (1, 2049, 64), (1, 5000, 1)])
+def test_sums_of_extreme_codes_fit(shape: tuple[int, int, int], value: int) -> None:
+    """Sums are held in 16 bits for as many codes as fit."""
+    x = np.full(shape, value, np.int8)
+    m, shift = integer.quantize_multiplier(1.0 / (shape[0] * shape[1]))
+    spec = Mean(*shape, dtype="int8", requant=Requant(m, shift, 0, 0, -128, 127))
+    expected = spec.reference(x)
+    np.testing.assert_array_equal(expected, value)
+    np.testing.assert_array_equal(run(spec_call(spec, host(), [x], expected), host()), expected)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("kernel", [(3, 11), (17, 16), (20, 3), (1, 40)])
+@pytest.mark.parametrize("kind", (AvgPool, MaxPool))
+def test_large_windows(kind: Any, kernel: tuple[int, int]) -> None:
+    """Windows whose columns are not unrolled, and those whose sums do not fit 16 bits."""
+    rng = np.random.default_rng(0)
+    padding = tuple(k // 3 for k in kernel for _ in range(2))
+    cases: list[tuple[Any, np.ndarray]] = []
+    for c in (3, 24, 40):
+        window: dict[str, Any] = {"kernel": kernel, "stride": (2, 3), "padding": padding}
+        cases.append((kind(20, 41, c, **window), floats(rng, 20, 41, c)))
+        more = {"requant": requant(rng, kernel[0] * kernel[1])} if kind is AvgPool else {}
+        cases.append((kind(20, 41, c, **window, dtype="int8", **more), codes(rng, 20, 41, c)))
+    results = [spec.reference(x) for spec, x in cases]
+    calls = [spec_call(spec, host(), [x], y) for (spec, x), y in zip(cases, results, strict=True)]
+    for (got,), expected in zip(run_calls(calls, host()), results, strict=True):
+        assert_close(got, expected)
 
 
 @pytest.mark.pure

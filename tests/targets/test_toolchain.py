@@ -10,7 +10,7 @@ import pytest
 
 from edgec.errors import EXIT_TOOLCHAIN, EdgecError, ToolchainMissing
 from edgec.targets.cpu import toolchain
-from edgec.targets.cpu.emit import emit, exports
+from edgec.targets.cpu.emit import emit, members
 from edgec.targets.cpu.toolchain import build_library, has_toolchain, require_toolchain
 from edgec.targets.device import Device, load_device
 from tests.hand_models import compile_kernels, dense_model
@@ -76,7 +76,7 @@ def test_compiler_error_reaches_the_user(tmp_path: Path) -> None:
     folder, host = build_folder(tmp_path)
     (folder / "model.c").write_text("int net_run(void) { return no_such_name; }\n")
     with pytest.raises(EdgecError, match=r"^cc .*failed with status 1: model\.c:1:.*'no_such_name' undeclared"):
-        build_library(folder, "net", host, exports("net", False))
+        build_library(folder, "net", host, members("net", False))
 
 
 @pytest.mark.host
@@ -85,7 +85,7 @@ def test_a_kernel_that_needs_a_runtime_does_not_link(tmp_path: Path) -> None:
         tmp_path, fault="extern void TVMBackendAllocWorkspace(void); TVMBackendAllocWorkspace()"
     )
     with pytest.raises(EdgecError, match="undefined reference to `TVMBackendAllocWorkspace'"):
-        build_library(folder, "net", host, exports("net", False))
+        build_library(folder, "net", host, members("net", False))
 
 
 @pytest.mark.pure
@@ -105,7 +105,7 @@ def test_a_compiler_without_c_library_is_a_missing_package(
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     device = dataclasses.replace(load_device("host"), cc=cc)
     with pytest.raises(ToolchainMissing) as caught:
-        build_library(tmp_path, "net", device, exports("net", False))
+        build_library(tmp_path, "net", device, members("net", False))
     assert str(caught.value) == f"{cc}: has no C library; apt-get install {package}"
 
 
@@ -114,7 +114,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     program(tmp_path, "cc", "echo 'cc1: fatal error: error writing to model.s: No space left on device' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(OSError) as caught:
-        build_library(tmp_path, "net", load_device("host"), exports("net", False))
+        build_library(tmp_path, "net", load_device("host"), members("net", False))
     assert caught.value.errno == errno.ENOSPC
 
 
@@ -124,7 +124,7 @@ def test_a_compiler_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(toolchain, "TIMEOUT", 0.2)
     with pytest.raises(EdgecError, match=r"cc: took more than 0\.2 s"):
-        build_library(tmp_path, "net", load_device("host"), exports("net", False))
+        build_library(tmp_path, "net", load_device("host"), members("net", False))
 
 
 @pytest.mark.pure
@@ -132,4 +132,4 @@ def test_temporary_files_of_the_compiler_stay_in_the_folder(tmp_path: Path, monk
     program(tmp_path, "cc", 'echo "error: $TMPDIR $LC_ALL" >&2; exit 1')
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(EdgecError, match=f"error: {tmp_path} C"):
-        build_library(tmp_path, "net", load_device("host"), exports("net", False))
+        build_library(tmp_path, "net", load_device("host"), members("net", False))
