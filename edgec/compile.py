@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 FLOAT_TOLERANCE = 1e-4
 # A float value next to a rounding boundary may take the next code after a float island; more than that is a mistake.
 MIXED_SQNR_DB = 30.0
-# Code sums in float16 what PyTorch sums in float32: 34 dB and more on the shared models; a mistake costs far more.
-HALF_SQNR_DB = 30.0
+# Code sums in float16 what PyTorch sums in float32, which leaves 32 dB on MobileNetV2; a mistake leaves next to none.
+HALF_SQNR_DB = 20.0
 FOLLOWS = {"mixed": MIXED_SQNR_DB, "half": HALF_SQNR_DB}
 # The self-test runs on hardware whose libm is not ours.
 SELFTEST_TOLERANCE = 1e-3
