@@ -148,7 +148,8 @@ def test_threads_can_share_the_work() -> None:
         phases = lower_kernels(tvm.IRModule(functions), device).phases
         assert {n: [tasks for _, tasks in phases[n]] for n in specs} == {
             "attention": [4],
-            "single": [2 if name == "cortex-a72" else 0],
+            # Too little work for two threads: a part of its scratch memory is small enough for the stack.
+            "single": [0],
             "batched": [4],
             "tall": [4],
             "small": [0],
