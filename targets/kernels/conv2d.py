@@ -18,7 +18,7 @@ from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
 from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
-from edgec.targets.tir import T, tirx
+from edgec.targets.tir import T
 
 # An inner loop of at most this many multiplications is unrolled.
 UNROLLED = 96
@@ -609,28 +609,6 @@ def expand_copy(x: Any, padded: Any, spec: Conv2D, channels: int) -> None:
     loop(top, lambda row: fill(row, 0, width))
     loop(spec.h, line)
     loop(bottom, lambda row: fill(row + (top + spec.h), 0, width))
-
-
-def pad_copy(
-    x: Any, padded: Any, shape: tuple[int, int, int], padding: Sequence[int], value: float, dtype: str
-) -> None:
-    """Copy an NHWC map into the middle of a larger one and fill the border."""
-    h, w, c = shape
-    top, bottom, left, right = padding
-    wp = w + left + right
-    fill = tirx.const(value, dtype)
-
-    def border(row: Any, first: int, count: int) -> None:
-        loop(count, lambda j: loop(c, lambda k: T.buffer_store(padded, fill, [row, first + j, k])))
-
-    def row(i: Any) -> None:
-        border(i + top, 0, left)
-        loop(w, lambda j: loop(c, lambda k: T.buffer_store(padded, x[i, j, k], [i + top, j + left, k])))
-        border(i + top, left + w, right)
-
-    loop(top, lambda i: border(i, 0, wp))
-    loop(h, row)
-    loop(bottom, lambda i: border(i + (top + h), 0, wp))
 
 
 def accumulate(x: np.ndarray, w: np.ndarray, spec: Any) -> np.ndarray:
