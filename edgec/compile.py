@@ -46,6 +46,8 @@ RANDOM_SAMPLES = 16
 # Samples run through an emulator by default; natively all are run.
 EMULATED_SAMPLES = 64
 BISECTION_STEPS = 4
+# Samples of the training data that the checks use when there is no evaluation data.
+CHECK_SAMPLES = 256
 
 Progress = Callable[[str, float], None]
 
@@ -232,11 +234,12 @@ def compile_model(
         mean=None if mean is None else tuple(mean), std=None if std is None else tuple(std), scale=input_scale
     )
     writer = _dumper(dump)
-    evaluation, calibration = _datasets(program, data, eval, preprocess, pipeline, calibration_samples, seed)
+    evaluation, training = _datasets(program, data, eval, preprocess, pipeline, seed)
     run = _start(
         program,
         evaluation,
-        calibration,
+        training,
+        calibration_samples,
         metric,
         device,
         Options(max_drop, on_fail, seed, device_samples, threads),
@@ -303,29 +306,29 @@ def _datasets(
     eval: Any,
     preprocess: Any,
     pipeline: Pipeline,
-    calibration_samples: int,
     seed: int,
 ) -> tuple[Dataset, Dataset | None]:
-    """(evaluation, calibration). Fails before any work when a pass needs data that is not there."""
+    """(evaluation, training). Fails before any work when a pass needs data that is not there."""
     from edgec.data import load_data, random_data
 
-    calibration = None
-    if data is not None:
-        calibration = load_data(data, program.inputs, preprocess).limit(calibration_samples, seed)
+    training = None if data is None else load_data(data, program.inputs, preprocess)
     for step in pipeline.passes:
-        if Needs.CALIBRATION in step.needs and calibration is None:
+        if Needs.CALIBRATION in step.needs and training is None:
             raise EdgecError("needs calibration data", where=f"pass {step.name}", hint="give --data FILE")
+        if Needs.LABELS in step.needs and (training is None or training.labels is None):
+            raise EdgecError("needs labelled data", where=f"pass {step.name}", hint="give --data FILE with labels")
     if eval is not None:
-        return load_data(eval, program.inputs, preprocess), calibration
-    if calibration is not None:
-        return calibration, calibration
+        return load_data(eval, program.inputs, preprocess), training
+    if training is not None:
+        return training.limit(CHECK_SAMPLES, seed), training
     return random_data(program.inputs, RANDOM_SAMPLES, seed), None
 
 
 def _start(
     program: Program,
     dataset: Dataset,
-    calibration: Dataset | None,
+    training: Dataset | None,
+    calibration_samples: int,
     metric: str | None,
     device: Device,
     options: Options,
@@ -340,7 +343,13 @@ def _start(
     check = Check(metric=measure.name, max_drop=options.max_drop, on_fail=options.on_fail)
     progress("check original", 0.0)
     reference = evaluate(program, dataset, measure, progress=lambda done: progress("check original", done))
-    context = Context(device=device, calibration=calibration, seed=options.seed)
+    context = Context(
+        device=device,
+        calibration=None if training is None else training.limit(calibration_samples, options.seed),
+        training=training,
+        teacher=program,
+        seed=options.seed,
+    )
     return _Run(dataset, measure, check, options, Ledger(), context, program, reference, progress, reference)
 
 

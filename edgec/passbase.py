@@ -38,15 +38,35 @@ class Context:
     """What the pipeline hands to each pass.
 
     device: the compile target, or None when a pass is used on its own.
-    calibration: unlabelled samples for passes that declare `Needs.CALIBRATION`.
+    calibration: a few hundred samples for passes that declare `Needs.CALIBRATION`; their labels are not used.
+    training: all samples of `--data` for passes that train, with labels where there are some.
+    teacher: the model before the first pass, which recovery passes distil from.
     skipped: passes append what they left alone.
     """
 
     device: Device | None = None
     calibration: Dataset | None = None
+    training: Dataset | None = None
+    teacher: Program | None = None
     seed: int = 0
     skipped: list[Skip] = field(default_factory=list)
     log: Callable[[str], None] = lambda message: None
+
+    def calibration_data(self, step: Pass) -> Dataset:
+        """The calibration samples. Raises EdgecError, naming the pass, when there are none."""
+        if self.calibration is None:
+            raise EdgecError("needs calibration data", where=f"pass {step.name}", hint="give --data FILE")
+        return self.calibration
+
+    def training_data(self, step: Pass) -> Dataset:
+        """The samples to train on: all of `--data`, else the calibration samples. Raises EdgecError likewise."""
+        return self.calibration_data(step) if self.training is None else self.training
+
+    def teacher_of(self, step: Pass) -> Program:
+        """The model to distil from. Raises EdgecError when a pass is used on its own without one."""
+        if self.teacher is None:
+            raise EdgecError("needs a teacher", where=f"pass {step.name}", hint="give Context(teacher=...)")
+        return self.teacher
 
     def skip(self, layer: str, what: str, reason: str) -> None:
         entry = Skip(layer, what, reason)
@@ -78,6 +98,8 @@ class Pass:
 
     name: ClassVar[str] = ""
     needs: ClassVar[Needs] = Needs.NOTHING
+    # False for passes that trade accuracy for cost (pruning, few bits, fewer tokens) and count on recovery after them.
+    faithful: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for entry in dataclasses.fields(self):

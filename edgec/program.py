@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from edgec.errors import EdgecError
+from edgec.sparsity import check_sparsity
 
 MAX_BATCH = 1024
 
@@ -169,10 +170,12 @@ class Program:
         """A new Program with the edited graph, after verification.
 
         Dead nodes and unused weights are dropped, the graph is linted, recompiled, run on the example inputs and
-        re-exported. Raises EdgecError when any of it fails or when inputs or outputs changed shape or dtype.
+        re-exported. Raises EdgecError when any of it fails, when inputs or outputs changed shape or dtype, or when a
+        pruned weight is gone or got values in pruned places.
         """
         kept = MappingProxyType(dict(self.annotations if annotations is None else annotations))
         if module is None:
+            check_sparsity(self.weights(), kept, self.name)
             return dataclasses.replace(self, annotations=kept)
         try:
             module.graph.eliminate_dead_code()
@@ -184,6 +187,7 @@ class Program:
         except Exception as error:
             raise EdgecError(f"edited graph does not run: {_first_line(error)}", where=self.name) from error
         program = dataclasses.replace(self, module=module, annotations=kept)
+        check_sparsity(program.weights(), kept, self.name)
         if check_signature:
             _same_signature(self, program)
         program.export()

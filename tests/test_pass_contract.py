@@ -25,7 +25,7 @@ MIN_COSINE = 0.98
 
 
 def context(model: str) -> Context:
-    return Context(calibration=zoo.calibration(model), seed=0)
+    return Context(calibration=zoo.calibration(model), teacher=zoo.program(model), seed=0)
 
 
 @functools.cache
@@ -59,7 +59,7 @@ class TestEveryPassOnEveryModel:
             for want, got in zip(before(x), after(x), strict=True):
                 assert got.shape == want.shape and bool(torch.isfinite(got).all())
                 cosine = torch.nn.functional.cosine_similarity(got.flatten(), want.flatten(), dim=0)
-                assert cosine > MIN_COSINE
+                assert cosine > MIN_COSINE or not load_pass(name).faithful
 
     def test_the_input_is_not_touched(self, name: str, model: str) -> None:
         program = zoo.program(model)

@@ -10,7 +10,6 @@ from torch import fx
 
 from edgec.as_conv2d import as_conv2d
 from edgec.data import Dataset
-from edgec.errors import EdgecError
 from edgec.integer import REQUANTS
 from edgec.passbase import Context, Needs, Pass, option
 from edgec.passes.keep import check_patterns, fits, layer_names
@@ -99,9 +98,7 @@ class QuantizeInt8(Pass):
         object.__setattr__(self, "keep_float", layer_names(self.keep_float, f"{self.name}{{keep_float}}"))
 
     def run(self, program: Program, context: Context) -> Program:
-        if context.calibration is None:
-            raise EdgecError("needs calibration data", where=f"pass {self.name}", hint="give --data FILE")
-        samples = context.calibration.limit(self.calibration_samples, context.seed)
+        samples = context.calibration_data(self).limit(self.calibration_samples, context.seed)
         module = program.edit()
         module.graph.eliminate_dead_code()
         make_functional(module)
