@@ -31,6 +31,12 @@ class PassEntry:
 
 
 BUILTIN = (
+    PassEntry(
+        "fold-constants", "compute what depends on weights only", "edgec.passes.reparam.fold_constants:FoldConstants"
+    ),
+    PassEntry(
+        "collapse", "merge parallel branches and consecutive linear layers", "edgec.passes.reparam.collapse:Collapse"
+    ),
     PassEntry("fold-bn", "fold batch norms into the layer before them", "edgec.passes.graph.fold_bn:FoldBN"),
     PassEntry(
         "equalize",
