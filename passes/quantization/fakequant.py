@@ -254,7 +254,8 @@ class FakeQuantGraph:
     """A prepared graph with a quantizer for each tensor that becomes codes and for each layer's weights.
 
     weights: by float layer; layers that are missing keep their float weights. Stored tensors that a sum or product
-    reads keep their exact values: 8 bits always hold them well.
+    reads keep their exact values: 8 bits always hold them well. stored: tensors that take the place of stored ones, by
+    path.
     """
 
     def __init__(
@@ -266,6 +267,7 @@ class FakeQuantGraph:
         self.prepared, self.module = prepared, prepared.module
         self.nodes: list[fx.Node] = list(self.module.graph.nodes)
         self.weights = dict(weights)
+        self.stored: dict[str, torch.Tensor] = {}
         annotation = prepared.annotation
         self.activations = {n: ActivationQuantizer(p, len(n.meta["val"].shape)) for n, p in observed.items()}
         self.on_result: dict[fx.Node, ActivationQuantizer] = {}
@@ -317,7 +319,10 @@ class FakeQuantGraph:
         return self._operands.get(node, set())
 
     def _read(self, node: fx.Node, values: Values) -> Any:
-        return get_weight(self.module, node) if node.op == "get_attr" else values[node]
+        if node.op != "get_attr":
+            return values[node]
+        path = str(node.target)
+        return self.stored[path] if path in self.stored else get_weight(self.module, node)
 
     def __call__(self, *inputs: torch.Tensor, quantised: bool = True) -> tuple[torch.Tensor, ...]:
         """The graph's outputs, a tuple."""

@@ -50,8 +50,8 @@ from edgec.sparsity import Sparsity
 Weight = TypeVar("Weight", bound=WeightQuantizer)
 
 METHODS = ("learned", "mse", "minmax")
-# Iterations for each sample at most: more would fit the samples and not the model.
-STEPS_PER_SAMPLE = 2
+# Iterations at most, for each sample: more would fit the samples and not the model.
+STEPS_PER_SAMPLE = 1
 # Share of the iterations before the penalty on undecided weights starts, and its exponent at the start and the end.
 WARM_UP = 0.2
 BETA = (20.0, 2.0)
@@ -131,7 +131,7 @@ class Reconstruct(Pass):
         choices=METHODS,
     )
     granularity: str = option("block", "what is learned together", choices=GRANULARITY)
-    steps: int = option(500, "iterations for each block, at most two for each sample", low=1)
+    steps: int = option(500, "iterations for each block, at most one for each sample", low=1)
     samples: int = option(512, "at most this many samples are used", low=1)
     batch: int = option(32, "samples in an iteration", low=1)
     lr: float = option(0.01, "learning rate of the rounding (Adam); the published 20,000 iterations use 0.001", low=0)
