@@ -28,6 +28,7 @@ from edgec.targets.kernels.matmul import MatMul
 from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 from edgec.targets.kernels.softmax import Softmax
+from edgec.targets.kernels.sparse import fastest
 from edgec.targets.kernels.transpose import Transpose
 
 aten = torch.ops.aten
@@ -41,7 +42,8 @@ SUFFIXES = {"float32": "f32", "float16": "f16", "int8": "i8"}
 class Binding:
     """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output.
 
-    origin: the node of the user's model whose value the call computes (see `origin_of`).
+    origin: the node of the user's model whose value the call computes (see `origin_of`). mask: bool, which weights are
+    kept, of the shape of the weights, where a layer is pruned in blocks.
     """
 
     spec: Any
@@ -50,6 +52,7 @@ class Binding:
     weights: Mapping[str, np.ndarray | None] = field(default_factory=dict)
     after: tuple[fx.Node, ...] = ()
     origin: str = ""
+    mask: np.ndarray | None = None
 
     @property
     def symbol(self) -> str:
@@ -59,12 +62,28 @@ class Binding:
     def pack(self, device: Device) -> tuple[np.ndarray, ...]:
         return self.spec.pack(device, **self.weights)
 
+    def on(self, device: Device) -> Binding:
+        """The call that `device` makes: of the block-sparse kernel for a pruned layer where that is faster there."""
+        if self.mask is None:
+            return self
+        spec, kept = fastest(self.spec, self.mask, device)
+        weights = self.weights if kept is None else {**self.weights, "mask": kept}
+        return dataclasses.replace(self, spec=spec, weights=weights, mask=None)
 
-def bind(node: Any, constants: Weights) -> Binding | None:
-    """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays."""
+
+def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding | None:
+    """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays.
+
+    masks: of pruned weights, by the same names.
+    """
     rule = RULES.get(node.target) if node.op == "call_function" else None
     binding = rule(node, constants) if rule is not None else None
-    return None if binding is None else dataclasses.replace(binding, origin=origin_of(node))
+    if binding is None:
+        return None
+    mask = None
+    if masks and isinstance(binding.spec, Conv2D) and getattr(node.args[1], "name", None) in masks:
+        mask = masks[node.args[1].name].reshape(np.shape(binding.weights["w"]))
+    return dataclasses.replace(binding, origin=origin_of(node), mask=mask)
 
 
 def _dtype(node: Any) -> str:

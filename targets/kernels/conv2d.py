@@ -18,7 +18,7 @@ from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
 from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
-from edgec.targets.tir import T
+from edgec.targets.tir import T, tirx
 
 # An inner loop of at most this many multiplications is unrolled.
 UNROLLED = 96
@@ -135,6 +135,11 @@ class Conv2D(Weighted):
     reorders = True
 
     @property
+    def tile(self) -> type[Tile]:
+        """The code of its register tiles."""
+        return Tile
+
+    @property
     def macs(self) -> int:
         oh, ow = self.out
         return oh * ow * self.co * self.kernel[0] * self.kernel[1] * (self.ci // self.groups)
@@ -173,15 +178,17 @@ class Conv2D(Weighted):
     def candidates(self, device: Device) -> list[Blocking]:
         """All register tiles that fit, lowest modelled cost first."""
         how = self.dot(device)
-        outputs, inputs = self.co // self.groups, self.ci // self.groups
+        outputs = self.co // self.groups
         rows, columns = self.expanded(device).walk
-        depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
+        depth = self.depth(device) * self.kernel[0] * self.kernel[1]
+        weights = outputs * depth * how.group * np.dtype(self.dtype).itemsize
         rows_first = weights <= device.l2_kb * 1024 // 2
         options: dict[Blocking, float] = {}
         for vectors in range(1, 9):
             if (vectors - 1) * how.lanes >= outputs:
                 break
+            if not self.divides(vectors * how.lanes):
+                continue
             for most in range(1, 29):
                 if not fits(how, device, most, vectors):
                     break
@@ -190,6 +197,14 @@ class Conv2D(Weighted):
                 options.setdefault(Blocking(pixels, vectors, rows_first), cost)
         return sorted(options, key=lambda option: options[option])
 
+    def depth(self, device: Device) -> int:
+        """Groups of input channels that are multiplied under one tap."""
+        return -(-(self.ci // self.groups) // self.dot(device).group)
+
+    def divides(self, block: int) -> bool:
+        """Whether output channels may be taken in blocks of this many."""
+        return True
+
     def pack(
         self,
         device: Device,
@@ -197,6 +212,7 @@ class Conv2D(Weighted):
         bias: np.ndarray | None,
         m: np.ndarray | None = None,
         shift: np.ndarray | None = None,
+        **products: Any,
     ) -> tuple[np.ndarray, ...]:
         """Weights OIHW and per-channel vectors to the order of the kernel's parameters, padded to whole blocks.
 
@@ -207,7 +223,7 @@ class Conv2D(Weighted):
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
         grouped = w.reshape(self.groups, per_group, self.ci // self.groups, *self.kernel).transpose(0, 1, 3, 4, 2)
-        packed = pack_weights(grouped, how, block)
+        packed = self.pack_products(grouped, how, block, **products)
 
         def channels(values: np.ndarray | None, dtype: str, fill: int = 0) -> np.ndarray:
             lead = values.shape[:-1] if values is not None else ()
@@ -217,13 +233,24 @@ class Conv2D(Weighted):
             return full.reshape(*lead, -1)
 
         if self.dtype != "int8":
-            return packed, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
+            return *packed, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
         extra = (channels(m, "int32"), channels(shift, "int32", 1))
         if self.epilogue.requant != "RQ1":
             extra = (channels(m, "float32"),)
         whole = self.expanded(device)
         rows = [self._border_bias(w, bias, how, i, j) for i in whole._row_classes() for j in whole._column_classes()]
-        return packed, channels(np.stack(rows), "int32"), *extra
+        return *packed, channels(np.stack(rows), "int32"), *extra
+
+    def pack_products(self, w: np.ndarray, how: Dot, block: int) -> tuple[np.ndarray, ...]:
+        """What a tile multiplies with, for `product_params`: weights [groups, outputs, kh, kw, inputs] in its order."""
+        return (pack_weights(w, how, block),)
+
+    def product_params(self, device: Device, blocks: int) -> list[Any]:
+        """Parameters of the kernel for what `pack_products` makes; `blocks` blocks of output channels in all."""
+        how = self.dot(device)
+        vectors = self.blocking(device).vectors
+        shape = (blocks, self.kernel[0], self.kernel[1] * self.depth(device), vectors, how.weight_elements)
+        return [param("w", shape, self.dtype)]
 
     def _row_classes(self) -> list[tuple[int, ...]]:
         return self.axes[0].classes() if self._bordered else [tuple(range(self.kernel[0]))]
@@ -252,14 +279,12 @@ class Conv2D(Weighted):
         block = shape.vectors * how.lanes
         per_group = self.co // self.groups
         blocks = round_up(per_group, block) // block
-        depth = inner.ci // self.groups // how.group
         rows, columns = inner.walk
-        packed = (self.groups * blocks, self.kernel[0], self.kernel[1] * depth, shape.vectors, how.weight_elements)
         classes = len(inner._row_classes()) * len(inner._column_classes())
         channels = self.groups * blocks * block
         with common.prim_func(self.name, self.inplace) as builder:
             x = param("x", (self.h * self.w * self.ci,), self.dtype)
-            w = param("w", packed, self.dtype)
+            products = self.product_params(device, self.groups * blocks)
             bias = param("bias", (classes, channels), how.acc_type)
             factors = [param(f"factor{i}", (channels,), t) for i, t in enumerate(self.factors)]
             size = rows.out * columns.out * self.co
@@ -270,7 +295,7 @@ class Conv2D(Weighted):
             if inner is not self:
                 source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
                 expand_copy(x, source, self, inner.ci)
-            tile = _Tile(inner, device, shape, source, w, bias, factors, residual, y)
+            tile = self.tile(inner, device, shape, source, products, bias, factors, residual, y)
             runs = tiles(columns, shape.pixels)
             whole, rest = divmod(per_group, block)
 
@@ -362,8 +387,8 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
     return total
 
 
-class _Tile:
-    """Code of one register tile of a convolution."""
+class Tile:
+    """Code of one register tile of a convolution. products: the parameters that `Conv2D.product_params` made."""
 
     def __init__(
         self,
@@ -371,14 +396,15 @@ class _Tile:
         device: Device,
         shape: Blocking,
         x: Any,
-        w: Any,
+        products: list[Any],
         bias: Any,
         factors: list[Any],
         residual: Any,
         y: Any,
     ) -> None:
         self.spec, self.device, self.how = spec, device, spec.dot(device)
-        self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
+        self.w, *self.extra = products
+        self.x, self.bias, self.factors, self.residual, self.y = x, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
         self.block = shape.vectors * how.lanes
@@ -392,9 +418,9 @@ class _Tile:
         """Pixels column .. column + run.count of `row`, `channels` channels of block `number` of `group`."""
         spec, how, rows, columns = self.spec, self.how, self.rows, self.columns
         inputs, per_group = spec.ci // spec.groups, spec.co // spec.groups
-        depth = inputs // how.group
         index = group * (round_up(per_group, self.block) // self.block) + number
         used = -(-channels // how.lanes)
+        depth = self.depth(index)
         offset = index * self.block
         # Where pixels go in pairs, the last one goes with itself when it has no neighbour.
         members = [min(p, run.count - 1) for p in range(round_up(run.count, how.pixels))]
@@ -414,8 +440,7 @@ class _Tile:
 
         def kernel_row(i: Any) -> None:
             everyone = list(range(len(members)))
-            if run.inner and columns.dilation == 1 and spec.groups == 1:
-                # The window's row is one stretch of memory.
+            if run.inner and self.whole_rows:
                 self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
             elif run.inner:
                 loop(
@@ -438,6 +463,19 @@ class _Tile:
         for p in range(run.count):
             self._store(p, used, channels, offset, here + p * spec.co, bias_rows[p])
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row of the window is walked in one loop: it is one stretch of memory."""
+        return self.columns.dilation == 1 and self.spec.groups == 1
+
+    def depth(self, index: Any) -> Any:
+        """Groups under one tap for block `index` of output channels, an int or a TIR expression."""
+        return self.spec.ci // self.spec.groups // self.how.group
+
+    def place(self, index: Any, k: Any) -> Any:
+        """Where group `k` of a row of the window, or of a tap, lies from its first group on."""
+        return k * self.how.group
+
     def _bias_row(self, row: Any, pixel: int) -> Any:
         if not self.spec._bordered:
             return 0
@@ -448,7 +486,7 @@ class _Tile:
         index: Any,
         i: Any,
         start: Any,
-        count: int,
+        count: Any,
         pixels: list[int],
         used: int,
         first: Callable[[int], Any],
@@ -462,7 +500,8 @@ class _Tile:
             size = how.group * groups
             members = range(unit * how.pixels, (unit + 1) * how.pixels)
             nothing = const(0, self.spec.dtype, size)
-            inputs = [self.x[ramp(first(p) + k * how.group, size)] if p in pixels else nothing for p in members]
+            at = self.place(index, k)
+            inputs = [self.x[ramp(first(p) + at, size)] if p in pixels else nothing for p in members]
             return how.load(inputs, groups)
 
         def load_weights(k: Any, v: int) -> None:
@@ -501,6 +540,14 @@ class _Tile:
             for t in range(times):
                 step(k + t * how.wide, how.wide)
 
+        if not isinstance(count, int):
+            stride = how.wide * repeat
+            with T.serial(0, tirx.floordiv(count, stride)) as k:
+                several(k * stride, repeat)
+            if repeat > 1:
+                with T.serial(tirx.floordiv(count, stride) * repeat, tirx.floordiv(count, how.wide)) as k:
+                    step(k * how.wide, how.wide)
+            return
         whole = count // (how.wide * repeat)
         loop(whole, lambda k: several(k * (how.wide * repeat), repeat))
         done = whole * how.wide * repeat
