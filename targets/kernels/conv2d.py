@@ -18,7 +18,8 @@ from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
 from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
-from edgec.targets.tir import T
+from edgec.targets.kernels.unpack import Packed, packed
+from edgec.targets.tir import T, tirx
 
 # An inner loop of at most this many multiplications is unrolled.
 UNROLLED = 96
@@ -117,7 +118,10 @@ class Weighted(Window):
 
 @dataclass(frozen=True)
 class Conv2D(Weighted):
-    """One sample, NHWC. padding is [top, bottom, left, right]; `x_zp` is the code in padded places (int8)."""
+    """One sample, NHWC. padding is [top, bottom, left, right]; `x_zp` is the code in padded places (int8).
+
+    bits: what the codes of int8 weights need; fewer than 8 are stored packed (see `unpack`).
+    """
 
     ci: int
     co: int
@@ -129,6 +133,7 @@ class Conv2D(Weighted):
     dtype: str = "float32"
     x_zp: int = 0
     epilogue: Epilogue = field(default_factory=Epilogue)
+    bits: int = 8
 
     name = "conv2d"
     # Whether a tile says in which order its loops run.
@@ -142,6 +147,11 @@ class Conv2D(Weighted):
     def dot(self, device: Device) -> Dot:
         """How inputs and weights are multiplied; the same for `expanded`."""
         return dot(device, self.dtype, self.ci // self.groups, math.prod(self.out))
+
+    def packed(self, device: Device) -> Packed | None:
+        """How weights of fewer than 8 bits are stored; None where each has a byte."""
+        how = self.dot(device)
+        return packed(how, self.bits, -(-(self.ci // self.groups) // how.group))
 
     @property
     def walk(self) -> tuple[Axis, Axis]:
@@ -178,12 +188,13 @@ class Conv2D(Weighted):
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
         weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
         rows_first = weights <= device.l2_kb * 1024 // 2
+        spare = 0 if self.packed(device) is None else 1
         options: dict[Blocking, float] = {}
         for vectors in range(1, 9):
             if (vectors - 1) * how.lanes >= outputs:
                 break
             for most in range(1, 29):
-                if not fits(how, device, most, vectors):
+                if not fits(how, device, most, vectors, spare * vectors):
                     break
                 pixels = round_up(balanced(columns.out, most), how.pixels)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
@@ -207,7 +218,10 @@ class Conv2D(Weighted):
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
         grouped = w.reshape(self.groups, per_group, self.ci // self.groups, *self.kernel).transpose(0, 1, 3, 4, 2)
-        packed = pack_weights(grouped, how, block)
+        stored = pack_weights(grouped, how, block)
+        how_packed = self.packed(device)
+        if how_packed is not None:
+            stored = how_packed.pack(stored)
 
         def channels(values: np.ndarray | None, dtype: str, fill: int = 0) -> np.ndarray:
             lead = values.shape[:-1] if values is not None else ()
@@ -217,13 +231,13 @@ class Conv2D(Weighted):
             return full.reshape(*lead, -1)
 
         if self.dtype != "int8":
-            return packed, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
+            return stored, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
         extra = (channels(m, "int32"), channels(shift, "int32", 1))
         if self.epilogue.requant != "RQ1":
             extra = (channels(m, "float32"),)
         whole = self.expanded(device)
         rows = [self._border_bias(w, bias, how, i, j) for i in whole._row_classes() for j in whole._column_classes()]
-        return packed, channels(np.stack(rows), "int32"), *extra
+        return stored, channels(np.stack(rows), "int32"), *extra
 
     def _row_classes(self) -> list[tuple[int, ...]]:
         return self.axes[0].classes() if self._bordered else [tuple(range(self.kernel[0]))]
@@ -254,12 +268,14 @@ class Conv2D(Weighted):
         blocks = round_up(per_group, block) // block
         depth = inner.ci // self.groups // how.group
         rows, columns = inner.walk
-        packed = (self.groups * blocks, self.kernel[0], self.kernel[1] * depth, shape.vectors, how.weight_elements)
+        packing = self.packed(device)
+        units, registers = (depth, 1) if packing is None else (packing.units, packing.form.nbytes)
+        stored = (self.groups * blocks, self.kernel[0], self.kernel[1] * units, shape.vectors)
         classes = len(inner._row_classes()) * len(inner._column_classes())
         channels = self.groups * blocks * block
         with common.prim_func(self.name, self.inplace) as builder:
             x = param("x", (self.h * self.w * self.ci,), self.dtype)
-            w = param("w", packed, self.dtype)
+            w = param("w", (*stored, registers * how.weight_elements), self.dtype)
             bias = param("bias", (classes, channels), how.acc_type)
             factors = [param(f"factor{i}", (channels,), t) for i, t in enumerate(self.factors)]
             size = rows.out * columns.out * self.co
@@ -325,15 +341,19 @@ class Conv2D(Weighted):
         return common.finish_reference(acc, bias, m, shift, residual, self.epilogue, self.dtype)
 
 
-def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
-    """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop."""
+def fits(how: Dot, device: Device, pixels: int, vectors: int, spare: int = 0) -> bool:
+    """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop.
+
+    spare: registers that unpacking weights takes.
+    """
+    registers = device.registers - spare
     if isinstance(how, Smull):
         return pixels * vectors <= 8 and vectors <= 2
     if isinstance(how, Smmla):
-        return round_up(pixels, 2) * (vectors + 1) + 2 <= device.registers
+        return round_up(pixels, 2) * (vectors + 1) + 2 <= registers
     if isinstance(how, Lane | Sdot):
-        return pixels * vectors + pixels + vectors < device.registers
-    return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
+        return pixels * vectors + pixels + vectors < registers
+    return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= registers
 
 
 def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int) -> float:
@@ -377,7 +397,7 @@ class _Tile:
         residual: Any,
         y: Any,
     ) -> None:
-        self.spec, self.device, self.how = spec, device, spec.dot(device)
+        self.spec, self.device, self.how, self.packing = spec, device, spec.dot(device), spec.packed(device)
         self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
@@ -402,7 +422,7 @@ class _Tile:
         for p in range(0, len(members), how.pixels):
             for v in range(used):
                 ours = bias_rows[p : p + how.pixels]
-                bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in ours]
+                bias = [self._early(self._bias(r, offset, v)) for r in ours]
                 for s, start in enumerate(how.start(bias)):
                     T.buffer_store(self.acc, start, [p // how.pixels, v, s, ramp(0, how.lanes)])
 
@@ -414,7 +434,8 @@ class _Tile:
 
         def kernel_row(i: Any) -> None:
             everyone = list(range(len(members)))
-            if run.inner and columns.dilation == 1 and spec.groups == 1:
+            seamless = self.packing is None or self.packing.seamless
+            if run.inner and columns.dilation == 1 and spec.groups == 1 and seamless:
                 # The window's row is one stretch of memory.
                 self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
             elif run.inner:
@@ -437,6 +458,14 @@ class _Tile:
         here = (row * columns.out + column) * spec.co + group * per_group + number * self.block
         for p in range(run.count):
             self._store(p, used, channels, offset, here + p * spec.co, bias_rows[p])
+
+    def _bias(self, row: Any, offset: Any, v: int) -> Any:
+        return self.bias[row, ramp(offset + v * self.how.lanes, self.how.lanes)]
+
+    def _early(self, bias: Any) -> Any:
+        """The bias that is summed with the products: none where these are shifted afterwards."""
+        shifted = self.packing is not None and self.packing.fraction
+        return const(0, self.how.acc_type, self.how.lanes) if shifted else bias
 
     def _bias_row(self, row: Any, pixel: int) -> Any:
         if not self.spec._bordered:
@@ -465,9 +494,18 @@ class _Tile:
             inputs = [self.x[ramp(first(p) + k * how.group, size)] if p in pixels else nothing for p in members]
             return how.load(inputs, groups)
 
-        def load_weights(k: Any, v: int) -> None:
-            place = [index, i, start + k, v, ramp(0, how.weight_elements)]
-            T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
+        def load_weights(k: Any, more: int, v: int) -> None:
+            """Weights of group k + more; k is a multiple of the groups that a unit of packed weights holds."""
+            size, packing = how.weight_elements, self.packing
+            value = None
+            if packing is None:
+                value = self.w[index, i, start + k + more, v, ramp(0, size)]
+            else:
+                unit = packing.unit(start, k, more)
+                value = packing.codes(
+                    lambda r: self.w[index, i, unit, v, ramp(r * size, size)], more % packing.form.fields, size
+                )
+            T.buffer_store(self.weights, value, [v, ramp(0, size)])
 
         def multiply(unit: int, v: int, lane: int | None) -> None:
             acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
@@ -476,38 +514,40 @@ class _Tile:
             for s, value in enumerate(how.multiply(acc, weights, x, lane)):
                 T.buffer_store(self.acc, value, [unit, v, s, ramp(0, how.lanes)])
 
-        def step(k: Any, groups: int) -> None:
-            """The products of groups k .. k + groups."""
+        def step(k: Any, more: int, groups: int) -> None:
+            """The products of groups k + more .. k + more + groups."""
             for unit in units:
-                T.buffer_store(self.held, load(k, unit, groups), [unit, ramp(0, how.held[0])])
+                T.buffer_store(self.held, load(k + more, unit, groups), [unit, ramp(0, how.held[0])])
             for g in range(groups):
                 lane = g if groups > 1 else None
                 if how.pixels > 1:
                     # Its many weight registers live for a short time each.
                     for v in range(used):
-                        load_weights(k + g, v)
+                        load_weights(k, more + g, v)
                         for unit in units:
                             multiply(unit, v, lane)
                     continue
                 for v in range(used):
-                    load_weights(k + g, v)
+                    load_weights(k, more + g, v)
                 for unit in units:
                     for v in range(used):
                         multiply(unit, v, lane)
 
         repeat = max(1, min(8, UNROLLED // (2 * len(pixels) * used))) if how.wide == 1 else 1
+        if self.packing is not None:
+            repeat = self.packing.repeat(how.wide, repeat)
 
-        def several(k: Any, times: int) -> None:
+        def several(k: Any, first: int, times: int) -> None:
             for t in range(times):
-                step(k + t * how.wide, how.wide)
+                step(k, first + t * how.wide, how.wide)
 
         whole = count // (how.wide * repeat)
-        loop(whole, lambda k: several(k * (how.wide * repeat), repeat))
+        loop(whole, lambda k: several(k * (how.wide * repeat), 0, repeat))
         done = whole * how.wide * repeat
-        several(done, (count - done) // how.wide)
-        done += (count - done) // how.wide * how.wide
-        for k in range(done, count):
-            step(k, 1)
+        rest = (count - done) // how.wide
+        several(done, 0, rest)
+        for k in range(rest * how.wide, count - done):
+            step(done, k, 1)
 
     def _store(self, p: int, used: int, channels: int, offset: Any, here: Any, bias_row: Any) -> None:
         spec, how = self.spec, self.how
@@ -515,7 +555,11 @@ class _Tile:
         for v in range(used):
             unit, pixel = divmod(p, how.pixels)
             acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
-            values.append(how.total(acc, self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)], pixel))
+            bias = self._bias(bias_row, offset, v)
+            value = how.total(acc, self._early(bias), pixel)
+            if self.packing is not None and self.packing.fraction:
+                value = tirx.shift_right(value, const(self.packing.fraction, how.acc_type, how.lanes)) + bias
+            values.append(value)
         store_channels(
             values, how.lanes, channels, self.factors, offset, self.residual, self.y, here, spec, self.device
         )
