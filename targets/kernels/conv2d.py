@@ -17,6 +17,7 @@ from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
+from edgec.targets.kernels.matmul import TASKS, shares
 from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
 from edgec.targets.kernels.unpack import Packed, packed
 from edgec.targets.tir import T, tirx
@@ -150,8 +151,8 @@ class Conv2D(Weighted):
 
     def packed(self, device: Device) -> Packed | None:
         """How weights of fewer than 8 bits are stored; None where each has a byte."""
-        how = self.dot(device)
-        return packed(how, self.bits, -(-(self.ci // self.groups) // how.group))
+        how, pixels = self.dot(device), math.prod(self.out) if self.groups == 1 else 1
+        return packed(how, self.bits, -(-(self.ci // self.groups) // how.group), pixels)
 
     @property
     def walk(self) -> tuple[Axis, Axis]:
@@ -188,16 +189,17 @@ class Conv2D(Weighted):
         depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
         weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
         rows_first = weights <= device.l2_kb * 1024 // 2
-        spare = 0 if self.packed(device) is None else 1
+        packing = self.packed(device)
+        inline = None if packing is None or packing.hoisted else packing
         options: dict[Blocking, float] = {}
         for vectors in range(1, 9):
             if (vectors - 1) * how.lanes >= outputs:
                 break
             for most in range(1, 29):
-                if not fits(how, device, most, vectors, spare * vectors):
+                if not fits(how, device, most, vectors, inline is not None and vectors):
                     break
                 pixels = round_up(balanced(columns.out, most), how.pixels)
-                cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
+                cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth, inline)
                 options.setdefault(Blocking(pixels, vectors, rows_first), cost)
         return sorted(options, key=lambda option: options[option])
 
@@ -324,7 +326,27 @@ class Conv2D(Weighted):
                 else:
                     parallel(whole, lambda b: body(b, block))
 
-            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
+            def unpacked_first(task: Any) -> None:
+                """All pixels of a block's channels, from a copy of its weights with a byte for each."""
+
+                def body(b: Any, n: int) -> None:
+                    packing.copy(w, b, tile.w, task, how.weight_elements)
+                    loop(
+                        rows.out,
+                        lambda row: across(row, lambda run, column: tile.emit(0, b, row, column, run, n, task)),
+                    )
+
+                shares(task, tasks, whole, lambda b: body(b, block))
+                if rest:
+                    _either(task == tasks - 1, lambda: body(whole, rest), lambda: None)
+
+            if packing is not None and packing.hoisted:
+                tasks = max(1, min(TASKS, whole))
+                copied = (tasks, self.kernel[0], self.kernel[1] * depth, shape.vectors, how.weight_elements)
+                tile.w = T.alloc_buffer(copied, self.dtype)
+                parallel(tasks, unpacked_first)
+            else:
+                parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
@@ -356,12 +378,16 @@ def fits(how: Dot, device: Device, pixels: int, vectors: int, spare: int = 0) ->
     return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= registers
 
 
-def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int) -> float:
-    """Modelled instructions of one row of tiles; `depth` groups are summed.
+def tile_cost(
+    how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int, packing: Packed | None = None
+) -> float:
+    """Modelled instructions of one row of tiles; `depth` groups are summed. packing: of weights unpacked on the way.
 
     Counted: multiplications, or what the latency of too few accumulators takes; input and weight loads, of which
     neighbours pair up; the loop's own; and the epilogue.
     """
+
+    weights = 0.5 if packing is None else packing.cost
 
     def tile(count: int, used: int) -> float:
         count = round_up(count, how.pixels)
@@ -371,7 +397,7 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
         if how.dtype == "int8":
             # Whole registers of codes are stored with fewer instructions than parts of them.
             epilogue = count * sum(8 + 1.5 * size for _, size in pieces(used * how.lanes, 4 * how.lanes))
-        return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
+        return depth / how.wide * (busy + extra + weights * used * how.wide + 4) + epilogue + 20
 
     full, rest = divmod(columns, pixels)
     whole, tail = divmod(-(-outputs // how.lanes), vectors)
@@ -398,6 +424,8 @@ class _Tile:
         y: Any,
     ) -> None:
         self.spec, self.device, self.how, self.packing = spec, device, spec.dot(device), spec.packed(device)
+        if self.packing is not None and self.packing.hoisted:
+            self.packing = None
         self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
@@ -408,12 +436,18 @@ class _Tile:
         self.held = T.alloc_buffer((units, elements), held, scope="local")
         self.weights = T.alloc_buffer((shape.vectors, how.weight_elements), spec.dtype, scope="local")
 
-    def emit(self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int) -> None:
-        """Pixels column .. column + run.count of `row`, `channels` channels of block `number` of `group`."""
+    def emit(
+        self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int, weights: Any = None
+    ) -> None:
+        """Pixels column .. column + run.count of `row`, `channels` channels of block `number` of `group`.
+
+        weights: the block of `w` to read, where that is another one.
+        """
         spec, how, rows, columns = self.spec, self.how, self.rows, self.columns
         inputs, per_group = spec.ci // spec.groups, spec.co // spec.groups
         depth = inputs // how.group
         index = group * (round_up(per_group, self.block) // self.block) + number
+        weights = index if weights is None else weights
         used = -(-channels // how.lanes)
         offset = index * self.block
         # Where pixels go in pairs, the last one goes with itself when it has no neighbour.
@@ -437,17 +471,17 @@ class _Tile:
             seamless = self.packing is None or self.packing.seamless
             if run.inner and columns.dilation == 1 and spec.groups == 1 and seamless:
                 # The window's row is one stretch of memory.
-                self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
+                self._products(weights, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
             elif run.inner:
                 loop(
                     columns.kernel,
-                    lambda j: self._products(index, i, j * depth, depth, everyone, used, lambda p: first(i, j, p)),
+                    lambda j: self._products(weights, i, j * depth, depth, everyone, used, lambda p: first(i, j, p)),
                 )
             else:
                 for j in range(columns.kernel):
                     there = [p for p in everyone if j in columns.taps(run.start + members[p])]
                     if there:
-                        self._products(index, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
+                        self._products(weights, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
 
         low, high = rows.bounds(row)
         if isinstance(high, int):

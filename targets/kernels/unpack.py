@@ -17,21 +17,26 @@ import numpy as np
 
 from edgec.integer import ACCUMULATOR_LIMIT, CODE_SPAN
 from edgec.packing import FORMATS, Format, code_bits, pack
-from edgec.targets.kernels.common import const, round_up
-from edgec.targets.kernels.dot import Dot, Smull
-from edgec.targets.tir import tirx
+from edgec.targets.kernels.common import const, loop, ramp, round_up
+from edgec.targets.kernels.dot import Dot, Smull, Vnni
+from edgec.targets.tir import T, tirx
+
+# Pixels from which on the weights of a layer are unpacked once for all of them.
+HOIST = 32
 
 
 @dataclass(frozen=True)
 class Packed:
     """How the weights of one kernel are stored. depth: groups of input channels of one tap.
 
-    fraction: how many bits too far up unpacked codes are.
+    fraction: how many bits too far up unpacked codes are. hoisted: unpacked to memory before all pixels of a block of
+    output channels, rather than in registers for each tile of pixels.
     """
 
     form: Format
     depth: int
     fraction: int
+    hoisted: bool = False
 
     @property
     def units(self) -> int:
@@ -42,6 +47,12 @@ class Packed:
     def seamless(self) -> bool:
         """Whether a tap ends with a full unit, so that the next one continues it."""
         return self.depth % self.form.fields == 0
+
+    @property
+    def cost(self) -> float:
+        """Instructions for a register of codes: its part of the loads, shifts and masks, the extension of signs."""
+        moves = {4: 1.0, 3: 2.1, 2: 1.5}[self.form.bits]
+        return 0.5 * self.form.nbytes / self.form.fields + moves + (not self.fraction)
 
     def unit(self, start: Any, k: Any, more: int) -> Any:
         """Number of the unit of group start + k + more in its kernel row, where `start` is the first of a tap."""
@@ -87,17 +98,40 @@ class Packed:
             found = top(load(0), bits * field, bits)
         return found if self.fraction else tirx.shift_right(found, c(8 - bits))
 
+    def copy(self, w: Any, index: Any, target: Any, place: Any, elements: int) -> None:
+        """Unpack block `index` of parameter `w` to block `place` of a buffer with a byte for each weight."""
+        _, kh, groups, vectors, _ = (int(extent) for extent in target.shape)
 
-def packed(how: Dot, bits: int, depth: int) -> Packed | None:
-    """The storage that takes least memory for codes of `bits` bits; None where that is a byte for each."""
-    found = None
-    size = depth
-    for form in sorted(FORMATS.values(), key=lambda f: -f.bits):
-        if bits <= form.bits < 8 and form.size(depth) < size:
-            # SMULL adds two products of bytes in 16 bits, which has no room for -128 times -128.
-            found = Packed(form, depth, 0 if isinstance(how, Smull) else 8 - form.bits)
-            size = form.size(depth)
-    return found
+        def unit(i: Any, j: Any, u: Any, v: Any, fields: int) -> None:
+            for field in range(fields):
+                codes = self.codes(
+                    lambda r: w[index, i, j * self.units + u, v, ramp(r * elements, elements)], field, elements
+                )
+                group = j * self.depth + u * self.form.fields + field
+                T.buffer_store(target, codes, [place, i, group, v, ramp(0, elements)])
+
+        def tap(i: Any, j: Any) -> None:
+            whole, rest = divmod(self.depth, self.form.fields)
+            loop(whole, lambda u: loop(vectors, lambda v: unit(i, j, u, v, self.form.fields)))
+            if rest:
+                loop(vectors, lambda v: unit(i, j, whole, v, rest))
+
+        loop(kh, lambda i: loop(groups // self.depth, lambda j: tap(i, j)))
+
+
+def packed(how: Dot, bits: int, depth: int, pixels: int = 1) -> Packed | None:
+    """The storage that takes least memory for codes of `bits` bits; None where that is a byte for each.
+
+    pixels: outputs that read the same weights.
+    """
+    form = min((f for f in FORMATS.values() if bits <= f.bits), key=lambda f: (f.size(depth), -f.bits))
+    if form.bits == 8:
+        return None
+    # VPDPBUSD leaves slots for shifts and masks; elsewhere a copy pays from a few tiles of pixels on (measured).
+    hoisted = pixels >= HOIST and not isinstance(how, Vnni)
+    # SMULL adds two products of bytes in 16 bits, which has no room for -128 times -128.
+    fraction = 0 if hoisted or isinstance(how, Smull) else 8 - form.bits
+    return Packed(form, depth, fraction, hoisted)
 
 
 def weight_bits(w: np.ndarray) -> int:
