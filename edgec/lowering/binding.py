@@ -30,6 +30,7 @@ from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.kernels.sparse import fastest
 from edgec.targets.kernels.transpose import Transpose
+from edgec.targets.kernels.unpack import weight_bits
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -112,7 +113,7 @@ def _conv_spec(
     }
     if groups == channels == w.shape[0] and channels > 1:
         return Depthwise(h, width, channels, **common)
-    return Conv2D(h, width, channels, w.shape[0], groups=groups, **common)
+    return Conv2D(h, width, channels, w.shape[0], groups=groups, bits=_bits(w), **common)
 
 
 def _conv2d(node: Any, constants: Weights) -> Binding:
@@ -155,7 +156,7 @@ def _qlinear(node: Any, constants: Weights) -> Binding:
     weights["w"] = weight[:, :, None, None]
     rows = int(np.prod(shape_of(node)[:-1]))
     epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, **_requant(weights))
-    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue)
+    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue, bits=_bits(weight))
     return Binding(spec, (x,), layer_of(node), weights)
 
 
@@ -171,12 +172,18 @@ def _qlinear_act(node: Any, constants: Weights) -> Binding:
     weights = {"w": constants[w.name][:, :, None, None], "bias": constants[bias.name], "m": constants[scale.name]}
     epilogue = Epilogue(act, lo, hi, y_zp, residual is not None, requant="float", y_scale=y_scale)
     outputs, inputs = weights["w"].shape[:2]
-    spec = Conv2D(1, int(np.prod(shape_of(node)[:-1])), inputs, outputs, dtype="int8", epilogue=epilogue)
+    rows, bits = int(np.prod(shape_of(node)[:-1])), _bits(weights["w"])
+    spec = Conv2D(1, rows, inputs, outputs, dtype="int8", epilogue=epilogue, bits=bits)
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
 def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) -> dict[str, np.ndarray]:
     return {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", m), ("shift", shift))}
+
+
+def _bits(w: np.ndarray) -> int:
+    """Bits that the weights need, by their values: a record of them may get lost, and packing changes no result."""
+    return weight_bits(w) if w.dtype == np.int8 else 8
 
 
 def _requant(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:

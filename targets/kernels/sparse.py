@@ -22,6 +22,7 @@ from edgec.targets.device import Device
 from edgec.targets.kernels.common import param
 from edgec.targets.kernels.conv2d import Conv2D, Tile
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Widening, dot, pack_weights
+from edgec.targets.kernels.unpack import Packed
 from edgec.targets.tir import tirx
 
 # Where groups keep different numbers of blocks, zeros fill them up if this makes the layer larger by no more.
@@ -67,6 +68,9 @@ class SparseConv2D(Conv2D):
     def dot(self, device: Device) -> Dot:
         return sparse_dot(device, self.dtype, self.block[1], math.prod(self.out))
 
+    def packed(self, device: Device) -> Packed | None:
+        return None  # codes of few bits keep a byte each: the blocks that are gone have taken more
+
     def depth(self, device: Device) -> int:
         return self.kept * (self.block[1] // self.dot(device).group)
 
@@ -83,13 +87,13 @@ class SparseConv2D(Conv2D):
         params = [*super().product_params(device, blocks), param("offsets", table, self.offset_type)]
         return params if self.balanced else [*params, param("counts", (self.output_groups,), "int32")]
 
-    def pack_products(self, w: np.ndarray, how: Dot, block: int, mask: np.ndarray | None = None) -> tuple:
+    def pack_products(self, w: np.ndarray, device: Device, block: int, mask: np.ndarray | None = None) -> tuple:
         """Weights, offsets in units of block[1] elements for each group, column and kept block, and counts.
 
         mask: [groups of outputs, blocks of inputs], what is kept. Groups that keep less than `kept` end in zeros.
         """
         assert mask is not None, "a sparse convolution is packed with its mask"
-        outputs, inputs = self.block
+        (outputs, inputs), how = self.block, self.dot(device)
         counts = mask.sum(1).astype(np.int32)
         table = np.zeros((len(mask), self.kernel[1] * self.kept), self.offset_type)
         packed = []
