@@ -353,7 +353,7 @@ class Conv2D(Weighted):
                 """All pixels of a block's channels, from a copy of its weights with a byte for each."""
 
                 def body(b: Any, n: int) -> None:
-                    packing.copy(w, b, tile.w, task, how.weight_elements)
+                    packing.copy(products[0], b, tile.w, task, how.weight_elements)
                     loop(
                         rows.out,
                         lambda row: across(row, lambda run, column: tile.emit(0, b, row, column, run, n, task)),
@@ -365,7 +365,8 @@ class Conv2D(Weighted):
 
             if packing is not None and packing.hoisted:
                 tasks = max(1, min(TASKS, whole))
-                copied = (tasks, self.kernel[0], self.kernel[1] * self.depth(device), shape.vectors, how.weight_elements)
+                groups = self.kernel[1] * self.depth(device)
+                copied = (tasks, self.kernel[0], groups, shape.vectors, how.weight_elements)
                 tile.w = T.alloc_buffer(copied, self.dtype)
                 parallel(tasks, unpacked_first)
             else:
