@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from edgec import qops as qops  # registers the operators looked up below
+from edgec import tokenops as tokenops
 from edgec.lowering.regions import CONV2D
 from edgec.program import Program, layer_of, shape_of
 
@@ -72,6 +73,21 @@ def _macs(node: fx.Node) -> int:
     if node.target is aten.scaled_dot_product_attention.default:
         query, key = shape_of(_node(node.args[0])), shape_of(_node(node.args[1]))
         return 2 * math.prod(query) * key[-2]
+    return _token_macs(node)
+
+
+def _token_macs(node: fx.Node) -> int:
+    """The matrix products of token reduction: similarities, and scores of the class token."""
+    if node.target is edgec.tome_merge.default:
+        batch, tokens, depth = shape_of(_node(node.args[2]))
+        free = tokens - tokenops.tome_start(*map(int, (node.args[4], node.args[5])))  # type: ignore[call-overload]
+        return batch * ((free + 1) // 2) * (free // 2) * depth
+    if node.target is edgec.token_reduce.default:
+        batch, _, channels = shape_of(_node(node.args[0]))
+        prefix, keep, merge = (int(value) for value in node.args[3:6])  # type: ignore[arg-type]
+        return batch * (keep - merge) * (merge - prefix) * channels
+    if node.target is edgec.class_score.default:
+        return math.prod(shape_of(_node(node.args[1])))
     return 0
 
 
