@@ -55,6 +55,12 @@ BUILTIN = (
     ),
     PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
+    PassEntry(
+        "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"
+    ),
+    PassEntry("tome", "merge similar tokens of a vision transformer", "edgec.passes.tokens.tome:ToMe"),
+    PassEntry("diffrate", "drop and merge tokens by learned counts", "edgec.passes.tokens.diffrate:DiffRate"),
+    PassEntry("drop-tokens", "drop tokens by a score", "edgec.passes.tokens.drop_tokens:DropTokens"),
     PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )
 
