@@ -252,7 +252,9 @@ class MaskedTokens(fx.Interpreter):
         own = self.size[:, :merge] if self.weighted else torch.ones(len(x), merge, 1)
         mixed = share * self.size[:, None, merge:, 0] if self.weighted else share
         kept = (kept * own + mixed @ tail) / (own + mixed.sum(-1, keepdim=True))
-        self.size = torch.cat([self.size[:, :merge] + sizes.sum(-1, keepdim=True), self.size[:, merge:]], 1).clamp_min(1)
+        self.size = torch.cat([self.size[:, :merge] + sizes.sum(-1, keepdim=True), self.size[:, merge:]], 1).clamp_min(
+            1
+        )
         return torch.cat([kept, tail], 1)
 
 
@@ -324,5 +326,3 @@ def _dense_outputs(program: Program, data: Dataset, batch: int) -> list[torch.Te
         arrays, _ = data.read(slice(start, start + size))
         parts.append(program(*(torch.from_numpy(a) for a in arrays)))
     return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
-
-
