@@ -48,6 +48,11 @@ BUILTIN = (
         "edgec.passes.quantization.reconstruct:Reconstruct",
     ),
     PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
+    PassEntry(
+        "quantize-mixed",
+        "bits per layer by sensitivity under a budget",
+        "edgec.passes.quantization.quantize_mixed:QuantizeMixed",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )
