@@ -54,6 +54,11 @@ BUILTIN = (
         "edgec.passes.quantization.reconstruct:Reconstruct",
     ),
     PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
+    PassEntry(
+        "quantize-mixed",
+        "bits per layer by sensitivity under a budget",
+        "edgec.passes.quantization.quantize_mixed:QuantizeMixed",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry(
         "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"
