@@ -102,7 +102,12 @@ class Weighted(Window):
 
     @property
     def parameters(self) -> int:
-        return 4 + len(self.factors) + self.residual
+        return 4 + len(self.factors) + len(self.beside) + self.residual
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Types of what unpacking reads beside the weights, parameters right behind them."""
+        return ()
 
     @property
     def out_type(self) -> str:
@@ -139,6 +144,13 @@ class Conv2D(Weighted):
     name = "conv2d"
     # Whether a tile says in which order its loops run.
     reorders = True
+
+    def _stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the stored weights: [blocks, kernel rows, taps * depth, vectors, bytes of a vector]."""
+        return shape
+
+    def _beside_shape(self, blocks: int, block: int) -> tuple[int, ...]:
+        return ()
 
     @property
     def macs(self) -> int:
@@ -260,8 +272,14 @@ class Conv2D(Weighted):
         total = (0 if bias is None else bias.astype(np.int64)) + self.x_zp * (sums.sum((1, 2)) - there)
         return (total - how.offset * there).astype(np.int32)
 
+    def unpack(
+        self, packing: Packed, w: Any, beside: list[Any], block: Any, target: Any, place: Any, elements: int
+    ) -> None:
+        """Write the weights of a block, one by one, to block `place` of the buffer `target`."""
+        packing.copy(w, block, target, place, elements)
+
     def prim_func(self, device: Device) -> Any:
-        """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        """Parameters: x, packed weights, [what is beside them], bias, [m, [shift]], [residual], y."""
         how = self.dot(device)
         inner = self.expanded(device)
         shape = self.blocking(device)
@@ -277,7 +295,9 @@ class Conv2D(Weighted):
         channels = self.groups * blocks * block
         with common.prim_func(self.name, self.inplace) as builder:
             x = param("x", (self.h * self.w * self.ci,), self.dtype)
-            w = param("w", (*stored, registers * how.weight_elements), self.dtype)
+            stored = self._stored_shape((*stored, registers * how.weight_elements))
+            w = param("w", stored, "int8" if packing else self.dtype)
+            beside = [param(f"beside{i}", self._beside_shape(blocks, block), t) for i, t in enumerate(self.beside)]
             bias = param("bias", (classes, channels), how.acc_type)
             factors = [param(f"factor{i}", (channels,), t) for i, t in enumerate(self.factors)]
             size = rows.out * columns.out * self.co
@@ -330,7 +350,7 @@ class Conv2D(Weighted):
                 """All pixels of a block's channels, from a copy of its weights with a byte for each."""
 
                 def body(b: Any, n: int) -> None:
-                    packing.copy(w, b, tile.w, task, how.weight_elements)
+                    self.unpack(packing, w, beside, b, tile.w, task, how.weight_elements)
                     loop(
                         rows.out,
                         lambda row: across(row, lambda run, column: tile.emit(0, b, row, column, run, n, task)),
