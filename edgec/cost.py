@@ -14,8 +14,10 @@ import torch
 from torch import fx
 
 from edgec import qops as qops  # registers the operators looked up below
+from edgec import tokenops as tokenops
 from edgec.lowering.regions import CONV2D
 from edgec.program import Program, layer_of, shape_of
+from edgec.quantparams import QParams
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -44,8 +46,16 @@ def program_cost(program: Program) -> Cost:
     return Cost(
         params=sum(w.numel() for w in weights),
         macs=sum(node_macs(program, node) for node in program.graph.nodes),
-        weight_bytes=sum(w.numel() * w.element_size() for w in weights),
+        weight_bytes=sum(stored_bytes(program, path, w) for path, w in program.weights().items()),
     )
+
+
+def stored_bytes(program: Program, path: str, weight: torch.Tensor) -> int:
+    """Bytes that a weight takes when it is stored; codes of fewer than 8 bits are counted as packed."""
+    record = program.annotations.get(path)
+    if isinstance(record, QParams) and weight.dtype == torch.int8:
+        return -(-weight.numel() * record.bits // 8)
+    return weight.numel() * weight.element_size()
 
 
 def node_macs(program: Program, node: fx.Node) -> int:
@@ -72,6 +82,21 @@ def _macs(node: fx.Node) -> int:
     if node.target is aten.scaled_dot_product_attention.default:
         query, key = shape_of(_node(node.args[0])), shape_of(_node(node.args[1]))
         return 2 * math.prod(query) * key[-2]
+    return _token_macs(node)
+
+
+def _token_macs(node: fx.Node) -> int:
+    """The matrix products of token reduction: similarities, and scores of the class token."""
+    if node.target is edgec.tome_merge.default:
+        batch, tokens, depth = shape_of(_node(node.args[2]))
+        free = tokens - tokenops.tome_start(*map(int, (node.args[4], node.args[5])))  # type: ignore[call-overload]
+        return batch * ((free + 1) // 2) * (free // 2) * depth
+    if node.target is edgec.token_reduce.default:
+        batch, _, channels = shape_of(_node(node.args[0]))
+        prefix, keep, merge = (int(value) for value in node.args[3:6])  # type: ignore[arg-type]
+        return batch * (keep - merge) * (merge - prefix) * channels
+    if node.target is edgec.class_score.default:
+        return math.prod(shape_of(_node(node.args[1])))
     return 0
 
 
@@ -101,14 +126,14 @@ def layer_rows(program: Program) -> list[LayerRow]:
         shape = shape_of(node)
         if program.dynamic_batch and shape and shape[0] == program.example_inputs[0].shape[0]:
             shape = (1, *shape[1:])
-        stored = [weights[str(a.target)] for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        stored = [str(a.target) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
         rows.append(
             LayerRow(
                 layer=layer_of(node),
                 op=op_name(node),
                 shape=shape,
                 macs=node_macs(program, node),
-                weight_bytes=sum(w.numel() * w.element_size() for w in stored),
+                weight_bytes=sum(stored_bytes(program, path, weights[path]) for path in stored),
             )
         )
     return rows

@@ -31,6 +31,12 @@ class PassEntry:
 
 
 BUILTIN = (
+    PassEntry(
+        "fold-constants", "compute what depends on weights only", "edgec.passes.reparam.fold_constants:FoldConstants"
+    ),
+    PassEntry(
+        "collapse", "merge parallel branches and consecutive linear layers", "edgec.passes.reparam.collapse:Collapse"
+    ),
     PassEntry("fold-bn", "fold batch norms into the layer before them", "edgec.passes.graph.fold_bn:FoldBN"),
     PassEntry(
         "equalize",
@@ -42,7 +48,19 @@ BUILTIN = (
         "post-training int8 quantisation",
         "edgec.passes.quantization.quantize_int8:QuantizeInt8",
     ),
+    PassEntry(
+        "reconstruct",
+        "few-bit quantisation with learned rounding, block by block",
+        "edgec.passes.quantization.reconstruct:Reconstruct",
+    ),
+    PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
+    PassEntry(
+        "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"
+    ),
+    PassEntry("tome", "merge similar tokens of a vision transformer", "edgec.passes.tokens.tome:ToMe"),
+    PassEntry("diffrate", "drop and merge tokens by learned counts", "edgec.passes.tokens.diffrate:DiffRate"),
+    PassEntry("drop-tokens", "drop tokens by a score", "edgec.passes.tokens.drop_tokens:DropTokens"),
     PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )
 

@@ -145,12 +145,10 @@ class Conv2D(Weighted):
     # Whether a tile says in which order its loops run.
     reorders = True
 
-    def _stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the stored weights: [blocks, kernel rows, taps * depth, vectors, bytes of a vector]."""
-        return shape
-
-    def _beside_shape(self, blocks: int, block: int) -> tuple[int, ...]:
-        return ()
+    @property
+    def tile(self) -> type[Tile]:
+        """The code of its register tiles."""
+        return Tile
 
     @property
     def macs(self) -> int:
@@ -196,10 +194,10 @@ class Conv2D(Weighted):
     def candidates(self, device: Device) -> list[Blocking]:
         """All register tiles that fit, lowest modelled cost first."""
         how = self.dot(device)
-        outputs, inputs = self.co // self.groups, self.ci // self.groups
+        outputs = self.co // self.groups
         rows, columns = self.expanded(device).walk
-        depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
+        depth = self.depth(device) * self.kernel[0] * self.kernel[1]
+        weights = outputs * depth * how.group * np.dtype(self.dtype).itemsize
         rows_first = weights <= device.l2_kb * 1024 // 2
         packing = self.packed(device)
         inline = None if packing is None or packing.hoisted else packing
@@ -207,6 +205,8 @@ class Conv2D(Weighted):
         for vectors in range(1, 9):
             if (vectors - 1) * how.lanes >= outputs:
                 break
+            if not self.divides(vectors * how.lanes):
+                continue
             for most in range(1, 29):
                 if not fits(how, device, most, vectors, inline is not None and vectors):
                     break
@@ -215,6 +215,14 @@ class Conv2D(Weighted):
                 options.setdefault(Blocking(pixels, vectors, rows_first), cost)
         return sorted(options, key=lambda option: options[option])
 
+    def depth(self, device: Device) -> int:
+        """Groups of input channels that are multiplied under one tap."""
+        return -(-(self.ci // self.groups) // self.dot(device).group)
+
+    def divides(self, block: int) -> bool:
+        """Whether output channels may be taken in blocks of this many."""
+        return True
+
     def pack(
         self,
         device: Device,
@@ -222,6 +230,7 @@ class Conv2D(Weighted):
         bias: np.ndarray | None,
         m: np.ndarray | None = None,
         shift: np.ndarray | None = None,
+        **products: Any,
     ) -> tuple[np.ndarray, ...]:
         """Weights OIHW and per-channel vectors to the order of the kernel's parameters, padded to whole blocks.
 
@@ -232,10 +241,7 @@ class Conv2D(Weighted):
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
         grouped = w.reshape(self.groups, per_group, self.ci // self.groups, *self.kernel).transpose(0, 1, 3, 4, 2)
-        stored = pack_weights(grouped, how, block)
-        how_packed = self.packed(device)
-        if how_packed is not None:
-            stored = how_packed.pack(stored)
+        stored = self.pack_products(grouped, device, block, **products)
 
         def channels(values: np.ndarray | None, dtype: str, fill: int = 0) -> np.ndarray:
             lead = values.shape[:-1] if values is not None else ()
@@ -245,13 +251,30 @@ class Conv2D(Weighted):
             return full.reshape(*lead, -1)
 
         if self.dtype != "int8":
-            return stored, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
+            return *stored, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
         extra = (channels(m, "int32"), channels(shift, "int32", 1))
         if self.epilogue.requant != "RQ1":
             extra = (channels(m, "float32"),)
         whole = self.expanded(device)
         rows = [self._border_bias(w, bias, how, i, j) for i in whole._row_classes() for j in whole._column_classes()]
-        return stored, channels(np.stack(rows), "int32"), *extra
+        return *stored, channels(np.stack(rows), "int32"), *extra
+
+    def pack_products(self, w: np.ndarray, device: Device, block: int) -> tuple[np.ndarray, ...]:
+        """What a tile multiplies with, for `product_params`: weights [groups, outputs, kh, kw, inputs] in its order."""
+        stored, packing = pack_weights(w, self.dot(device), block), self.packed(device)
+        return (stored if packing is None else packing.pack(stored),)
+
+    def product_params(self, device: Device, blocks: int) -> list[Any]:
+        """Parameters of the kernel for what `pack_products` makes; `blocks` blocks of output channels in all."""
+        how, packing = self.dot(device), self.packed(device)
+        units, registers = (self.depth(device), 1) if packing is None else (packing.units, packing.form.nbytes)
+        vectors = self.blocking(device).vectors
+        shape = (blocks, self.kernel[0], self.kernel[1] * units, vectors, registers * how.weight_elements)
+        return [param("w", shape, self.dtype)]
+
+    def unpack(self, packing: Packed, products: list[Any], block: Any, target: Any, place: Any, elements: int) -> None:
+        """Write the weights of a block, one by one, to block `place` of the buffer `target`."""
+        packing.copy(products[0], block, target, place, elements)
 
     def _row_classes(self) -> list[tuple[int, ...]]:
         return self.axes[0].classes() if self._bordered else [tuple(range(self.kernel[0]))]
@@ -272,12 +295,6 @@ class Conv2D(Weighted):
         total = (0 if bias is None else bias.astype(np.int64)) + self.x_zp * (sums.sum((1, 2)) - there)
         return (total - how.offset * there).astype(np.int32)
 
-    def unpack(
-        self, packing: Packed, w: Any, beside: list[Any], block: Any, target: Any, place: Any, elements: int
-    ) -> None:
-        """Write the weights of a block, one by one, to block `place` of the buffer `target`."""
-        packing.copy(w, block, target, place, elements)
-
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, packed weights, [what is beside them], bias, [m, [shift]], [residual], y."""
         how = self.dot(device)
@@ -286,18 +303,13 @@ class Conv2D(Weighted):
         block = shape.vectors * how.lanes
         per_group = self.co // self.groups
         blocks = round_up(per_group, block) // block
-        depth = inner.ci // self.groups // how.group
         rows, columns = inner.walk
         packing = self.packed(device)
-        units, registers = (depth, 1) if packing is None else (packing.units, packing.form.nbytes)
-        stored = (self.groups * blocks, self.kernel[0], self.kernel[1] * units, shape.vectors)
         classes = len(inner._row_classes()) * len(inner._column_classes())
         channels = self.groups * blocks * block
         with common.prim_func(self.name, self.inplace) as builder:
             x = param("x", (self.h * self.w * self.ci,), self.dtype)
-            stored = self._stored_shape((*stored, registers * how.weight_elements))
-            w = param("w", stored, "int8" if packing else self.dtype)
-            beside = [param(f"beside{i}", self._beside_shape(blocks, block), t) for i, t in enumerate(self.beside)]
+            products = self.product_params(device, self.groups * blocks)
             bias = param("bias", (classes, channels), how.acc_type)
             factors = [param(f"factor{i}", (channels,), t) for i, t in enumerate(self.factors)]
             size = rows.out * columns.out * self.co
@@ -308,7 +320,7 @@ class Conv2D(Weighted):
             if inner is not self:
                 source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
                 expand_copy(x, source, self, inner.ci)
-            tile = _Tile(inner, device, shape, source, w, bias, factors, residual, y)
+            tile = self.tile(inner, device, shape, source, products, bias, factors, residual, y)
             runs = tiles(columns, shape.pixels)
             whole, rest = divmod(per_group, block)
 
@@ -350,7 +362,7 @@ class Conv2D(Weighted):
                 """All pixels of a block's channels, from a copy of its weights with a byte for each."""
 
                 def body(b: Any, n: int) -> None:
-                    self.unpack(packing, w, beside, b, tile.w, task, how.weight_elements)
+                    self.unpack(packing, products, b, tile.w, task, how.weight_elements)
                     loop(
                         rows.out,
                         lambda row: across(row, lambda run, column: tile.emit(0, b, row, column, run, n, task)),
@@ -362,7 +374,8 @@ class Conv2D(Weighted):
 
             if packing is not None and packing.hoisted:
                 tasks = max(1, min(TASKS, whole))
-                copied = (tasks, self.kernel[0], self.kernel[1] * depth, shape.vectors, how.weight_elements)
+                groups = self.kernel[1] * self.depth(device)
+                copied = (tasks, self.kernel[0], groups, shape.vectors, how.weight_elements)
                 tile.w = T.alloc_buffer(copied, self.dtype)
                 parallel(tasks, unpacked_first)
             else:
@@ -428,8 +441,8 @@ def tile_cost(
     return total
 
 
-class _Tile:
-    """Code of one register tile of a convolution."""
+class Tile:
+    """Code of one register tile of a convolution. products: the parameters that `Conv2D.product_params` made."""
 
     def __init__(
         self,
@@ -437,7 +450,7 @@ class _Tile:
         device: Device,
         shape: Blocking,
         x: Any,
-        w: Any,
+        products: list[Any],
         bias: Any,
         factors: list[Any],
         residual: Any,
@@ -446,7 +459,8 @@ class _Tile:
         self.spec, self.device, self.how, self.packing = spec, device, spec.dot(device), spec.packed(device)
         if self.packing is not None and self.packing.hoisted:
             self.packing = None
-        self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
+        self.w, *self.extra = products
+        self.x, self.bias, self.factors, self.residual, self.y = x, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
         self.block = shape.vectors * how.lanes
@@ -465,10 +479,10 @@ class _Tile:
         """
         spec, how, rows, columns = self.spec, self.how, self.rows, self.columns
         inputs, per_group = spec.ci // spec.groups, spec.co // spec.groups
-        depth = inputs // how.group
         index = group * (round_up(per_group, self.block) // self.block) + number
         weights = index if weights is None else weights
         used = -(-channels // how.lanes)
+        depth = self.depth(index)
         offset = index * self.block
         # Where pixels go in pairs, the last one goes with itself when it has no neighbour.
         members = [min(p, run.count - 1) for p in range(round_up(run.count, how.pixels))]
@@ -488,9 +502,7 @@ class _Tile:
 
         def kernel_row(i: Any) -> None:
             everyone = list(range(len(members)))
-            seamless = self.packing is None or self.packing.seamless
-            if run.inner and columns.dilation == 1 and spec.groups == 1 and seamless:
-                # The window's row is one stretch of memory.
+            if run.inner and self.whole_rows:
                 self._products(weights, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
             elif run.inner:
                 loop(
@@ -513,6 +525,20 @@ class _Tile:
         for p in range(run.count):
             self._store(p, used, channels, offset, here + p * spec.co, bias_rows[p])
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row of the window is walked in one loop: it is one stretch of memory."""
+        seamless = self.packing is None or self.packing.seamless
+        return self.columns.dilation == 1 and self.spec.groups == 1 and seamless
+
+    def depth(self, index: Any) -> Any:
+        """Groups under one tap for block `index` of output channels, an int or a TIR expression."""
+        return self.spec.ci // self.spec.groups // self.how.group
+
+    def place(self, index: Any, k: Any) -> Any:
+        """Where group `k` of a row of the window, or of a tap, lies from its first group on."""
+        return k * self.how.group
+
     def _bias(self, row: Any, offset: Any, v: int) -> Any:
         return self.bias[row, ramp(offset + v * self.how.lanes, self.how.lanes)]
 
@@ -531,7 +557,7 @@ class _Tile:
         index: Any,
         i: Any,
         start: Any,
-        count: int,
+        count: Any,
         pixels: list[int],
         used: int,
         first: Callable[[int], Any],
@@ -545,7 +571,8 @@ class _Tile:
             size = how.group * groups
             members = range(unit * how.pixels, (unit + 1) * how.pixels)
             nothing = const(0, self.spec.dtype, size)
-            inputs = [self.x[ramp(first(p) + k * how.group, size)] if p in pixels else nothing for p in members]
+            at = self.place(index, k)
+            inputs = [self.x[ramp(first(p) + at, size)] if p in pixels else nothing for p in members]
             return how.load(inputs, groups)
 
         def load_weights(k: Any, more: int, v: int) -> None:
@@ -595,6 +622,14 @@ class _Tile:
             for t in range(times):
                 step(k, first + t * how.wide, how.wide)
 
+        if not isinstance(count, int):
+            stride = how.wide * repeat
+            with T.serial(0, tirx.floordiv(count, stride)) as k:
+                several(k * stride, 0, repeat)
+            if repeat > 1:
+                with T.serial(tirx.floordiv(count, stride) * repeat, tirx.floordiv(count, how.wide)) as k:
+                    step(k * how.wide, 0, how.wide)
+            return
         whole = count // (how.wide * repeat)
         loop(whole, lambda k: several(k * (how.wide * repeat), 0, repeat))
         done = whole * how.wide * repeat

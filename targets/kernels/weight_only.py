@@ -14,7 +14,7 @@ import numpy as np
 from edgec.integer import dequantize_weight
 from edgec.packing import FORMATS
 from edgec.targets.device import Device
-from edgec.targets.kernels.common import lanes_of, loop, pieces, ramp, round_up, vec
+from edgec.targets.kernels.common import lanes_of, loop, param, pieces, ramp, round_up, vec
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.unpack import Packed
 from edgec.targets.tir import T, tirx
@@ -48,42 +48,31 @@ class CodedConv2D(Conv2D):
         form = min((f for f in FORMATS.values() if self.bits <= f.bits), key=lambda f: (f.size(self.ci), -f.bits))
         return Packed(form, self.ci, 0, hoisted=True)
 
-    def pack(  # type: ignore[override]
-        self,
-        device: Device,
-        w: np.ndarray,
-        bias: np.ndarray | None,
-        scale: np.ndarray,
-        zero: np.ndarray | None = None,
+    def pack_products(  # type: ignore[override]
+        self, w: np.ndarray, device: Device, block: int, scale: np.ndarray, zero: np.ndarray | None = None
     ) -> tuple[np.ndarray, ...]:
-        """Codes OIHW, scales and zero points [outputs, groups] in the order of the kernel's parameters."""
-        block = self.blocking(device).vectors * device.lanes
+        """Codes, and scales and zero points [outputs, groups], in blocks of output channels filled with zeros."""
         blocks = round_up(self.co, block) // block
 
         def blocked(values: np.ndarray) -> np.ndarray:
-            """[outputs, ...] to [blocks, ..., block], filled with zeros."""
+            """[outputs, ...] to [blocks, ..., block]."""
             full = np.zeros((blocks * block, *values.shape[1:]), values.dtype)
             full[: self.co] = values
             return np.ascontiguousarray(np.moveaxis(full.reshape(blocks, block, *values.shape[1:]), 1, -1))
 
-        # b i h w o -> b h w i o
-        codes = blocked(w).transpose(0, 2, 3, 1, 4).reshape(blocks, self.kernel[0], -1, 1, block)
-        biases = np.zeros((1, blocks * block), np.float32)
-        if bias is not None:
-            biases[0, : self.co] = bias
+        # b i j c o -> b i (j c) 1 o
+        codes = blocked(w[0]).reshape(blocks, self.kernel[0], -1, 1, block)
         beside = [blocked(values) for values in (scale, zero) if values is not None]
-        return self.packed(device).pack(codes)[..., 0, :], *beside, biases
+        return self.packed(device).pack(codes)[..., 0, :], *beside
 
-    def _beside_shape(self, blocks: int, block: int) -> tuple[int, ...]:
-        return (blocks, self.scales, block)
+    def product_params(self, device: Device, blocks: int) -> list[Any]:
+        packing, block = self.packed(device), self.blocking(device).vectors * device.lanes
+        shape = (blocks, self.kernel[0], self.kernel[1] * packing.units, packing.form.nbytes * block)
+        found = [param("w", shape, "int8")]
+        return found + [param(f"beside{i}", (blocks, self.scales, block), t) for i, t in enumerate(self.beside)]
 
-    def _stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        blocks, kh, units, vectors, registers = shape
-        return blocks, kh, units, vectors * registers
-
-    def unpack(
-        self, packing: Packed, w: Any, beside: list[Any], block: Any, target: Any, place: Any, elements: int
-    ) -> None:
+    def unpack(self, packing: Packed, products: list[Any], block: Any, target: Any, place: Any, elements: int) -> None:
+        w, *beside = products
         _, kh, taps, vectors, lanes = (int(extent) for extent in target.shape)
         channels, fields = vectors * lanes, packing.form.fields
 
