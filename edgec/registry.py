@@ -58,6 +58,9 @@ BUILTIN = (
         "quantize-mixed",
         "bits per layer by sensitivity under a budget",
         "edgec.passes.quantization.quantize_mixed:QuantizeMixed",
+        "quantize-weights",
+        "weights as codes of 2 to 8 bits with a scale per group, activations in float",
+        "edgec.passes.quantization.quantize_weights:QuantizeWeights",
     ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry(
