@@ -7,7 +7,8 @@ the same tokens and give the same values up to rounding.
 x is [B, N, C], size [B, N, 1]: how many input patches a token stands for. The first `prefix` tokens (class,
 distillation, registers) are never merged or pruned. Counts are fixed, only the choice of tokens depends on data, and it
 is made for each sample of a batch alone. Larger comes first and equal ones in the order of their indices, found by
-counting (`ranks`), so that no device needs to sort; NaN counts as the lowest score. Indices are int32.
+counting (`ranks`), so that no device needs to sort; NaN and -inf count as one number below all others. Indices are
+int32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 # Added to norms: a token of zeros has no direction, but must not make NaN.
 NORM_EPS = 1e-6
-# NaN in scores. Tokens that may not be chosen have -inf, which is still lower.
+# What NaN and -inf in scores count as. Tokens that may not be chosen have -inf, which is still lower.
 LOWEST = -3.0e38
 
 # What becomes of a token, in slot form: 0..rows - 1 is its place in the result, DROPPED nothing, and MERGED - t that it
@@ -153,9 +154,8 @@ def _(q, k, size, scale, prefix):
 def ranks(score: torch.Tensor) -> torch.Tensor:
     """int32 place of each element of the last axis in falling order; equal ones in the order of their indices.
 
-    Equals a stable descending argsort of the argsort; NaN is lower than all numbers but -inf.
+    Equals argsort of a stable descending argsort. Scores must not be NaN.
     """
-    score = torch.where(score.isnan(), LOWEST, score)
     mine, other = score.unsqueeze(-1), score.unsqueeze(-2)
     index = torch.arange(score.shape[-1], device=score.device)
     before = (other > mine) | ((other == mine) & (index < index.unsqueeze(-1)))
@@ -168,7 +168,11 @@ def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Sums are taken in float64, and products before norms: equal rows have equal similarities wherever they stand.
     """
     product = (a.double() @ b.double().transpose(1, 2)).float()
-    return product * _inverse_norms(a).unsqueeze(2) * _inverse_norms(b).unsqueeze(1)
+    return _numbers(product * _inverse_norms(a).unsqueeze(2) * _inverse_norms(b).unsqueeze(1))
+
+
+def _numbers(score: torch.Tensor) -> torch.Tensor:
+    return torch.where(score > LOWEST, score, LOWEST)
 
 
 def _inverse_norms(x: torch.Tensor) -> torch.Tensor:
@@ -176,8 +180,7 @@ def _inverse_norms(x: torch.Tensor) -> torch.Tensor:
 
 
 def _best(similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(largest of the last axis, int64 index of the first such element). NaN is lower than all numbers but -inf."""
-    similarity = torch.where(similarity.isnan(), LOWEST, similarity)
+    """(largest of the last axis, int64 index of the first such element)."""
     largest = similarity.amax(-1)
     count = similarity.shape[-1]
     index = torch.arange(count, device=similarity.device)
@@ -222,7 +225,7 @@ def tome_start(prefix: int, distilled: bool) -> int:
 def reduce_slots(x: torch.Tensor, score: torch.Tensor, prefix: int, keep: int, merge: int) -> torch.Tensor:
     """int32 [B, N]: what becomes of each token in `token_reduce`, in slot form (see `DROPPED`, `MERGED`)."""
     batch = x.shape[0]
-    place = ranks(score) + prefix
+    place = ranks(_numbers(score)) + prefix
     slots = torch.where(place < merge, place, DROPPED).int()
     if merge < keep:
         similarity = cosines(x[:, prefix:], x[:, prefix:])
@@ -237,7 +240,7 @@ def reduce_slots(x: torch.Tensor, score: torch.Tensor, prefix: int, keep: int, m
 
 def keep_slots(score: torch.Tensor, prefix: int, keep: int) -> torch.Tensor:
     """int32 [B, N]: what becomes of each token in `token_keep`, in slot form (see `DROPPED`)."""
-    kept = ranks(score) < keep - prefix
+    kept = ranks(_numbers(score)) < keep - prefix
     place = kept.int().cumsum(1).int() + (prefix - 1)
     front = torch.arange(prefix, dtype=torch.int32, device=score.device).expand(score.shape[0], prefix)
     return torch.cat([front, torch.where(kept, place, DROPPED).int()], 1)

@@ -7,7 +7,7 @@ TVM; `edgec.lowering.importer` turns a `Binding` into a call.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ from edgec.targets.kernels.matmul import MatMul
 from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 from edgec.targets.kernels.softmax import Softmax
+from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, MergeTokens, ReduceSlots, TomeSlots
 from edgec.targets.kernels.transpose import Transpose
 
 aten = torch.ops.aten
@@ -350,6 +351,50 @@ def _attention(node: Any, constants: Weights) -> Binding:
     return Binding(spec, operands, layer_of(node))
 
 
+def _elements(node: Any) -> int:
+    return int(np.prod(shape_of(node)))
+
+
+def _view(x: Any, view: Sequence[int]) -> View:
+    return View(_elements(x), view[0], tuple(view[1:]))  # type: ignore[arg-type]
+
+
+def _tome_slots(node: Any, constants: Weights) -> Binding:
+    metric, shape, view, r, prefix, distilled = node.args
+    return Binding(TomeSlots(*shape, _view(metric, view), r, prefix, distilled), (metric,), layer_of(node))
+
+
+def _reduce_slots(node: Any, constants: Weights) -> Binding:
+    x, score, prefix, keep, merge, ordered = node.args
+    batch, tokens = shape_of(node)
+    channels = 1 if x is None else shape_of(x)[2]
+    spec = ReduceSlots(batch, tokens, channels, prefix, keep, merge, ordered)
+    return Binding(spec, (score,) if x is None else (x, score), layer_of(node))
+
+
+def _merge_tokens(node: Any, constants: Weights) -> Binding:
+    x, size, slots, rows, merges = node.args
+    spec = MergeTokens(*shape_of(x), rows, merges, size is not None)
+    return Binding(spec, (x, size, slots) if spec.sized else (x, slots), layer_of(node))
+
+
+def _merge_sizes(node: Any, constants: Weights) -> Binding:
+    size, slots, x, rows = node.args
+    batch, tokens = shape_of(slots)
+    spec = MergeSizes(batch, tokens, rows, 0 if x is None else shape_of(x)[2])
+    return Binding(spec, (size, slots) if x is None else (size, slots, x), layer_of(node))
+
+
+def _class_scores(node: Any, constants: Weights) -> Binding:
+    q, k, size, shape, q_view, k_view, scale, prefix = node.args
+    spec = ClassScore(*shape, _view(q, q_view), _view(k, k_view), scale, prefix, size is not None)
+    return Binding(spec, (q, k) if size is None else (q, k, size), layer_of(node))
+
+
+def _log_sizes(node: Any, constants: Weights) -> Binding:
+    return Binding(LogSizes(_elements(node)), (node.args[0],), layer_of(node))
+
+
 RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     aten.permute.default: _permute,
     aten.mean.dim: _mean,
@@ -363,6 +408,12 @@ RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     edgec.group_norm.default: _group_norm,
     edgec.matmul.default: _matmul,
     edgec.attention.default: _attention,
+    edgec.tome_slots.default: _tome_slots,
+    edgec.reduce_slots.default: _reduce_slots,
+    edgec.merge_tokens.default: _merge_tokens,
+    edgec.merge_sizes.default: _merge_sizes,
+    edgec.class_scores.default: _class_scores,
+    edgec.log_sizes.default: _log_sizes,
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,
