@@ -42,6 +42,11 @@ BUILTIN = (
         "post-training int8 quantisation",
         "edgec.passes.quantization.quantize_int8:QuantizeInt8",
     ),
+    PassEntry(
+        "prune-channels",
+        "remove channels, heads and groups and shrink all shapes",
+        "edgec.passes.pruning.prune_channels:PruneChannels",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )
