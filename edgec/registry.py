@@ -72,6 +72,16 @@ BUILTIN = (
         "edgec.passes.pruning.prune_channels:PruneChannels",
     ),
     PassEntry(
+        "prune-1xn",
+        "remove blocks of N output channels at an input channel",
+        "edgec.passes.pruning.prune_1xn:Prune1xN",
+    ),
+    PassEntry(
+        "prune",
+        "remove weights, rows, kernels or filters (baselines)",
+        "edgec.passes.pruning.prune:Prune",
+    ),
+    PassEntry(
         "finetune",
         "train with distillation from the original model",
         "edgec.passes.recovery.finetune:Finetune",
