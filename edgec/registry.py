@@ -54,6 +54,16 @@ BUILTIN = (
         "edgec.passes.quantization.reconstruct:Reconstruct",
     ),
     PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
+    PassEntry(
+        "quantize-mixed",
+        "bits per layer by sensitivity under a budget",
+        "edgec.passes.quantization.quantize_mixed:QuantizeMixed",
+    ),
+    PassEntry(
+        "quantize-weights",
+        "weights as codes of 2 to 8 bits with a scale per group, activations in float",
+        "edgec.passes.quantization.quantize_weights:QuantizeWeights",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry(
         "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"

@@ -17,6 +17,8 @@ from torch import fx
 
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.errors import EdgecError
+from edgec.integer import dequantize_weight
+from edgec.packing import code_bits
 from edgec.program import layer_of, origin_of, shape_of
 from edgec.targets.device import Device
 from edgec.targets.kernels.attention import Attention, View
@@ -32,6 +34,7 @@ from edgec.targets.kernels.sparse import fastest
 from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, MergeTokens, ReduceSlots, TomeSlots
 from edgec.targets.kernels.transpose import Transpose
 from edgec.targets.kernels.unpack import weight_bits
+from edgec.targets.kernels.weight_only import CodedConv2D
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -97,6 +100,22 @@ def _value(constants: Weights, node: Any) -> np.ndarray | None:
     return None if node is None else constants[node.name]
 
 
+def _stored(constants: Weights, node: Any) -> tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray | None]]:
+    """(weight, fields, operands) of a float layer: what `CodedConv2D` adds where the weight is stored as codes."""
+    if node.target is not edgec.dequantize_weight.default:
+        return constants[node.name], {}, {}
+    codes, scale, zero, group = node.args
+    operands = {"scale": constants[scale.name], "zero": _value(constants, zero)}
+    w = constants[codes.name]
+    return w, {"group": int(group), "zeros": zero is not None, "bits": code_bits(w)}, operands
+
+
+def weight_of(node: Any, constants: Weights) -> np.ndarray:
+    """The float32 values that a call of `edgec::dequantize_weight` gives."""
+    codes, scale, zero, group = node.args
+    return dequantize_weight(constants[codes.name], constants[scale.name], _value(constants, zero), int(group))
+
+
 def _conv_spec(
     node: Any, w: np.ndarray, geometry: Any, dtype: str, x_zp: int, epilogue: Epilogue
 ) -> Conv2D | Depthwise:
@@ -119,19 +138,26 @@ def _conv_spec(
 
 def _conv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, *geometry, act, lo, hi = node.args
-    weights = {"w": constants[w.name], "bias": _value(constants, bias)}
+    weight, coded, operands = _stored(constants, w)
+    if coded and geometry[3] != 1:
+        # No kernel reads codes of grouped convolutions.
+        weight, coded, operands = weight_of(w, constants), {}, {}
+    weights = {"w": weight, "bias": _value(constants, bias), **operands}
     epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
-    spec = _conv_spec(node, weights["w"], geometry, _dtype(node), 0, epilogue)
+    spec = _conv_spec(node, weight, geometry, _dtype(node), 0, epilogue)
+    if coded and isinstance(spec, Conv2D):
+        spec = CodedConv2D(**{**vars(spec), **coded})
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
 def _linear(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, act, lo, hi = node.args
-    weight = constants[w.name]
+    weight, coded, operands = _stored(constants, w)
     rows = int(np.prod(shape_of(node)[:-1]))
     epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
-    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype=_dtype(node), epilogue=epilogue)
-    weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias)}
+    kind = CodedConv2D if coded else Conv2D
+    spec = kind(1, rows, weight.shape[1], weight.shape[0], dtype=_dtype(node), epilogue=epilogue, **coded)
+    weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias), **operands}
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
@@ -440,6 +466,7 @@ RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     edgec.merge_sizes.default: _merge_sizes,
     edgec.class_scores.default: _class_scores,
     edgec.log_sizes.default: _log_sizes,
+    edgec.dequantize_weight.default: lambda node, constants: None,
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,

@@ -21,7 +21,7 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from edgec.errors import EdgecError
-from edgec.lowering.binding import RULES, Binding, bind
+from edgec.lowering.binding import RULES, Binding, bind, weight_of
 from edgec.lowering.legalize import convert_map
 from edgec.program import layer_of
 from edgec.sparsity import sparsities
@@ -129,6 +129,9 @@ def import_graph(
 
     def convert(node: fx.Node, importer: Any) -> Any:
         binding = bind(node, constants, masks)
+        if node.target is torch.ops.edgec.dequantize_weight.default:
+            # Layers read the codes themselves; what else reads such a weight gets its values, computed now.
+            return relax.const(weight_of(node, constants), "float32")
         if binding is None:
             return importer.block_builder.emit(RELAX[node.target](node, importer))
         number, binding = len(bindings), binding.on(device)

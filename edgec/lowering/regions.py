@@ -216,7 +216,10 @@ def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
 
 def _packable(node: Any) -> bool:
     """True when weight and bias are stored, so that they can be packed now, and a convolution's input has a batch."""
-    given = (node.args[1], argument(node, 2, "bias", None))
+    weight = node.args[1]
+    if is_call(weight, edgec.dequantize_weight.default):
+        weight = weight.args[0]
+    given = (weight, argument(node, 2, "bias", None))
     stored = all(value is None or value.op == "get_attr" for value in given)
     return stored and (is_call(node, aten.linear.default) or _is_map(node))
 

@@ -102,7 +102,12 @@ class Weighted(Window):
 
     @property
     def parameters(self) -> int:
-        return 4 + len(self.factors) + self.residual
+        return 4 + len(self.factors) + len(self.beside) + self.residual
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Types of what unpacking reads beside the weights, parameters right behind them."""
+        return ()
 
     @property
     def out_type(self) -> str:
@@ -267,6 +272,10 @@ class Conv2D(Weighted):
         shape = (blocks, self.kernel[0], self.kernel[1] * units, vectors, registers * how.weight_elements)
         return [param("w", shape, self.dtype)]
 
+    def unpack(self, packing: Packed, products: list[Any], block: Any, target: Any, place: Any, elements: int) -> None:
+        """Write the weights of a block, one by one, to block `place` of the buffer `target`."""
+        packing.copy(products[0], block, target, place, elements)
+
     def _row_classes(self) -> list[tuple[int, ...]]:
         return self.axes[0].classes() if self._bordered else [tuple(range(self.kernel[0]))]
 
@@ -287,7 +296,7 @@ class Conv2D(Weighted):
         return (total - how.offset * there).astype(np.int32)
 
     def prim_func(self, device: Device) -> Any:
-        """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        """Parameters: x, packed weights, [what is beside them], bias, [m, [shift]], [residual], y."""
         how = self.dot(device)
         inner = self.expanded(device)
         shape = self.blocking(device)
@@ -353,7 +362,7 @@ class Conv2D(Weighted):
                 """All pixels of a block's channels, from a copy of its weights with a byte for each."""
 
                 def body(b: Any, n: int) -> None:
-                    packing.copy(products[0], b, tile.w, task, how.weight_elements)
+                    self.unpack(packing, products, b, tile.w, task, how.weight_elements)
                     loop(
                         rows.out,
                         lambda row: across(row, lambda run, column: tile.emit(0, b, row, column, run, n, task)),

@@ -13,11 +13,12 @@ from hypothesis.extra.numpy import arrays
 
 from edgec.errors import EdgecError
 from edgec.packing import FORMATS, code_bits, pack, unpack
-from edgec.targets.device import load_device
+from edgec.targets.device import Device, load_device
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.kernels.weight_only import CodedConv2D
 from tests.targets.kernel_cases import check_layers, convolutions, host, operands
-from tests.targets.kernel_runner import require
+from tests.targets.kernel_runner import Call, assert_close, require, run_calls, spec_call
 
 BITS = (2, 3, 4)
 
@@ -106,3 +107,56 @@ def test_bytes_are_those_of_the_codes_and_the_tile(bits: int, name: str) -> None
     block = spec.blocking(device).vectors * device.lanes
     outputs = -(-64 // block) * block
     assert spec.pack(device, **weights)[0].nbytes == outputs * 3 * 3 * 128 * bits // 8
+
+
+# -- float layers with coded weights -----------------------------------------------------------------------------------
+
+
+def coded_call(spec: CodedConv2D, seed: int, device: Device) -> tuple[Call, np.ndarray]:
+    """A call with random codes, scales and zero points, and its reference result."""
+    rng = np.random.default_rng(seed)
+    shape, groups = (spec.co, spec.ci, *spec.kernel), (spec.co, spec.scales)
+    low, high = -(1 << (spec.bits - 1)), 1 << (spec.bits - 1)
+    weights: dict[str, Any] = {
+        "w": rng.integers(low, high, shape).astype(np.int8),
+        "bias": rng.standard_normal(spec.co).astype(np.float32),
+        "scale": rng.uniform(0.01, 0.1, groups).astype(np.float32),
+    }
+    if spec.zeros:
+        weights["zero"] = rng.integers(low, high, groups).astype(np.int8)
+    x = rng.standard_normal((spec.h, spec.w, spec.ci)).astype(np.float32)
+    residual = [rng.standard_normal((*spec.out, spec.co)).astype(np.float32)] if spec.residual else []
+    expected = spec.reference(x, **weights, residual=residual[0] if residual else None)
+    return spec_call(spec, device, [x], expected, residual, **weights), expected
+
+
+def coded_layers(bits: int) -> list[CodedConv2D]:
+    """Groups of a few channels, of all of them, and with a shorter last one; blocks of one vector and of many."""
+    fused = Epilogue("gelu", residual=True)
+    return [
+        CodedConv2D(1, 13, 40, 29, bits=bits, group=16),
+        CodedConv2D(1, 40, 33, 70, bits=bits, group=33, zeros=True),
+        CodedConv2D(1, 1, 130, 10, bits=bits, group=32, epilogue=fused),
+        CodedConv2D(5, 7, 20, 20, (3, 3), (1, 1), (1, 1, 1, 1), bits=bits, group=8, zeros=True, epilogue=fused),
+        CodedConv2D(7, 9, 13, 9, (3, 2), (2, 1), (1, 0, 2, 1), (1, 2), bits=bits, group=5),
+    ]
+
+
+def check_coded(specs: list[CodedConv2D], device: Device) -> None:
+    cases = [coded_call(spec, seed, device) for seed, spec in enumerate(specs)]
+    for (got,), (_, expected) in zip(run_calls([call for call, _ in cases], device), cases, strict=True):
+        assert_close(got, expected)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("lanes", (4, 8, 16))
+def test_coded_weights_on_the_host(lanes: int) -> None:
+    check_coded([spec for bits in (2, 3, 4, 8) for spec in coded_layers(bits)], host(lanes))
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("name", ("cortex-a72", "cortex-a7"))
+def test_coded_weights_on_arm(name: str) -> None:
+    device = load_device(name)
+    require(device)
+    check_coded([spec for bits in (2, 3, 4, 8) for spec in coded_layers(bits)], device)
