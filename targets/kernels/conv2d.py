@@ -208,7 +208,8 @@ class Conv2D(Weighted):
             if not self.divides(vectors * how.lanes):
                 continue
             for most in range(1, 29):
-                if not fits(how, device, most, vectors, inline is not None and vectors):
+                spare = 0 if packing is None else packing.spare(device, most, vectors)
+                if not fits(how, device, most, vectors, spare):
                     break
                 pixels = round_up(balanced(columns.out, most), how.pixels)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth, inline)
