@@ -55,6 +55,11 @@ BUILTIN = (
     ),
     PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
     PassEntry(
+        "quantize-mixed",
+        "bits per layer by sensitivity under a budget",
+        "edgec.passes.quantization.quantize_mixed:QuantizeMixed",
+    ),
+    PassEntry(
         "quantize-weights",
         "weights as codes of 2 to 8 bits with a scale per group, activations in float",
         "edgec.passes.quantization.quantize_weights:QuantizeWeights",

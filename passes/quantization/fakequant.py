@@ -253,9 +253,8 @@ def rounded(value: torch.Tensor, quantizer: ActivationQuantizer) -> torch.Tensor
 class FakeQuantGraph:
     """A prepared graph with a quantizer for each tensor that becomes codes and for each layer's weights.
 
-    weights: by float layer; layers that are missing keep their float weights. Stored tensors that a sum or product
-    reads keep their exact values: 8 bits always hold them well. stored: tensors that take the place of stored ones, by
-    path.
+    observed, weights: tensors and layers that are missing stay float. Stored tensors that a sum or product reads keep
+    their exact values: 8 bits always hold them well. stored: tensors that take the place of stored ones, by path.
     """
 
     def __init__(
@@ -272,8 +271,9 @@ class FakeQuantGraph:
         self.activations = {n: ActivationQuantizer(p, len(n.meta["val"].shape)) for n, p in observed.items()}
         self.on_result: dict[fx.Node, ActivationQuantizer] = {}
         for node, kind in annotation.kinds.items():
-            if kind in GRIDDED and node not in annotation.real:
-                self.on_result[annotation.result(node)] = self.activations[annotation.observed(node)]
+            quantizer = self.activations.get(annotation.observed(node))
+            if kind in GRIDDED and node not in annotation.real and quantizer is not None:
+                self.on_result[annotation.result(node)] = quantizer
         self.on_read: dict[fx.Node, ActivationQuantizer] = {
             n: self.activations[n] for n in annotation.boundary(self.module.graph) if n in self.activations
         }

@@ -12,7 +12,7 @@ from torch import fx
 from edgec.cost import program_cost
 from edgec.errors import EdgecError
 from edgec.passbase import Context, Pass, option
-from edgec.passes.tokens.rates import Counts, Learning, fitted, learn, nearest_profile, published
+from edgec.passes.tokens.rates import Counts, Learning, fitted, learn, nearest_profile, published, reduced_macs
 from edgec.passes.tokens.rewrite import Emitter, Prepared, prepare, reduce_tokens
 from edgec.program import Program, shape_of
 
@@ -114,7 +114,7 @@ class DiffRate(Pass):
                 true_size=self.true_size,
                 log=context.log,
             )
-        reached = ready.cost.macs(counts.merge)
+        reached = reduced_macs(ready, counts)
         if reached > target:
             share = reached / program_cost(ready.program).macs
             context.skip(ready.program.name, "wanted MACs not reached", f"{share:.2f} is the least that can be had")

@@ -20,7 +20,7 @@ from edgec.lowering.graph import argument
 from edgec.passes.tokens.axes import SDPA
 from edgec.passes.tokens.rewrite import Prepared
 from edgec.passes.tokens.sites import TokenMap
-from edgec.program import Program, is_call
+from edgec.program import Program, is_call, shape_of
 from edgec.training import distillation_loss
 
 # (kept by pruning, then by merging) of 197 tokens in 12 blocks, from the authors' repository.
@@ -93,7 +93,7 @@ def fitted(prune: Sequence[float], merge: Sequence[float], ready: Prepared, targ
 
     Strength 0 keeps all, 1 the shares given, in between linearly; beyond, shares are taken to a power.
     """
-    found, cost = ready.map, ready.cost
+    found = ready.map
 
     def counts(strength: float) -> Counts:
         def of(shares: Sequence[float]) -> tuple[int, ...]:
@@ -103,14 +103,28 @@ def fitted(prune: Sequence[float], merge: Sequence[float], ready: Prepared, targ
         return Counts(of(prune), of(merge)).clipped(found.tokens, found.prefix)
 
     low, high = 0.0, 1.0
-    if cost.macs(counts(low).merge) <= target:
+    def above(strength: float) -> bool:
+        return reduced_macs(ready, counts(strength)) > target
+
+    if not above(low):
         return counts(low)
-    while cost.macs(counts(high).merge) > target and high < 64:
+    while above(high) and high < 64:
         high *= 2
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost.macs(counts(middle).merge) > target else (low, middle)
+        low, high = (middle, high) if above(middle) else (low, middle)
     return counts(high)
+
+
+def reduced_macs(ready: Prepared, counts: Counts) -> float:
+    """Multiply-accumulates of one sample with these counts, the choice of tokens included."""
+    found, macs, tokens = ready.map, ready.cost.macs(counts.merge), ready.map.tokens
+    for site, kept, merged in zip(found.sites, counts.prune, counts.merge, strict=True):
+        if merged < tokens:
+            channels, heads, depth = shape_of(site.add)[2], shape_of(site.k)[1], shape_of(site.k)[3]
+            macs += heads * tokens * depth + (kept - merged) * (merged - found.prefix) * channels
+        tokens = merged
+    return macs
 
 
 # -- learned counts ----------------------------------------------------------------------------------------------------
@@ -285,7 +299,7 @@ def learn(
     Loss: KL(dense || masked) + w (MACs - target)^2, both relative to the dense MACs. Only the logits over counts are
     trained. Raises EdgecError with fewer samples than a batch.
     """
-    found, cost = ready.map, ready.cost
+    found, cost = ready.map, ready.cost  # the choice of tokens is counted when the counts are fitted
     if len(data) < options.batch:
         raise EdgecError(f"{len(data)} samples are less than a batch", where=data.name, hint=f"give {options.batch}")
     rates = Rates(found.tokens, found.prefix, len(found.sites), options.granularity, free=1)

@@ -7,6 +7,7 @@ counts by position.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Prepared:
     map: TokenMap
     blocks: int
 
-    @property
+    @functools.cached_property
     def cost(self) -> TokenCost:
         return token_cost(self.program, self.map)
 
