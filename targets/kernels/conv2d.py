@@ -208,7 +208,8 @@ class Conv2D(Weighted):
             if not self.divides(vectors * how.lanes):
                 continue
             for most in range(1, 29):
-                if not fits(how, device, most, vectors, inline is not None and vectors):
+                spare = 0 if packing is None else packing.spare(device, most, vectors)
+                if not fits(how, device, most, vectors, spare):
                     break
                 pixels = round_up(balanced(columns.out, most), how.pixels)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth, inline)
@@ -354,7 +355,7 @@ class Conv2D(Weighted):
 
                 if rest:
                     last = lambda: body(whole, rest)  # noqa: E731
-                    parallel(whole + 1, lambda b: _either(b < whole, lambda: body(b, block), last))
+                    parallel(whole + 1, lambda b: either(b < whole, lambda: body(b, block), last))
                 else:
                     parallel(whole, lambda b: body(b, block))
 
@@ -370,7 +371,7 @@ class Conv2D(Weighted):
 
                 shares(task, tasks, whole, lambda b: body(b, block))
                 if rest:
-                    _either(task == tasks - 1, lambda: body(whole, rest), lambda: None)
+                    either(task == tasks - 1, lambda: body(whole, rest), lambda: None)
 
             if packing is not None and packing.hoisted:
                 tasks = max(1, min(TASKS, whole))
@@ -695,10 +696,11 @@ def _pick(t: Any, runs: Sequence[Run], body: Callable[[Run, Any], None]) -> None
     if not others:
         body(first, t)
         return
-    _either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
+    either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
 
 
-def _either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+def either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Code of `then` or of `otherwise`, by a condition that may be known now."""
     if isinstance(condition, bool):
         (then if condition else otherwise)()
         return
