@@ -17,6 +17,7 @@ from edgec import qops as qops  # registers the operators looked up below
 from edgec import tokenops as tokenops
 from edgec.lowering.regions import CONV2D
 from edgec.program import Program, layer_of, shape_of
+from edgec.quantparams import QParams
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -45,8 +46,16 @@ def program_cost(program: Program) -> Cost:
     return Cost(
         params=sum(w.numel() for w in weights),
         macs=sum(node_macs(program, node) for node in program.graph.nodes),
-        weight_bytes=sum(w.numel() * w.element_size() for w in weights),
+        weight_bytes=sum(stored_bytes(program, path, w) for path, w in program.weights().items()),
     )
+
+
+def stored_bytes(program: Program, path: str, weight: torch.Tensor) -> int:
+    """Bytes that a weight takes when it is stored; codes of fewer than 8 bits are counted as packed."""
+    record = program.annotations.get(path)
+    if isinstance(record, QParams) and weight.dtype == torch.int8:
+        return -(-weight.numel() * record.bits // 8)
+    return weight.numel() * weight.element_size()
 
 
 def node_macs(program: Program, node: fx.Node) -> int:
@@ -117,14 +126,14 @@ def layer_rows(program: Program) -> list[LayerRow]:
         shape = shape_of(node)
         if program.dynamic_batch and shape and shape[0] == program.example_inputs[0].shape[0]:
             shape = (1, *shape[1:])
-        stored = [weights[str(a.target)] for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+        stored = [str(a.target) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
         rows.append(
             LayerRow(
                 layer=layer_of(node),
                 op=op_name(node),
                 shape=shape,
                 macs=node_macs(program, node),
-                weight_bytes=sum(w.numel() * w.element_size() for w in stored),
+                weight_bytes=sum(stored_bytes(program, path, weights[path]) for path in stored),
             )
         )
     return rows

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgec.errors import EdgecError
-from edgec.integer import QMAX, QMIN, WEIGHT_MAX
+from edgec.integer import QMAX, QMIN
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +31,10 @@ class QParams:
     """What the integers of one tensor mean: real = scale * (code - zero_point).
 
     granularity: "tensor" (scale and zero_point are numbers) or "channel" (tuples along `axis`). requant: how the layer
-    that computes the codes rounds, see `edgec.integer`.
-    n, p: smallest and largest code. pad_code: code that spatial padding holds. source: who chose the range, from what.
+    that computes the codes rounds, see `edgec.integer`. bits: 2..8; codes of fewer than 8 bits are int8 numbers all the
+    same, of which fewer occur; what packs weights into bytes at lowering reads it here.
+    n, p: smallest and largest code, p - n < 2^bits. pad_code: code that spatial padding holds. source: who chose the
+    range, from what.
     """
 
     scale: float | tuple[float, ...]
@@ -79,11 +81,22 @@ class QParams:
 # -- ranges to scales --------------------------------------------------------------------------------------------------
 
 
-def affine(low: float, high: float, source: str = "") -> QParams:
-    """Asymmetric int8 parameters for the range [low, high], widened to contain zero, which gets an exact code.
+def code_range(bits: int) -> tuple[int, int]:
+    """(smallest, largest) code of an activation: -2^(bits-1) and 2^(bits-1) - 1. bits: 1..8."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
-    scale = (high - low) / 255 in float32, zero_point = -128 - rne(low / scale). A range without width gives the
-    smallest scale. Raises EdgecError when a bound is not finite.
+
+def weight_range(bits: int, full: bool = False) -> tuple[int, int]:
+    """(smallest, largest) code of a weight, symmetric unless `full`: -7..7 or -8..7 for 4 bits. bits: 2..8."""
+    low, high = code_range(bits)
+    return (low if full else -high), high
+
+
+def affine(low: float, high: float, source: str = "", bits: int = 8) -> QParams:
+    """Asymmetric parameters for the range [low, high], widened to contain zero, which gets an exact code.
+
+    scale = (high - low) / (2^bits - 1) in float32, zero_point = n - rne(low / scale), clamped to [n, p]: -128..127 for
+    8 bits, -8..7 for 4. A range without width gives the smallest scale. Raises EdgecError when a bound is not finite.
     """
     if not (math.isfinite(low) and math.isfinite(high)):
         raise EdgecError(
@@ -92,34 +105,55 @@ def affine(low: float, high: float, source: str = "") -> QParams:
             hint="check the calibration data and the model",
         )
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = float(np.float32(max((high - low) / (QMAX - QMIN), SMALLEST_SCALE)))
-    if high == low:
-        return QParams(scale, 0, pad_code=0, source=source)
-    zero = min(max(QMIN - int(np.rint(low / scale)), QMIN), QMAX)
-    return QParams(scale, zero, pad_code=zero, source=source)
+    n, p = code_range(bits)
+    scale = float(np.float32(max((high - low) / (p - n), SMALLEST_SCALE)))
+    zero = 0 if high == low else min(max(n - int(np.rint(low / scale)), n), p)
+    return QParams(scale, zero, bits=bits, n=n, p=p, pad_code=zero, source=source)
 
 
-def affine_channels(lows: ArrayLike, highs: ArrayLike, axis: int, source: str = "") -> QParams:
-    """Asymmetric int8 parameters for one range per index of `axis`; see `affine`."""
-    each = [affine(float(low), float(high), source) for low, high in zip(np.ravel(lows), np.ravel(highs), strict=True)]
+def affine_channels(lows: ArrayLike, highs: ArrayLike, axis: int, source: str = "", bits: int = 8) -> QParams:
+    """Asymmetric parameters for one range per index of `axis`; see `affine`."""
+    bounds = zip(np.ravel(lows), np.ravel(highs), strict=True)
+    each = [affine(float(low), float(high), source, bits) for low, high in bounds]
     scales, zeros = zip(*(p.per_tensor for p in each), strict=True)
-    return QParams(scales, zeros, granularity="channel", axis=axis, source=source)
+    n, p = code_range(bits)
+    return QParams(scales, zeros, bits=bits, n=n, p=p, granularity="channel", axis=axis, source=source)
 
 
-def symmetric_scales(weights: ArrayLike, per_channel: bool) -> NDArray[np.float64]:
-    """One scale per output channel (axis 0): max|w| / 127, restricted range. Per tensor: the same value repeated."""
+def symmetric_scales(weights: ArrayLike, per_channel: bool, bits: int = 8) -> NDArray[np.float64]:
+    """One scale per output channel (axis 0): max|w| / (2^(bits-1) - 1). Per tensor: the same value repeated."""
     magnitude = np.abs(np.asarray(weights, np.float64))
     largest = magnitude.reshape(len(magnitude), -1).max(axis=1, initial=0.0)
     if not per_channel:
         largest = np.full_like(largest, largest.max(initial=0.0))
-    return np.maximum(largest / WEIGHT_MAX, SMALLEST_SCALE).astype(np.float32).astype(np.float64)
+    return np.maximum(largest / weight_range(bits)[1], SMALLEST_SCALE).astype(np.float32).astype(np.float64)
 
 
-def quantize_weights(weights: ArrayLike, scales: ArrayLike) -> NDArray[np.int8]:
-    """Codes in [-127, 127] of weights whose axis 0 has one scale each; rounds half to even."""
+def mse_scales(weights: ArrayLike, per_channel: bool, bits: int, full: bool = False) -> NDArray[np.float64]:
+    """Like `symmetric_scales`, shrunk in steps of 1 % to the least mean |w - quantised(w)|^2.4 per channel.
+
+    full: use code -2^(bits-1) too, see `weight_range`. The search of Li et al., "BRECQ: Pushing the Limit of
+    Post-Training Quantization by Block Reconstruction".
+    """
+    values = np.asarray(weights, np.float64)
+    values = values.reshape(len(values), -1)
+    start = symmetric_scales(values, per_channel, bits)
+    low, high = weight_range(bits, full)
+    best, least = start.copy(), np.full(len(start), np.inf)
+    for step in range(MeanSquare.steps):
+        scales = np.maximum(start * (1 - 0.01 * step), SMALLEST_SCALE).astype(np.float32).astype(np.float64)
+        reals = np.clip(np.rint(values / scales[:, None]), low, high) * scales[:, None]
+        error = (np.abs(reals - values) ** MeanSquare.power).sum(axis=1)
+        error = error if per_channel else np.full_like(error, error.sum())
+        best, least = np.where(error < least, scales, best), np.minimum(error, least)
+    return best
+
+
+def quantize_weights(weights: ArrayLike, scales: ArrayLike, bits: int = 8, full: bool = False) -> NDArray[np.int8]:
+    """Codes in `weight_range` of weights whose axis 0 has one scale each; rounds half to even."""
     values = np.asarray(weights, np.float64)
     per_channel = np.asarray(scales, np.float64).reshape(-1, *[1] * (values.ndim - 1))
-    return np.clip(np.rint(values / per_channel), -WEIGHT_MAX, WEIGHT_MAX).astype(np.int8)
+    return np.clip(np.rint(values / per_channel), *weight_range(bits, full)).astype(np.int8)
 
 
 # -- observers ---------------------------------------------------------------------------------------------------------
@@ -265,14 +299,18 @@ class MeanSquare(Histogram):
     steps: ClassVar[int] = 80
     power: ClassVar[float] = 2.4
 
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.span = (1 << bits) - 1
+
     def search(self, low: float, high: float) -> tuple[float, float]:
         used = np.flatnonzero(self.counts)
         values, counts = self.centres[used], self.counts[used].astype(np.float64)
         shrink = 1 - 0.01 * np.arange(self.steps)
         lows, highs = np.minimum(low * shrink, 0.0)[:, None], np.maximum(high * shrink, 0.0)[:, None]
-        scales = np.maximum((highs - lows) / (QMAX - QMIN), SMALLEST_SCALE)
+        scales = np.maximum((highs - lows) / self.span, SMALLEST_SCALE)
         zeros = np.rint(-lows / scales)
-        codes = np.clip(np.rint(values / scales) + zeros, 0, QMAX - QMIN)
+        codes = np.clip(np.rint(values / scales) + zeros, 0, self.span)
         error = (np.abs((codes - zeros) * scales - values) ** self.power) @ counts
         best = int(error.argmin())
         return float(lows[best, 0]), float(highs[best, 0])
@@ -281,13 +319,17 @@ class MeanSquare(Histogram):
 class Entropy(Histogram):
     """The threshold on |x| whose quantised distribution has least Kullback-Leibler divergence from the true one.
 
-    Migacz, "8-bit Inference with TensorRT" (2017). The levels are those of one sign: 256 for data without negative
-    values, 128 otherwise.
+    Migacz, "8-bit Inference with TensorRT" (2017). The levels are those of one sign: 2^bits for data without negative
+    values, half as many otherwise.
     """
 
     name = "kl"
     bins: ClassVar[int] = 2048
     smallest: ClassVar[float] = 1e-4
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.bits = bits
 
     def search(self, low: float, high: float) -> tuple[float, float]:
         magnitudes, width = (self.counts[BINS:] + self.counts[:BINS][::-1]).astype(np.float64), self.width
@@ -295,7 +337,7 @@ class Entropy(Histogram):
         while len(magnitudes) > self.bins:
             magnitudes = np.append(magnitudes, np.zeros(len(magnitudes) % 2)).reshape(-1, 2).sum(axis=1)
             width *= 2
-        levels = QMAX - QMIN + 1 if low >= 0 or high <= 0 else QMAX + 1
+        levels = 1 << (self.bits if low >= 0 or high <= 0 else self.bits - 1)
         if len(magnitudes) <= levels:
             return low, high
         sizes = range(levels, len(magnitudes) + 1)
@@ -322,11 +364,16 @@ class Entropy(Histogram):
 OBSERVERS: tuple[str, ...] = (MinMax.name, Percentile.name, MeanSquare.name, Entropy.name)
 
 
-def make_observer(name: str, percentile: float = 99.99) -> Observer:
-    """A new observer by name (one of OBSERVERS); `percentile` is read by "percentile" only."""
+def make_observer(name: str, percentile: float = 99.99, bits: int = 8) -> Observer:
+    """A new observer by name (one of OBSERVERS) of ranges for codes of so many bits.
+
+    `percentile` is read by "percentile" only.
+    """
     if name == Percentile.name:
         return Percentile(percentile)
-    for kind in (MinMax, MeanSquare, Entropy):
+    if name == MinMax.name:
+        return MinMax()
+    for kind in (MeanSquare, Entropy):
         if kind.name == name:
-            return kind()
+            return kind(bits)
     raise EdgecError(f"'{name}' is not an observer", hint=f"use one of {', '.join(OBSERVERS)}")

@@ -42,6 +42,17 @@ BUILTIN = (
         "post-training int8 quantisation",
         "edgec.passes.quantization.quantize_int8:QuantizeInt8",
     ),
+    PassEntry(
+        "reconstruct",
+        "few-bit quantisation with learned rounding, block by block",
+        "edgec.passes.quantization.reconstruct:Reconstruct",
+    ),
+    PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
+    PassEntry(
+        "quantize-mixed",
+        "bits per layer by sensitivity under a budget",
+        "edgec.passes.quantization.quantize_mixed:QuantizeMixed",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )

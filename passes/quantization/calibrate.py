@@ -43,12 +43,13 @@ class ChannelMean:
         return self.total / self.count
 
 
-def batches(program: Program, dataset: Dataset) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Inputs of the dataset in batches that the program accepts; an incomplete batch of a fixed size is left out.
+def batches(program: Program, dataset: Dataset, size: int = BATCH) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Inputs of the dataset in batches that the program accepts: of `size` samples where the batch is dynamic, else of
+    the program's; an incomplete batch of a fixed size is left out.
 
     Raises EdgecError when there are fewer samples than one fixed batch.
     """
-    size = BATCH if program.dynamic_batch else program.example_inputs[0].shape[0]
+    size = size if program.dynamic_batch else program.example_inputs[0].shape[0]
     found = False
     for inputs, _ in dataset.batches(size):
         if program.dynamic_batch or inputs[0].shape[0] == size:

@@ -9,7 +9,9 @@ graph stay float.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,10 +37,12 @@ from edgec.passes.quantization.operators import (
     upsample_factors,
 )
 from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
-from edgec.quantparams import QParams, affine, quantize_weights, symmetric_scales
+from edgec.quantparams import QParams, affine, quantize_weights, symmetric_scales, weight_range
 
 edgec = torch.ops.edgec
 
+# weights, output channels first -> one scale per output channel
+Scales = Callable[[np.ndarray], np.ndarray]
 # (weights, scales of axis 0) -> int8 codes
 Rounding = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -46,8 +50,38 @@ Rounding = Callable[[np.ndarray, np.ndarray], np.ndarray]
 LARGEST_BIAS = 2.0**30
 
 
+@dataclass(frozen=True)
+class WeightRule:
+    """How the weights of one layer become codes of `bits` bits; full: code -2^(bits-1) may occur.
+
+    source: where the scales come from, for the QParams record.
+    """
+
+    scales: Scales
+    rounding: Rounding
+    bits: int = 8
+    full: bool = False
+    source: str = ""
+
+    def codes(self, weights: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Raises AssertionError when the rounding gives a code that does not exist in so many bits."""
+        codes = self.rounding(weights, scales)
+        low, high = weight_range(self.bits, self.full)
+        assert codes.dtype == np.int8 and codes.min(initial=0) >= low and codes.max(initial=0) <= high
+        return codes
+
+
+def int8_rule(per_channel: bool = True, rounding: Rounding = quantize_weights) -> WeightRule:
+    """Eight bits that reach the largest weight, of the channel or of the layer."""
+    source = "max|w|" if per_channel else "max|w| of the tensor"
+    return WeightRule(lambda weights: symmetric_scales(weights, per_channel), rounding, source=source)
+
+
 class Converter:
     """Rewrites `module` in place.
+
+    observed: the parameters of each node of `Annotation.ranged`; their `n` and `p` limit the codes. rule: how the
+    weights of a layer, given by its float node, are rounded.
 
     Afterwards `records` holds the QParams of every new tensor and weight by name, `layers` the float layer that each
     int8 layer was made from.
@@ -58,13 +92,12 @@ class Converter:
         module: fx.GraphModule,
         annotation: Annotation,
         observed: Mapping[fx.Node, QParams],
-        per_channel: bool = True,
-        rounding: Rounding = quantize_weights,
+        rule: Callable[[fx.Node], WeightRule] = lambda node: int8_rule(),
         requant: str = "RQ1",
     ) -> None:
         self.module, self.graph = module, module.graph
         self.annotation, self.observed = annotation, observed
-        self.per_channel, self.rounding, self.requant = per_channel, rounding, requant
+        self.rule, self.requant = rule, requant
         self.codes: dict[fx.Node, fx.Node] = {}
         self.meaning: dict[fx.Node, QParams] = {}
         self.reals: dict[fx.Node, fx.Node] = {}
@@ -113,10 +146,14 @@ class Converter:
         """Codes of a float node or a stored tensor."""
         if source.op == "get_attr":
             stored = integer.quantize(get_weight(self.module, source).numpy(), *params.per_tensor)
+            stored = np.clip(stored, params.n, params.p)
             made = self._store(f"{source.target}_q", torch.from_numpy(stored))
             self.records[str(made.target)] = params
         else:
             made = self._call(edgec.quantize.default, (source, *params.per_tensor), source)
+            if params.bits < 8:
+                self.records[made.name] = dataclasses.replace(params, bits=8, n=integer.QMIN, p=integer.QMAX)
+                made = self._call(aten.clamp.default, (made, params.n, params.p), source, f"{source.name}_q_clamp")
             self.records[made.name] = params
         return made
 
@@ -162,9 +199,7 @@ class Converter:
         result = self.annotation.result(node)
         params = self._params(result)
         limits = clip_limits(result) if result is not node else None
-        scale, zero = params.per_tensor
-        lo, hi = (integer.QMIN, integer.QMAX) if limits is None else integer.clip_codes(*limits, scale, zero)
-        return params, lo, hi
+        return params, *_limits(params, limits or (-math.inf, math.inf))
 
     def _layer(self, node: fx.Node) -> None:
         given = arguments(node)
@@ -196,7 +231,8 @@ class Converter:
             constants = self._constants(node, x_scale, x_zero, np.array(y_scale))
         else:
             # A zero point per channel is a bias: codes are (real + scale * zero) / scale.
-            params, lo, hi, y_zero = self._params(node), integer.QMIN, integer.QMAX, 0
+            params, y_zero = self._params(node), 0
+            lo, hi = params.n, params.p
             y_scales, zeros = np.array(params.scale), np.array(params.zero_point)
             constants = self._constants(node, x_scale, x_zero, y_scales, y_scales * zeros)
         target = edgec.qlinear.default if geometry is None else edgec.qconv2d.default
@@ -224,18 +260,22 @@ class Converter:
         given_bias = constant_of(self.module, given["bias"])
         bias = offset + (np.zeros(len(weights)) if given_bias is None else given_bias.numpy().astype(np.float64))
         # The bias of a dead or nearly dead channel must still fit int32.
-        scales = np.maximum(symmetric_scales(weights, self.per_channel), np.abs(bias) / (x_scale * LARGEST_BIAS))
-        codes = self.rounding(weights, scales)
+        rule = self.rule(node)
+        scales = np.maximum(rule.scales(weights), np.abs(bias) / (x_scale * LARGEST_BIAS))
+        codes = rule.codes(weights, scales)
         sums = integer.bias_codes(bias, codes, x_scale, x_zero, scales)
         stored = self._store(f"{path}_q", torch.from_numpy(codes))
         biases = self._store(f"{path}_q_bias", torch.from_numpy(sums))
+        low, high = weight_range(rule.bits, rule.full)
         self.records[str(stored.target)] = QParams(
             tuple(float(s) for s in scales),
             (0,) * len(scales),
-            n=-integer.WEIGHT_MAX,
+            bits=rule.bits,
+            n=low,
+            p=high,
             granularity="channel",
             axis=0,
-            source="max|w|" if self.per_channel else "max|w| of the tensor",
+            source=rule.source,
         )
         return stored, biases, scales
 
@@ -283,6 +323,7 @@ class Converter:
 
         meaning = self.meaning[source]
         table = integer.lut_table(function, meaning.scale, meaning.zero_point, *params.per_tensor)
+        table = np.clip(table, params.n, params.p)
         stored = self._store(f"tables.{node.name}", torch.from_numpy(table))
         args = (x, stored, 0 if channels is None else 1)
         self._finish(node, self._call(edgec.qlut.default, args, node), params)
@@ -331,10 +372,10 @@ class Converter:
             return self._quantized(source, params)
         codes = self._codes(source)
         (x_scale, x_zero), (y_scale, y_zero) = self.meaning[source].per_tensor, params.per_tensor
-        if (x_scale, x_zero) == (y_scale, y_zero):
+        if (x_scale, x_zero) == (y_scale, y_zero) and self.meaning[source].bits <= params.bits:
             return codes
         m, shift = integer.quantize_multiplier(x_scale / y_scale)
-        args = (codes, m, shift, x_zero, y_zero, integer.QMIN, integer.QMAX)
+        args = (codes, m, shift, x_zero, y_zero, params.n, params.p)
         made = self._call(edgec.qrescale.default, args, source, f"{source.name}_rescaled")
         self.records[made.name] = params
         return made
@@ -344,7 +385,7 @@ class Converter:
         assert limits is not None
         codes = self._codes(source)
         params = self.meaning[source]
-        lo, hi = integer.clip_codes(*limits, *params.per_tensor)
+        lo, hi = _limits(params, limits)
         self._finish(node, self._call(aten.clamp.default, (codes, lo, hi), node), params)
 
     def _scale(self, node: fx.Node) -> None:
@@ -407,3 +448,9 @@ class Converter:
 
     def _store(self, name: str, tensor: torch.Tensor) -> fx.Node:
         return weight_node(self.module, name, tensor)
+
+
+def _limits(params: QParams, limits: tuple[float, float]) -> tuple[int, int]:
+    """Smallest and largest code of a clip to real numbers, within the codes that `params` has."""
+    lo, hi = integer.clip_codes(*limits, *params.per_tensor)
+    return min(max(lo, params.n), params.p), min(max(hi, params.n), params.p)

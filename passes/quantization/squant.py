@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from edgec.integer import WEIGHT_MAX
+from edgec.quantparams import weight_range
 
 
-def squant_codes(weights: ArrayLike, scales: ArrayLike) -> NDArray[np.int8]:
-    """Codes in [-127, 127] of weights [out, in, *kernel] whose axis 0 has one scale each.
+def squant_codes(weights: ArrayLike, scales: ArrayLike, bits: int = 8) -> NDArray[np.int8]:
+    """Symmetric codes of so many bits of weights [out, in, *kernel] whose axis 0 has one scale each.
 
     Weights are rounded to the nearest code; then, per kernel and after that per output channel, as few as possible are
     moved to the neighbour on their other side until the sum of the errors is at most half a code.
@@ -26,7 +26,7 @@ def squant_codes(weights: ArrayLike, scales: ArrayLike) -> NDArray[np.int8]:
     kernel = int(np.prod(values.shape[2:]))
     for size in (kernel, depth):
         codes = _balance(steps.reshape(-1, size), codes.reshape(-1, size))
-    return np.clip(codes, -WEIGHT_MAX, WEIGHT_MAX).reshape(values.shape).astype(np.int8)
+    return np.clip(codes, *weight_range(bits)).reshape(values.shape).astype(np.int8)
 
 
 def _balance(steps: NDArray[np.float64], codes: NDArray[np.float64]) -> NDArray[np.float64]:
