@@ -6,7 +6,9 @@ is emitted; the two agree on multiply-accumulates (tested).
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import fx
 from edgec import qops as qops  # registers the operators looked up below
 from edgec.lowering.regions import CONV2D
 from edgec.program import Program, layer_of, shape_of
+from edgec.sparsity import Sparsity, sparsities
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -28,24 +31,44 @@ MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 @dataclass(frozen=True)
 class Cost:
-    """params: stored weight elements; macs: multiply-accumulates for one sample; weight_bytes: stored bytes."""
+    """params: stored weight elements; macs: multiply-accumulates for one sample; weight_bytes: stored bytes.
+
+    These count the shapes. kept_params, kept_macs: without pruned elements, which is what a sparse kernel stores and
+    computes; whether one is used is the lowering's choice.
+    """
 
     params: int
     macs: int
     weight_bytes: int
+    kept_params: int
+    kept_macs: int
 
     def to_json(self) -> dict[str, int]:
-        return {"params": self.params, "macs": self.macs, "weight_bytes": self.weight_bytes}
+        return dataclasses.asdict(self)
 
 
 def program_cost(program: Program) -> Cost:
     """Cost of a Program for a batch of one."""
-    weights = program.weights().values()
+    weights, records = program.weights(), sparsities(program.annotations)
+    macs, kept = [], []
+    for node in program.graph.nodes:
+        macs.append(node_macs(program, node))
+        kept.append(macs[-1] * _density(node, records))
     return Cost(
-        params=sum(w.numel() for w in weights),
-        macs=sum(node_macs(program, node) for node in program.graph.nodes),
-        weight_bytes=sum(w.numel() * w.element_size() for w in weights),
+        params=sum(w.numel() for w in weights.values()),
+        macs=sum(macs),
+        weight_bytes=sum(w.numel() * w.element_size() for w in weights.values()),
+        kept_params=sum(int(records[p].mask.sum()) if p in records else w.numel() for p, w in weights.items()),
+        kept_macs=round(sum(kept)),
     )
+
+
+def _density(node: fx.Node, records: Mapping[str, Sparsity]) -> float:
+    """Share of the products of a matrix product whose weight is kept; every weight is used equally often."""
+    if node.op != "call_function" or len(node.args) < 2:
+        return 1.0
+    record = records.get(str(node.args[1].target)) if isinstance(node.args[1], fx.Node) else None
+    return 1.0 if record is None else record.density
 
 
 def node_macs(program: Program, node: fx.Node) -> int:
@@ -82,18 +105,19 @@ def _node(value: Any) -> fx.Node:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row of `edgec inspect`: a graph node that computes something."""
+    """One row of `edgec inspect`: a graph node that computes something. density: kept share of its weight, 0..1."""
 
     layer: str
     op: str
     shape: tuple[int, ...]
     macs: int
     weight_bytes: int
+    density: float = 1.0
 
 
 def layer_rows(program: Program) -> list[LayerRow]:
     """One row per computing node, in graph order, for a batch of one."""
-    weights = program.weights()
+    weights, records = program.weights(), sparsities(program.annotations)
     rows = []
     for node in program.graph.nodes:
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
@@ -109,6 +133,7 @@ def layer_rows(program: Program) -> list[LayerRow]:
                 shape=shape,
                 macs=node_macs(program, node),
                 weight_bytes=sum(w.numel() * w.element_size() for w in stored),
+                density=_density(node, records),
             )
         )
     return rows

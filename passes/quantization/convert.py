@@ -36,6 +36,7 @@ from edgec.passes.quantization.operators import (
 )
 from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
 from edgec.quantparams import QParams, affine, quantize_weights, symmetric_scales
+from edgec.sparsity import Carrier
 
 edgec = torch.ops.edgec
 
@@ -50,7 +51,7 @@ class Converter:
     """Rewrites `module` in place.
 
     Afterwards `records` holds the QParams of every new tensor and weight by name, `layers` the float layer that each
-    int8 layer was made from.
+    int8 layer was made from. Sparsity records in `masks` follow their weights: zero has code 0.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class Converter:
         per_channel: bool = True,
         rounding: Rounding = quantize_weights,
         requant: str = "RQ1",
+        masks: Carrier | None = None,
     ) -> None:
         self.module, self.graph = module, module.graph
         self.annotation, self.observed = annotation, observed
         self.per_channel, self.rounding, self.requant = per_channel, rounding, requant
+        self.masks = Carrier({}) if masks is None else masks
         self.codes: dict[fx.Node, fx.Node] = {}
         self.meaning: dict[fx.Node, QParams] = {}
         self.reals: dict[fx.Node, fx.Node] = {}
@@ -228,6 +231,7 @@ class Converter:
         codes = self.rounding(weights, scales)
         sums = integer.bias_codes(bias, codes, x_scale, x_zero, scales)
         stored = self._store(f"{path}_q", torch.from_numpy(codes))
+        self.masks.move(path, str(stored.target))
         biases = self._store(f"{path}_q_bias", torch.from_numpy(sums))
         self.records[str(stored.target)] = QParams(
             tuple(float(s) for s in scales),

@@ -21,7 +21,7 @@ from edgec.passes.quantization.equalize import equalize_module
 from edgec.passes.quantization.operators import CONV2D, NONLINEAR, SATURATION, Kind, make_functional, op_name, operand
 from edgec.passes.quantization.outliers import find_layers, find_outliers, separate
 from edgec.passes.quantization.squant import squant_codes
-from edgec.program import Program, is_call, layer_of, output_nodes, propagate
+from edgec.program import Program, is_call, layer_of, output_nodes, propagate, weight_paths
 from edgec.quantparams import (
     OBSERVERS,
     ChannelMinMax,
@@ -33,6 +33,7 @@ from edgec.quantparams import (
     make_observer,
     quantize_weights,
 )
+from edgec.sparsity import Carrier
 
 # Range of a tensor that was zero for every calibration sample.
 DEAD_RANGE = (-1.0, 1.0)
@@ -102,10 +103,11 @@ class QuantizeInt8(Pass):
         module = program.edit()
         module.graph.eliminate_dead_code()
         make_functional(module)
-        as_conv2d(module)
+        masks = Carrier(program.annotations)
+        as_conv2d(module, masks)
         check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
         apart = self.outliers and self.nonlinear != "integer"
-        held = self._separate_outliers(program, module, samples) if apart else {}
+        held = self._separate_outliers(program, module, samples, masks) if apart else {}
         annotation = annotate(module, self._keeps, self.nonlinear, held)
         for skip in annotation.skipped:
             context.skip(*skip)
@@ -121,7 +123,7 @@ class QuantizeInt8(Pass):
         requant = self.requant
         if requant == "auto":
             requant = "RQ1" if context.device is None else context.device.requant
-        converter = Converter(module, annotation, observed, self.per_channel, rounding, requant)
+        converter = Converter(module, annotation, observed, self.per_channel, rounding, requant, masks)
         records = converter.convert()
         module.graph.eliminate_dead_code()
         if means:
@@ -129,9 +131,12 @@ class QuantizeInt8(Pass):
             correct_biases(module, records, targets, batches(program, subset))
         names = {str(n.target) if n.op == "get_attr" else n.name for n in module.graph.nodes}
         kept = {k: v for k, v in {**program.annotations, **records}.items() if k in names}
+        kept = masks.annotations(kept, weight_paths(module))
         return program.replace(module, {**kept, self.name: summary})
 
-    def _separate_outliers(self, program: Program, module: fx.GraphModule, samples: Dataset) -> dict[fx.Node, str]:
+    def _separate_outliers(
+        self, program: Program, module: fx.GraphModule, samples: Dataset, masks: Carrier
+    ) -> dict[fx.Node, str]:
         """Rewrite the layers whose input has outlier channels; returns the layers that stay float, and why."""
         layers = {n: ChannelMinMax(-1) for n in find_layers(module) if not self._keeps(layer_of(n))}
         if not layers:
@@ -145,7 +150,7 @@ class QuantizeInt8(Pass):
                     f"multiplies {len(found.channels)} of {len(seen)} input channels in float: they reach "
                     f"{found.reach:.3g}, the others {found.rest:.3g}"
                 )
-                held[separate(module, layer, found.channels)] = reason
+                held[separate(module, layer, found.channels, masks)] = reason
         if held:
             propagate(module, program.example_inputs)
         return held
