@@ -99,7 +99,9 @@ def relative(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> float:
 def masked_equals_removed(program: Program, x: torch.Tensor) -> float:
     """Half of the units of all groups removed, against zeros in the weights that read them."""
     channels = Channels(program)
-    norms = {str(a.target) for n in program.graph.nodes if n.target in NORMS for a in n.all_input_nodes if a.op == "get_attr"}
+    norms = {
+        str(a.target) for n in program.graph.nodes if n.target in NORMS for a in n.all_input_nodes if a.op == "get_attr"
+    }
     free = [g for g in channels.groups if not g.locked and not any(m.weight in norms for m in g.members)]
     keep = {g: np.arange(0, g.channels, 2) for g in free}
     masked, removed = program.edit(), program.edit()

@@ -215,7 +215,9 @@ def table(known: dict[str, Any]) -> str:
                 interval = paired_mean_ci(difference)
                 assert interval is not None
                 wins = f"{100 * (difference > 0).mean():.0f}"
-                rows.append([f"{worse} − {better}", f"{difference.mean():.4f}", "{:.4f}…{:.4f}".format(*interval), wins])
+                rows.append(
+                    [f"{worse} − {better}", f"{difference.mean():.4f}", "{:.4f}…{:.4f}".format(*interval), wins]
+                )
         parts.append(markdown(("KL difference, in pairs", "mean", "95 % interval", "images won, %"), rows))
     if "time" in known:
         whole = known["time"]["dense"]["wall"]

@@ -110,10 +110,14 @@ class PruneChannels(Pass):
         keep = allocate(groups, found, steps, budget, target, self.allocation, self.min_channels)
         macs = budget.macs(keep)
         if macs > target:
-            context.skip(program.name, "channel pruning", f"{macs / base:.0%} of the MACs are left: no group can be less")
+            context.skip(
+                program.name, "channel pruning", f"{macs / base:.0%} of the MACs are left: no group can be less"
+            )
         if macs == budget.total:
             return program
-        context.log(f"{sum(len(k) < g.channels for g, k in keep.items())} groups pruned, {macs / base:.3f} of MACs left")
+        context.log(
+            f"{sum(len(k) < g.channels for g, k in keep.items())} groups pruned, {macs / base:.3f} of MACs left"
+        )
         module = program.edit()
         shifts = []
         if self.fold:

@@ -103,6 +103,7 @@ def fitted(prune: Sequence[float], merge: Sequence[float], ready: Prepared, targ
         return Counts(of(prune), of(merge)).clipped(found.tokens, found.prefix)
 
     low, high = 0.0, 1.0
+
     def above(strength: float) -> bool:
         return reduced_macs(ready, counts(strength)) > target
 

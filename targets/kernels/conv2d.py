@@ -407,6 +407,9 @@ def fits(how: Dot, device: Device, pixels: int, vectors: int, spare: int = 0) ->
         return pixels * vectors <= 8 and vectors <= 2
     if isinstance(how, Smmla):
         return round_up(pixels, 2) * (vectors + 1) + 2 <= registers
+    if device.is_arm64 and how.wide == 1 and (type(how) is Dot or isinstance(how, Sdot)):
+        # Inputs are loaded one by one, the fewer ahead of their products the more products each has.
+        return pixels * vectors + vectors + (pixels if vectors in (2, 3) else 4) <= registers
     if isinstance(how, Lane | Sdot):
         return pixels * vectors + pixels + vectors < registers
     return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= registers

@@ -154,7 +154,7 @@ class Vnni(Dot):
 
 @dataclass(frozen=True)
 class Sdot(Dot):
-    """Armv8.2 SDOT by element: four signed products per lane, sixteen input channels per load."""
+    """Armv8.2 SDOT by element: four signed products per lane, sixteen input channels per load (or eight: `wide` 2)."""
 
     group: int = 4
     wide: int = 4
@@ -162,7 +162,7 @@ class Sdot(Dot):
 
     @property
     def held(self) -> tuple[int, str]:
-        return 16, "int8"
+        return 8 if self.wide == 2 else 16, "int8"
 
     def hold(self, x: Any) -> Any:
         return tirx.reinterpret("int8x16", splat(tirx.reinterpret("int32", x), 4))
@@ -170,7 +170,8 @@ class Sdot(Dot):
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         value = x
         if lane is not None:
-            one = tirx.Shuffle([tirx.reinterpret("int32x4", x)], [const(lane, "int32")])
+            words = tirx.reinterpret(f"int32x{self.held[0] // 4}", x)
+            one = tirx.Shuffle([words], [const(lane, "int32")])
             value = tirx.reinterpret("int8x16", splat(one, 4))
         return [intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", "int32x4", acc[0], w, value)]
 

@@ -156,6 +156,8 @@ def sparse_dot(device: Device, dtype: str, inputs: int, pixels: int) -> Dot:
         return Widening(device.lanes)
     if inputs % (how.group * how.wide) == 0:
         return how
+    if isinstance(how, Sdot) and inputs % 8 == 0:
+        return replace(how, wide=2)
     return Dot(how.lanes, dtype=dtype) if isinstance(how, Lane) else replace(how, wide=1)
 
 

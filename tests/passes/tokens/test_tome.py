@@ -172,7 +172,9 @@ def test_the_cost_model_is_the_papers() -> None:
     program = vit.exported(width=16)
     ready = prepare(program, Context(), class_rows=False)
     for after in ([17, 17, 17], [14, 12, 9]):
-        want = formula_macs(16, 16, 4, 10, [], 2) + sum(formula_macs(n, 16, 0, 0, [m], 2) for n, m in zip([17, *after], after))
+        want = formula_macs(16, 16, 4, 10, [], 2) + sum(
+            formula_macs(n, 16, 0, 0, [m], 2) for n, m in zip([17, *after], after)
+        )
         assert ready.cost.macs(after) == pytest.approx(want)
 
 
