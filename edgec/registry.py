@@ -64,6 +64,15 @@ BUILTIN = (
         "weights as codes of 2 to 8 bits with a scale per group, activations in float",
         "edgec.passes.quantization.quantize_weights:QuantizeWeights",
     ),
+    PassEntry(
+        "prune-1xn", "remove blocks of N output channels at an input channel", "edgec.passes.pruning.prune_1xn:Prune1xN"
+    ),
+    PassEntry("prune", "remove weights, rows, kernels or filters (baselines)", "edgec.passes.pruning.prune:Prune"),
+    PassEntry(
+        "recalibrate-bn",
+        "batch norm statistics of the changed model",
+        "edgec.passes.recovery.recalibrate_bn:RecalibrateBN",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry(
         "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"
