@@ -82,6 +82,11 @@ BUILTIN = (
         "edgec.passes.pruning.prune:Prune",
     ),
     PassEntry(
+        "recalibrate-bn",
+        "batch norm statistics of the changed model",
+        "edgec.passes.recovery.recalibrate_bn:RecalibrateBN",
+    ),
+    PassEntry(
         "finetune",
         "train with distillation from the original model",
         "edgec.passes.recovery.finetune:Finetune",
