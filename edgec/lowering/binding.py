@@ -48,7 +48,8 @@ class Binding:
     """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output.
 
     origin: the node of the user's model whose value the call computes (see `origin_of`). mask: bool, which weights are
-    kept, of the shape of the weights, where a layer is pruned in blocks.
+    kept, of the shape of the weights, where a layer is pruned in blocks. dense: why its zeros are multiplied all the
+    same, "" where they are not.
     """
 
     spec: Any
@@ -58,6 +59,7 @@ class Binding:
     after: tuple[fx.Node, ...] = ()
     origin: str = ""
     mask: np.ndarray | None = None
+    dense: str = ""
 
     @property
     def symbol(self) -> str:
@@ -72,8 +74,10 @@ class Binding:
         if self.mask is None:
             return self
         spec, kept = fastest(self.spec, self.mask, device)
-        weights = self.weights if kept is None else {**self.weights, "mask": kept}
-        return dataclasses.replace(self, spec=spec, weights=weights, mask=None)
+        if kept is None:
+            reason = f"{self.mask.mean():.0%} of the weights are kept, in a pattern for which the dense kernel is faster"
+            return dataclasses.replace(self, mask=None, dense=reason)
+        return dataclasses.replace(self, spec=spec, weights={**self.weights, "mask": kept}, mask=None)
 
 
 def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding | None:
@@ -85,10 +89,13 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding
     binding = rule(node, constants) if rule is not None else None
     if binding is None:
         return None
-    mask = None
-    if masks and isinstance(binding.spec, Conv2D) and getattr(node.args[1], "name", None) in masks:
-        mask = masks[node.args[1].name].reshape(np.shape(binding.weights["w"]))
-    return dataclasses.replace(binding, origin=origin_of(node), mask=mask)
+    binding = dataclasses.replace(binding, origin=origin_of(node))
+    weight = getattr(node.args[1], "name", None) if masks and len(node.args) > 1 else None
+    if masks is None or weight not in masks:
+        return binding
+    if not isinstance(binding.spec, Conv2D):
+        return dataclasses.replace(binding, dense=f"{binding.spec.name} has no block-sparse kernel")
+    return dataclasses.replace(binding, mask=masks[weight].reshape(np.shape(binding.weights["w"])))
 
 
 def _dtype(node: Any) -> str:
