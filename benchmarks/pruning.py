@@ -1,6 +1,6 @@
 """Accuracy of pruned networks after minutes of recovery: 1xN against filters, random blocks and single weights.
 
-python -m benchmarks.pruning [--model NAME ...] [--pattern NAME ...] [--sparsity P ...] [--recovery NAME ...] [--seed N ...]
+python -m benchmarks.pruning [--model NAME ...] [--pattern NAME ...] [--sparsity P ...] [--recovery NAME ...]
 python -m benchmarks.pruning --table
 
 Every cell (model, pattern, sparsity, recovery, seed) is stored when it is finished, under
@@ -115,13 +115,13 @@ class Cell:
         return next(s for s in SETTINGS if s.model == self.model)
 
     def pipeline(self) -> str:
-        """The passes: mask, statistics, recovery. A mask search stands before the statistics: weights stay as they are."""
+        """The passes: mask, statistics, recovery; a mask search is followed by statistics once more."""
         setting, prune = self.setting, PATTERNS[self.pattern].format(p=self.sparsity)
         steps = {
             "finetune": [setting.recalibrate, setting.finetune],
             "recalibrate": [setting.recalibrate],
             "ebft": [setting.recalibrate, setting.ebft],
-            "search-mask": [setting.search, setting.recalibrate],
+            "search-mask": [setting.recalibrate, setting.search, setting.recalibrate],
         }
         return ", ".join([prune, *steps[self.recovery]])
 
@@ -200,7 +200,7 @@ def cells(
     recoveries: list[str] | None,
     seeds: Iterable[int],
 ) -> list[Cell]:
-    """The cells of ORDER, seeds innermost; masks do not depend on seeds, nor does recalibration much: one seed there."""
+    """The cells of ORDER that are asked for, seed after seed."""
     found: dict[Cell, None] = {}
     for group in ORDER:
         given = [
@@ -269,8 +269,9 @@ def table_rows(rows: list[dict[str, Any]], test: str, reference: np.ndarray) -> 
                 )
                 against = difference(ours, theirs) if seeds else ""
             lines.append(
-                f"| {100 * rate:g} % | {recovery} | {pattern} | {same[0]['density']:.3f} | {len(same)} | {points(hits)} "
-                f"| {difference(hits, reference[None])} | {against} | {np.mean([r['cpu_seconds'] for r in same]):.0f} |"
+                f"| {100 * rate:g} % | {recovery} | {pattern} | {same[0]['density']:.3f} | {len(same)} "
+                f"| {points(hits)} | {difference(hits, reference[None])} | {against} "
+                f"| {np.mean([r['cpu_seconds'] for r in same]):.0f} |"
             )
     return lines
 

@@ -73,6 +73,8 @@ BUILTIN = (
         "batch norm statistics of the changed model",
         "edgec.passes.recovery.recalibrate_bn:RecalibrateBN",
     ),
+    PassEntry("ebft", "train block by block without labels", "edgec.passes.recovery.ebft:Ebft"),
+    PassEntry("search-mask", "find a better mask over frozen weights", "edgec.passes.recovery.search_mask:SearchMask"),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry(
         "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"
