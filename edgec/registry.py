@@ -82,9 +82,19 @@ BUILTIN = (
         "edgec.passes.pruning.prune:Prune",
     ),
     PassEntry(
+        "search-mask",
+        "find a better mask over frozen weights",
+        "edgec.passes.recovery.search_mask:SearchMask",
+    ),
+    PassEntry(
         "recalibrate-bn",
         "batch norm statistics of the changed model",
         "edgec.passes.recovery.recalibrate_bn:RecalibrateBN",
+    ),
+    PassEntry(
+        "ebft",
+        "train block by block without labels",
+        "edgec.passes.recovery.ebft:Ebft",
     ),
     PassEntry(
         "finetune",

@@ -75,7 +75,7 @@ class Binding:
             return self
         spec, kept = fastest(self.spec, self.mask, device)
         if kept is None:
-            reason = f"{self.mask.mean():.0%} of the weights are kept, in a pattern for which the dense kernel is faster"
+            reason = f"{self.mask.mean():.0%} of the weights are kept, in a pattern that the dense kernel beats"
             return dataclasses.replace(self, mask=None, dense=reason)
         return dataclasses.replace(self, spec=spec, weights={**self.weights, "mask": kept}, mask=None)
 

@@ -74,7 +74,12 @@ def _reordered(program: Program, teacher: Program) -> Program:
 
 def _order(group: ChannelGroup, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> np.ndarray | None:
     """Unit i of the group in `ours` is unit order[i] of `theirs`; None when its vectors do not say."""
-    vectors = [m for m in group.members if ours[m.weight].dim() == 1]
+    # recalibrated statistics say nothing: they are not a reordering of what they were
+    vectors = [
+        m
+        for m in group.members
+        if ours[m.weight].dim() == 1 and torch.equal(ours[m.weight].sort().values, theirs[m.weight].sort().values)
+    ]
     if not vectors:
         return None
     columns = [
