@@ -210,6 +210,22 @@ def test_each_sample_chooses_for_itself() -> None:
             assert all(torch.equal(t[b : b + 1], a) for t, a in zip(together, alone, strict=True))
 
 
+def test_gradients() -> None:
+    """Those of merging with the tokens chosen: passes that train reduced models need them."""
+    rng = np.random.default_rng(4)
+    x, metric, q, k = torched(*(values(rng, False, *s) for s in ((2, 9, 3), (2, 9, 4), (2, 2, 9, 3), (2, 2, 9, 3))))
+    s, score = torch.from_numpy(sizes(rng, 2, 9)), torch.from_numpy(values(rng, False, 2, 8))
+    x, s, q, k = (v.double().requires_grad_() for v in (x, s, q, k))
+    cases = (
+        (lambda x, s: edgec.tome_merge(x, s, metric, 3, 1, False), (x, s)),
+        (lambda x, s: edgec.token_reduce(x, s, score, 1, 8, 5, True, True), (x, s)),
+        (lambda x, s: edgec.token_keep(x, s, score, 1, 5), (x, s)),
+        (lambda q, k, s: edgec.class_score(q, k, s, 0.3, 1), (q, k, s)),
+    )
+    for call, operands in cases:
+        assert torch.autograd.gradcheck(call, operands)
+
+
 def test_what_does_not_fit() -> None:
     x, s, score = torch.zeros(1, 9, 4), torch.ones(1, 9, 1), torch.zeros(1, 8)
     for arguments, message in (
