@@ -333,6 +333,7 @@ class Hessian(MeanSquare):
 
     name = "hessian"
     power: ClassVar[float] = 2.0
+    weighs: ClassVar[bool] = True
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__(bits)

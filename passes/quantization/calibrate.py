@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from edgec.data import Dataset
 from edgec.errors import EdgecError
@@ -116,7 +117,7 @@ def calibrate_by_gradients(
     for batch in inputs:
         with torch.enable_grad():
             results = runner.run(*batch)
-            outputs = [x for x in torch.utils._pytree.tree_leaves(results) if isinstance(x, torch.Tensor)]
+            outputs = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
             loss = sum(_drawn(y, generator) for y in outputs if y.requires_grad)
             nodes = list(runner.values)
             found: Any = [None] * len(nodes)

@@ -221,7 +221,7 @@ def observe(
         observers[node] = observer if limits is None else _Saturating(observer, *limits)
     watched: dict[fx.Node, list[Watcher]] = {n: [o] for n, o in {**observers, **channels}.items()}
     if finder.observer == Hessian.name:
-        weighed = {n: o for n, o in observers.items() if isinstance(getattr(o, "inner", o), Hessian)}
+        weighed = {n: o for n, o in observers.items() if isinstance(o, (Hessian, _Saturating)) and o.weighs}
         calibrate_by_gradients(module, batches(program, samples, GRADIENT_BATCH), weighed, context.seed)
         watched = {n: each for n, each in watched.items() if n not in weighed}
     if watched:
@@ -248,6 +248,11 @@ class _Saturating(Observer):
     def __init__(self, inner: Observer, low: float, high: float) -> None:
         self.inner, self.low, self.high = inner, low, high
         self.name = inner.name
+
+    @property
+    def weighs(self) -> bool:
+        """Whether the other observer wants to know how much values matter."""
+        return isinstance(self.inner, Hessian)
 
     def update(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         inside = values.clamp(self.low, self.high)
