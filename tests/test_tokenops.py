@@ -36,10 +36,10 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.float32:
 
 
 def mean(group: list[tuple[np.ndarray, float]]) -> np.ndarray:
-    return sum(x * w for x, w in group) / sum(w for _, w in group)  # type: ignore[return-value]
+    return np.sum([x * w for x, w in group], 0) / sum(w for _, w in group)
 
 
-def plain_tome(x: np.ndarray, s: np.ndarray, metric: np.ndarray, r: int, prefix: int, distilled: bool) -> Tokens:
+def plain_tome(x: np.ndarray, s: Any, metric: np.ndarray, r: int, prefix: int, distilled: bool) -> Tokens:
     out_of_it = list(range(prefix)) if prefix > 1 and not distilled else []
     a, b = (list(range(len(out_of_it) + side, len(x), 2)) for side in (0, 1))
     best = {}
@@ -61,7 +61,7 @@ def plain_order(score: np.ndarray, prefix: int) -> list[int]:
 
 
 def plain_reduce(
-    x: np.ndarray, s: np.ndarray, score: np.ndarray, prefix: int, keep: int, merge: int, weighted: bool, true_size: bool
+    x: np.ndarray, s: Any, score: np.ndarray, prefix: int, keep: int, merge: int, weighted: bool, true_size: bool
 ) -> Tokens:
     order = [*range(prefix), *plain_order(score, prefix)][:keep]
     groups: dict[int, list[int]] = {i: [] for i in order[:merge]}
@@ -70,13 +70,13 @@ def plain_reduce(
         groups[order[place]].append(u)
     result = []
     for i, sources in groups.items():
-        weights = s if weighted else np.ones_like(s)
+        weights: Any = s if weighted else np.ones_like(s)
         shares = [s[u] if true_size else s[u] * max(float(cosine(x[u], x[i])), 0.0) for u in sources]
         result.append((mean([(x[j], weights[j]) for j in [i, *sources]]), s[i] + sum(shares)))
     return result
 
 
-def plain_keep(x: np.ndarray, s: np.ndarray, score: np.ndarray, prefix: int, keep: int) -> Tokens:
+def plain_keep(x: np.ndarray, s: Any, score: np.ndarray, prefix: int, keep: int) -> Tokens:
     kept = sorted([*range(prefix), *plain_order(score, prefix)[: keep - prefix]])
     return [(x[i], s[i]) for i in kept]
 
@@ -208,6 +208,22 @@ def test_each_sample_chooses_for_itself() -> None:
         for b in range(3):
             alone = call(x[b : b + 1], s[b : b + 1], score[b : b + 1])
             assert all(torch.equal(t[b : b + 1], a) for t, a in zip(together, alone, strict=True))
+
+
+def test_gradients() -> None:
+    """Those of merging with the tokens chosen: passes that train reduced models need them."""
+    rng = np.random.default_rng(4)
+    x, metric, q, k = torched(*(values(rng, False, *s) for s in ((2, 9, 3), (2, 9, 4), (2, 2, 9, 3), (2, 2, 9, 3))))
+    s, score = torch.from_numpy(sizes(rng, 2, 9)), torch.from_numpy(values(rng, False, 2, 8))
+    x, s, q, k = (v.double().requires_grad_() for v in (x, s, q, k))
+    cases = (
+        (lambda x, s: edgec.tome_merge(x, s, metric, 3, 1, False), (x, s)),
+        (lambda x, s: edgec.token_reduce(x, s, score, 1, 8, 5, True, True), (x, s)),
+        (lambda x, s: edgec.token_keep(x, s, score, 1, 5), (x, s)),
+        (lambda q, k, s: edgec.class_score(q, k, s, 0.3, 1), (q, k, s)),
+    )
+    for call, operands in cases:
+        assert torch.autograd.gradcheck(call, operands)
 
 
 def test_what_does_not_fit() -> None:

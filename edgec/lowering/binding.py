@@ -420,7 +420,9 @@ def _view(x: Any, view: Sequence[int]) -> View:
 
 def _tome_slots(node: Any, constants: Weights) -> Binding:
     metric, shape, view, r, prefix, distilled = node.args
-    return Binding(TomeSlots(*shape, _view(metric, view), r, prefix, distilled), (metric,), layer_of(node))
+    batch, heads, tokens, depth = shape
+    spec = TomeSlots(batch, heads, tokens, depth, _view(metric, view), r, prefix, distilled)
+    return Binding(spec, (metric,), layer_of(node))
 
 
 def _reduce_slots(node: Any, constants: Weights) -> Binding:
@@ -433,7 +435,8 @@ def _reduce_slots(node: Any, constants: Weights) -> Binding:
 
 def _merge_tokens(node: Any, constants: Weights) -> Binding:
     x, size, slots, rows, merges = node.args
-    spec = MergeTokens(*shape_of(x), rows, merges, size is not None)
+    batch, tokens, channels = shape_of(x)
+    spec = MergeTokens(batch, tokens, channels, rows, merges, size is not None)
     return Binding(spec, (x, size, slots) if spec.sized else (x, slots), layer_of(node))
 
 
@@ -446,7 +449,9 @@ def _merge_sizes(node: Any, constants: Weights) -> Binding:
 
 def _class_scores(node: Any, constants: Weights) -> Binding:
     q, k, size, shape, q_view, k_view, scale, prefix = node.args
-    spec = ClassScore(*shape, _view(q, q_view), _view(k, k_view), scale, prefix, size is not None)
+    batch, heads, tokens, depth = shape
+    views = _view(q, q_view), _view(k, k_view)
+    spec = ClassScore(batch, heads, tokens, depth, *views, scale, prefix, size is not None)
     return Binding(spec, (q, k) if size is None else (q, k, size), layer_of(node))
 
 

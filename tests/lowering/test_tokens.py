@@ -30,6 +30,8 @@ HEADS, DEPTH = 3, 8
 class Reducing(nn.Module):
     """Two transformer blocks; `reduce(x, size, q, k)` stands between attention and MLP of both."""
 
+    ones: torch.Tensor
+
     def __init__(self, reduce: Any) -> None:
         super().__init__()
         self.reduce = reduce
