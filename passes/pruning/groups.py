@@ -766,6 +766,15 @@ class Channels:
             groups.append(ChannelGroup(layers[0], len(roots), unit, members, layers, reason, np.array(roots)))
         return groups
 
+    def nodes(self, group: ChannelGroup) -> list[fx.Node]:
+        """The nodes whose results have channels of the group, in graph order."""
+        found = []
+        for node, labels in self._labels.items():
+            parts = [x for x in (labels if isinstance(labels, list) else [labels]) if x is not None]
+            if any(bool(np.isin(self._classes(part), group.classes).any()) for part in parts):
+                found.append(node)
+        return found
+
     def _ranks(self) -> np.ndarray:
         """Number of each label's channel within its unit."""
         channels = np.unique(self._fine)
