@@ -14,7 +14,7 @@ functions), and between the network and itself with all groups reordered.
 from __future__ import annotations
 
 import argparse
-import statistics
+import fcntl
 import sys
 import tempfile
 import time
@@ -26,12 +26,16 @@ import torch
 from torch import nn
 
 from edgec.cost import program_cost
+from edgec.data import Dataset
 from edgec.errors import EdgecError
 from edgec.frontend import load_model
 from edgec.passbase import Context
 from edgec.passes.pruning.groups import Channels, permute
 from edgec.passes.pruning.prune_channels import ChannelReport, PruneChannels
-from edgec.program import Program, get_weight, layer_of
+from edgec.pipeline import Pipeline
+from edgec.program import Program, get_weight
+from edgec.registry import load_pass
+from edgec.training import Trainable
 
 PEERS = Path(__file__).resolve().parent.parent / ".venv-bench"
 # One network per family, at the least input that keeps its shape; a family is what shares a block structure.
@@ -149,12 +153,114 @@ def architectures(names: list[str]) -> None:
             print(f"{name:30} {type(error).__name__}: {str(error)[:200]}", flush=True)
 
 
+TIMED = ("imagenet_mobilenetv1_075_224", "cifar10_resnet20", "cifar10_resnet44", "resnet18")
+
+
+def time_networks(names: list[str], step: PruneChannels, folder: Path) -> None:
+    """Dense and pruned in turns on one core of this machine, fp32, batch norms folded."""
+    from benchmarks.cpu import NativeBundle, load_subject, transformed
+    from benchmarks.timing import measure
+    from edgec.bundle import build_bundle
+    from edgec.lowering.lower import lower
+    from edgec.pipeline import spell_pass
+    from edgec.targets.device import load_device
+
+    device = load_device("host")
+    print(spell_pass(step))
+    print(f"{'network':30} {'left':>6} {'dense ms':>9} {'pruned ms':>9} {'faster':>7} {'spread':>7}  kept")
+    for name in names:
+        subject = load_subject(name)
+        pruned = transformed(subject, spell_pass(step))
+        calls = {}
+        for kind, program in (("dense", subject.program), ("pruned", pruned)):
+            folded = load_pass("fold-bn")().run(program, Context(device=device))
+            bundle = build_bundle(
+                lower(folded, device), device, folder / f"{name}_{kind}_{len(list(folder.iterdir()))}"
+            )
+            shape = program.inputs[0].shape
+            calls[kind] = NativeBundle(bundle.path).bind(np.random.default_rng(0).random(shape, np.float32))
+        with open("/tmp/core1.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            timings = measure(calls, rounds=21)
+        report = pruned.annotations[PruneChannels.name]
+        assert isinstance(report, ChannelReport)
+        dense, small = timings["dense"], timings["pruned"]
+        print(
+            f"{name:30} {report.macs_after / report.macs_before:6.3f} {dense.cpu / 1e3:9.3f} {small.cpu / 1e3:9.3f} "
+            f"{dense.cpu / small.cpu:7.2f} {max(dense.spread, small.spread):7.1%}  "
+            f"{' '.join(f'{k}/{n}' for _, k, n in report.kept)}",
+            flush=True,
+        )
+
+
+def accuracy(names: list[str], steps: int, step: PruneChannels, seed: int) -> None:
+    """CIFAR-10 top-1: dense, pruned, with batch norm statistics of the training images, fine-tuned."""
+    from benchmarks.cpu import load_subject
+    from benchmarks.models import CASES, shared_folder
+    from edgec.data import Preprocess, load_data
+    from edgec.passes.recovery.finetune import Finetune
+
+    print(f"{'network':20} {'left':>6} {'dense':>7} {'pruned':>7} {'statistics':>10} {'fine-tuned':>10}")
+    for name in names:
+        (case,) = [c for c in CASES if c.model == name]
+        program, shared = load_subject(name).program, shared_folder()
+        preprocess = Preprocess(case.mean, case.std, case.input_scale)
+        train = load_data(f"{shared / 'data/datasets/cifar10_train5k.npz'}", program.inputs, preprocess)
+        test = load_data(f"{shared / 'data/datasets/cifar10_test.npz'}", program.inputs, preprocess)
+
+        def top1(candidate: Program, test: Dataset = test) -> float:
+            hits = [
+                (candidate(*inputs)[0].argmax(1).numpy() == labels).mean() * len(labels)
+                for inputs, labels in test.batches(251)
+            ]
+            return 100 * float(sum(hits)) / len(test)
+
+        context = Context(calibration=train.limit(256), training=train, teacher=program, seed=seed)
+        pruned = step.run(program, context)
+        recalibrated = _statistics(pruned, train)
+        tuned = Finetune(steps=steps).run(recalibrated, context) if steps else recalibrated
+        left = program_cost(pruned).macs / program_cost(program).macs
+        print(
+            f"{name:20} {left:6.3f} {top1(program):7.2f} {top1(pruned):7.2f} {top1(recalibrated):10.2f} "
+            f"{top1(tuned):10.2f}",
+            flush=True,
+        )
+
+
+def _statistics(program: Program, data: Dataset) -> Program:
+    """Batch norm statistics as the mean over batches of 250 samples."""
+    model = Trainable(program, momentum=1.0)
+    before, batches = model.state(), list(data.batches(250))
+    sums = {path: torch.zeros_like(w) for path, w in before.items()}
+    model.train(True)
+    with torch.no_grad():
+        for inputs, _ in batches:
+            model(*inputs)
+            for path, w in model.state().items():
+                sums[path] += w / len(batches)
+    model.load(sums)
+    return model.program()
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", help="names of timm")
+    parser.add_argument("--time", action="store_true", help="compile dense and pruned and time them in turns")
+    parser.add_argument("--accuracy", action="store_true", help="of the CIFAR-10 networks, with recovery")
+    parser.add_argument("--pass", dest="spelling", default="prune-channels", help="as in a pipeline")
+    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    architectures(options.networks or list(NETWORKS))
+    (step,) = Pipeline.parse(options.spelling).passes
+    assert isinstance(step, PruneChannels)
+    if options.time:
+        with tempfile.TemporaryDirectory() as folder:
+            time_networks(options.networks or list(TIMED), step, Path(folder))
+    elif options.accuracy:
+        accuracy(options.networks or ["cifar10_resnet20", "cifar10_resnet44"], options.steps, step, options.seed)
+    else:
+        architectures(options.networks or list(NETWORKS))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 Every element of every tensor gets a label, and labels are equal where the elements belong to one channel. Most labels
 need no rule: an operator that only moves data (a view, a transpose, a concatenation, a channel shuffle) moves the
-labels of its input by being run on them. The others join labels: an addition joins those of its operands, a matrix product
-those of the axis it sums over, a convolution binds them to an axis of its weight. What stays joined at the end is a
-*unit*, the least that can be removed: one channel of a whole residual stage, a head of attention, a group of a grouped
-convolution. Units that occur in the same places form a `ChannelGroup`.
+labels of its input by being run on them. The others join labels: an addition joins those of its operands, a matrix
+product those of the axis it sums over, a convolution binds them to an axis of its weight. What stays joined at the end
+is a *unit*, the least that can be removed: one channel of a whole residual stage, a head of attention, a group of a
+grouped convolution. Units that occur in the same places form a `ChannelGroup`.
 
     channels = Channels(program)
     for group in channels.groups:
@@ -20,7 +20,6 @@ After Fang et al., "DepGraph: Towards Any Structural Pruning"; the label propaga
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -786,6 +785,11 @@ class Channels:
         by_channel[order] = number
         return by_channel[self._fine] if self._count else by_channel
 
+    @property
+    def labels(self) -> int:
+        """How many labels there are; `classes` and `Product.axes` are labels."""
+        return self._count
+
     # -- removal ---------------------------------------------------------------------------------------------------
 
     def kept_of(self, keep: Mapping[ChannelGroup, Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -802,10 +806,6 @@ class Channels:
             kept[group.classes] = False
             kept[group.classes[units]] = True
         return kept
-
-    def share(self, product: Product, kept: np.ndarray) -> float:
-        """The share of a product's multiply-accumulates that is left when `kept` (see `kept_of`) stays."""
-        return math.prod(float(kept[vector].mean()) for vector in product.axes)
 
     def remove(self, module: fx.GraphModule, keep: Mapping[ChannelGroup, Sequence[int] | np.ndarray]) -> None:
         """Remove all units but `keep` of the groups given, from the weights and the sizes written in the graph.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -99,16 +99,18 @@ class PruneChannels(Pass):
                 context.skip(group.name, "channel pruning", group.locked)
             else:
                 groups.append(group)
-        budget = Budget(program, channels)
+        if not groups:
+            return program
+        budget = Budget(program, channels, groups)
         before = program.annotations.get(self.name)
         base = before.macs_before if isinstance(before, ChannelReport) else budget.total
         target = int(self.macs * base)
-        if budget.total <= target or not groups:
+        if budget.total <= target:
             return program
         found = scores(program, groups, self.criterion, data)
         steps = [self._step(group, self._multiple(context)) for group in groups]
         keep = allocate(groups, found, steps, budget, target, self.allocation, self.min_channels)
-        macs = budget.macs(keep)
+        macs = budget.macs([len(units) for units in keep.values()])
         if macs > target:
             context.skip(
                 program.name, "channel pruning", f"{macs / base:.0%} of the MACs are left: no group can be less"
@@ -150,23 +152,38 @@ class PruneChannels(Pass):
 
 
 class Budget:
-    """Multiply-accumulates of the graph as a function of the units kept."""
+    """Multiply-accumulates of the graph as a function of the units that each group keeps."""
 
-    def __init__(self, program: Program, channels: Channels) -> None:
-        self.channels = channels
+    def __init__(self, program: Program, channels: Channels, groups: list[ChannelGroup]) -> None:
         nodes = {node.name: node for node in program.graph.nodes}
-        self.total = sum(node_macs(program, node) for node in nodes.values())
-        own = {p.node: node_macs(program, nodes[p.node]) for p in channels.products}
-        self.products = [p for p in channels.products if own[p.node]]
-        self.own = own
-        self.fixed = self.total - sum(own[name] for name in {p.node for p in self.products})
+        macs = {name: node_macs(program, node) for name, node in nodes.items()}
+        self.total = sum(macs.values())
+        axes: dict[str, list[np.ndarray]] = {}
+        for product in channels.products:
+            if macs[product.node]:
+                axes.setdefault(product.node, []).extend(product.axes)
+        self.own = np.array([macs[name] for name in axes], dtype=np.float64)
+        self.fixed = self.total - int(self.own.sum())
+        # Positions along an axis belong to a group, or, in the last column, to none: they stay.
+        owner = np.full(channels.labels + 1, len(groups))
+        for number, group in enumerate(groups):
+            owner[group.classes] = number
+        rows = [
+            np.bincount(owner[vector], minlength=len(groups) + 1) / vector.size
+            for vectors in axes.values()
+            for vector in vectors
+        ]
+        table = np.array(rows).reshape(-1, len(groups) + 1)
+        self.per_unit = table[:, :-1] / np.array([group.channels for group in groups])
+        self.stay = table[:, -1]
+        self.starts = np.cumsum([0] + [len(vectors) for vectors in axes.values()])[:-1]
 
-    def macs(self, keep: dict[ChannelGroup, np.ndarray]) -> int:
-        kept = self.channels.kept_of(keep)
-        left: dict[str, float] = {}
-        for product in self.products:
-            left[product.node] = left.get(product.node, 1.0) * self.channels.share(product, kept)
-        return self.fixed + round(sum(self.own[name] * share for name, share in left.items()))
+    def macs(self, numbers: Sequence[int]) -> int:
+        """numbers: units kept by each group."""
+        if not len(self.own):
+            return self.fixed
+        shares = self.per_unit @ np.asarray(numbers, dtype=np.float64) + self.stay
+        return self.fixed + round(float(self.own @ np.multiply.reduceat(shares, self.starts)))
 
 
 def allocate(
@@ -210,7 +227,7 @@ def allocate(
     # Counts grow with the level, and so does the work.
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if budget.macs(units(at[middle])) <= target else (low, middle - 1)
+        low, high = (middle, high) if budget.macs(at[middle]) <= target else (low, middle - 1)
     numbers = at[low]
     while True:
         fuller = []
@@ -222,7 +239,7 @@ def allocate(
                 fuller.append((share if allocation == "uniform" else -value, i, more))
         for _, i, more in sorted(fuller):
             trial = [*numbers[:i], more, *numbers[i + 1 :]]
-            if budget.macs(units(trial)) <= target:
+            if budget.macs(trial) <= target:
                 numbers = trial
                 break
         else:

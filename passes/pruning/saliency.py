@@ -28,7 +28,8 @@ def scores(
     l1, l2: norms of the weights that make a unit (filters) and of those that read it, each weight's norms divided by
     their mean over the units so that all weights count alike; mean over the weights. bn-scale: |factor| of the batch
     norms behind the unit, likewise; l1 where there is none. These are relative to the group: their mean is 1.
-    taylor: E[(sum of w dL/dw)^2] over batches of `data`, L the cross entropy with the labels, or with the model's own
+    taylor: E[(dL/da)^2] over batches of `data`, a a factor of the unit's outputs (sum of w dL/dw over its batch norms'
+    factors and biases, else over its filters), L the cross entropy with the labels, or with the model's own
     decisions where there are none; comparable between groups as it is.
 
     Li et al., "Pruning Filters for Efficient ConvNets" (l1); Liu et al., "Learning Efficient Convolutional Networks
@@ -58,9 +59,10 @@ def _per_unit(values: torch.Tensor, member: Member) -> np.ndarray:
     return line[member.index].sum(1)
 
 
-def _norm_factors(program: Program) -> frozenset[str]:
+def _norm_factors(program: Program, *arguments: int) -> frozenset[str]:
     norm = torch.ops.aten.batch_norm.default
-    found = (n.args[1] for n in program.graph.nodes if n.op == "call_function" and n.target is norm)
+    norms = [n for n in program.graph.nodes if n.op == "call_function" and n.target is norm]
+    found = (n.args[i] for n in norms for i in arguments or (1,))
     return frozenset(str(a.target) for a in found if isinstance(a, torch.fx.Node))
 
 
@@ -68,6 +70,12 @@ def _taylor(program: Program, groups: Sequence[ChannelGroup], data: Dataset) -> 
     model = Trainable(program)
     model.train(False)
     weights = model.trainable()
+    norms = _norm_factors(program, 1, 2)
+    gates = []
+    for group in groups:
+        # The factor of an output is that of its norm; the filters before a norm would count it a second time.
+        made = [m for m in group.members if m.role != "in" and m.weight in weights]
+        gates.append([m for m in made if m.weight in norms] or made)
     totals = [np.zeros(group.channels) for group in groups]
     batches = range(0, len(data), TAYLOR_BATCH)
     for start in batches:
@@ -85,8 +93,7 @@ def _taylor(program: Program, groups: Sequence[ChannelGroup], data: Dataset) -> 
             for (path, w), g in zip(weights.items(), gradients, strict=True)
             if g is not None
         }
-        for total, group in zip(totals, groups, strict=True):
-            # What reads a unit changes the loss as much as what makes it: count the makers and their norms only.
-            made = [_per_unit(change[m.weight], m) for m in group.members if m.role != "in" and m.weight in change]
-            total += np.sum(made, axis=0) ** 2 if made else 0.0
+        for total, gate in zip(totals, gates, strict=True):
+            parts = [_per_unit(change[m.weight], m) for m in gate if m.weight in change]
+            total += np.sum(parts, axis=0) ** 2 if parts else 0.0
     return [total / len(batches) for total in totals]

@@ -19,7 +19,7 @@ CONSTANT = 1e-5
 
 @dataclass(frozen=True)
 class Shift:
-    """What to add to the outputs of the layer at `node`, over all outputs before removal; `kept` are those that stay."""
+    """What to add to the outputs of the layer at `node`, all that it had before; `kept` are those that stay."""
 
     node: str
     delta: torch.Tensor
