@@ -174,10 +174,11 @@ def rearrange(
 
     Each dependency group gets one order, ascending in the L1 norm summed over all of its layers that are pruned.
     Balanced blocks gain little from that, since groups of small filters keep as much as those of large ones: there,
-    filters are also exchanged between blocks as long as that retains more. The order that retains the most L1 mass is applied, if
-    that is more than without. Groups that cannot be reordered are reported. Returns
-    the orders by name of the group: unit i is what unit order[i] was. The function of the graph stays the same up to
-    the order of additions. pruned: paths of weights whose masks would have to move.
+    filters are also exchanged between blocks as long as that retains more. The order that retains the most L1 mass is
+    applied, if that is more than without. Groups that cannot be reordered are reported.
+
+    Returns the orders by name of the group: unit i is what unit order[i] was. The function of the graph stays the same
+    up to the order of additions. pruned: paths of weights whose masks would have to move.
     """
     wanted, channels = {t.path: t for t in targets}, Channels(module)
     tensors = {str(n.target): get_weight(module, n) for n in module.graph.nodes if n.op == "get_attr"}

@@ -44,8 +44,7 @@ class Stage(nn.Module):
         for norm in (self.bn0, self.bn1, self.bn2, self.bn3):
             norm.weight.data.uniform_(0.5, 1.5)
             norm.bias.data.normal_()
-            norm.running_mean.normal_()  # type: ignore[union-attr]
-            norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            norm.running_mean, norm.running_var = torch.randn(width), 0.5 + torch.rand(width)
         for layer in (self.a, self.b, self.pw):  # filters of different size, in no order
             layer.weight.data *= torch.rand(len(layer.weight)).reshape(-1, 1, 1, 1) + 0.1
 
@@ -139,7 +138,7 @@ def test_the_order_of_a_stage_is_that_of_the_sum_of_its_pruned_producers() -> No
     program = load_model(Two().eval(), input_shape=(1, 3, 4, 4))
     module = program.edit()
     orders = rearrange(module, prunable(module), Grain("block", (2, 1)), 0.5, False, Context())
-    total = sum(program.weights()[p].abs().sum((1, 2, 3)) for p in ("a.weight", "b.weight"))
+    total = torch.stack([program.weights()[p].abs().sum((1, 2, 3)) for p in ("a.weight", "b.weight")]).sum(0)
     if orders:  # only where it retains more
         assert orders["a"].tolist() == total.argsort(stable=True).tolist()
     assert "stem" not in orders  # nothing that is pruned makes these channels
