@@ -148,6 +148,55 @@ def _(q, k, size, scale, prefix):
     return k.new_empty((k.shape[0], k.shape[2] - prefix))
 
 
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _keep_for_gradient(ctx, inputs, output) -> None:
+    """Tensors and numbers of a call; what becomes of each token is found again, which is cheaper than to carry it."""
+    ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
+    ctx.numbers = [v for v in inputs if not isinstance(v, torch.Tensor)]
+
+
+def _through(ctx, gradient: torch.Tensor | None, slots: torch.Tensor, rows: int, weighted: bool) -> torch.Tensor | None:
+    """Gradient of x, the choice of tokens and their sizes taken as constants, as the papers train through them."""
+    if gradient is None:
+        return None
+    x, size = ctx.saved_tensors[:2]
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad(merge_tokens(x, size.detach(), slots, rows, weighted), x, gradient)[0]
+
+
+def _tome_gradient(ctx, gradient, _):
+    x, _, metric = ctx.saved_tensors
+    r, prefix, distilled = ctx.numbers
+    slots = tome_slots(metric, r, prefix, distilled)
+    return _through(ctx, gradient, slots, x.shape[1] - r, True), None, None, None, None, None
+
+
+def _reduce_gradient(ctx, gradient, _):
+    x, _, score = ctx.saved_tensors
+    prefix, keep, merge, weighted, _ = ctx.numbers
+    slots = reduce_slots(x, score, prefix, keep, merge)
+    return _through(ctx, gradient, slots, merge, weighted), None, None, None, None, None, None, None
+
+
+def _token_keep_gradient(ctx, gradient, _):
+    score = ctx.saved_tensors[2]
+    prefix, keep = ctx.numbers
+    return _through(ctx, gradient, keep_slots(score, prefix, keep), keep, False), None, None, None, None
+
+
+def _no_gradient(ctx, gradient):
+    return None, None, None, None, None
+
+
+tome_merge.register_autograd(_tome_gradient, setup_context=_keep_for_gradient)
+token_reduce.register_autograd(_reduce_gradient, setup_context=_keep_for_gradient)
+token_keep.register_autograd(_token_keep_gradient, setup_context=_keep_for_gradient)
+class_score.register_autograd(_no_gradient)
+
+
 # -- their parts, each one kernel --------------------------------------------------------------------------------------
 
 
