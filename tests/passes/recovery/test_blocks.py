@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,7 +28,6 @@ def test_blocks_in_order_compute_what_the_graph_computes(model: str) -> None:
     (source,) = [n.name for n in program.graph.nodes if n.op == "placeholder"]
     values = {source: x}
     for block in blocks:
-        values = {**{source: x}, **values}
         needed = {name: values[name] for name in block.inputs}
         block.run(program.module, needed)
         values.update({name: needed[name] for name in block.outputs})
@@ -37,7 +38,7 @@ def test_blocks_in_order_compute_what_the_graph_computes(model: str) -> None:
 def test_residual_blocks_are_blocks() -> None:
     blocks = find_blocks(network().module)
     assert [b.layers for b in blocks] == [("stem", "convs.0", "convs.1"), ("convs.2", "convs.3"), ("fc",)]
-    for before, after in zip(blocks, blocks[1:]):
+    for before, after in itertools.pairwise(blocks):
         assert len(after.inputs) == 1 and after.inputs == before.outputs
     assert "norms.1.weight" in blocks[0].weights and "convs.2.weight" not in blocks[0].weights
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgec import tokenops  # noqa: F401  (registers the operators)
 from edgec.data import Preprocess, load_data
 from edgec.errors import EdgecError
 from edgec.frontend import load_model
@@ -76,6 +77,29 @@ def test_a_fixed_batch_of_one_keeps_its_statistics() -> None:
     tuned = Finetune(steps=6, batch=8, lr=0.02).run(pruned, given)
     assert tuned.annotations["finetune"].best_step > 0
     assert torch.equal(tuned.weights()["bn.running_mean"], fixed.weights()["bn.running_mean"])
+
+
+@pytest.mark.parametrize("r", [1, 2])
+def test_gradients_pass_through_merged_and_dropped_tokens(r: int) -> None:
+    """The choice of tokens is a constant; the gradient is that of the tokens that stay and of those in means."""
+    generator = torch.Generator().manual_seed(r)
+    x = torch.randn(2, 7, 5, generator=generator, dtype=torch.float64).float().requires_grad_(True)
+    size, score = torch.ones(2, 7, 1), torch.rand(2, 6, generator=generator)
+    ops = torch.ops.edgec
+    for call in (
+        lambda x: ops.tome_merge(x, size, x.detach(), r, 1, False)[0],
+        lambda x: ops.token_reduce(x, size, score, 1, 6, 6 - r, False, False)[0],
+        lambda x: ops.token_keep(x, size, score, 1, 7 - r)[0],
+    ):
+        want = torch.randn(2, 5, generator=generator)
+        (got,) = torch.autograd.grad((call(x).sum(1) * want).sum(), x)
+        step = 1e-2 * torch.randn(2, 7, 5, generator=generator)
+        with torch.no_grad():
+            base = call(x).sum(1)
+            # linear in x as long as the choice is the same
+            moved = x.detach() + 1e-3 * step
+            change = ((call(moved).sum(1) - base) * want).sum() / 1e-3
+        assert float(change) == pytest.approx(float((got * step).sum()), rel=0.05, abs=2e-3)
 
 
 def test_integer_weights_are_refused() -> None:
