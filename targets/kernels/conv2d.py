@@ -172,6 +172,10 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
+    def prepared(self, x: Any, device: Device) -> Any:
+        """The input in the form that tiles read; emits what makes it."""
+        return x
+
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
         group = self.dot(device).group
@@ -321,6 +325,7 @@ class Conv2D(Weighted):
             if inner is not self:
                 source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
                 expand_copy(x, source, self, inner.ci)
+            source = inner.prepared(source, device)
             tile = self.tile(inner, device, shape, source, products, bias, factors, residual, y)
             runs = tiles(columns, shape.pixels)
             whole, rest = divmod(per_group, block)

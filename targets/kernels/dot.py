@@ -133,12 +133,13 @@ class Pairs(Dot):
 class Vnni(Dot):
     """AVX-512 VPDPBUSD: four products of unsigned and signed bytes per lane.
 
-    Input codes become unsigned by flipping their top bit, which adds 128.
+    Input codes become unsigned by flipping their top bit, which adds 128. flipped: they are already.
     """
 
     group: int = 4
     offset: int = 128
     dtype: str = "int8"
+    flipped: bool = False
 
     @property
     def held(self) -> tuple[int, str]:
@@ -146,7 +147,7 @@ class Vnni(Dot):
 
     def hold(self, x: Any) -> Any:
         codes = tirx.reinterpret(f"int8x{4 * self.lanes}", splat(tirx.reinterpret("int32", x), self.lanes))
-        return tirx.bitwise_xor(codes, const(-128, "int8", 4 * self.lanes))
+        return codes if self.flipped else tirx.bitwise_xor(codes, const(-128, "int8", 4 * self.lanes))
 
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         return [intrinsic("llvm.x86.avx512.vpdpbusd.512", f"int32x{self.lanes}", acc[0], x, w)]
