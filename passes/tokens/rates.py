@@ -241,7 +241,7 @@ class MaskedTokens(fx.Interpreter):
         assert self.score is not None
         # Tokens that are gone already come last, whatever is left of their score.
         score = self.score.detach() + self.alive[:, prefix:].detach().round()
-        order = score.argsort(1, descending=True, stable=True) + prefix
+        order = score.argsort(dim=1, descending=True, stable=True) + prefix
         order = torch.cat([torch.arange(prefix).expand(len(x), prefix), order], 1)[..., None]
         x = x.gather(1, order.expand_as(x))
         self.size = self.size.gather(1, order)
