@@ -81,9 +81,7 @@ class DiffRate(Pass):
             given = (at.x, at.size, score, at.prefix, kept, merged, self.merge_mean == "weighted", self.true_size)
             return *at.pair(torch.ops.edgec.token_reduce.default, *given), kept
 
-        return reduce_tokens(
-            ready, counts.merge, reduce, scheme=self.name, sized=True, proportional=self.proportional
-        )
+        return reduce_tokens(ready, counts.merge, reduce, scheme=self.name, sized=True, proportional=self.proportional)
 
     def _counts(self, ready: Prepared, context: Context) -> Counts:
         sites, blocks = len(ready.map.sites), ready.blocks

@@ -103,6 +103,7 @@ def fitted(prune: Sequence[float], merge: Sequence[float], ready: Prepared, targ
         return Counts(of(prune), of(merge)).clipped(found.tokens, found.prefix)
 
     low, high = 0.0, 1.0
+
     def above(strength: float) -> bool:
         return reduced_macs(ready, counts(strength)) > target
 
@@ -215,7 +216,7 @@ class MaskedTokens(fx.Interpreter):
 
     def _weights(self, n: fx.Node, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Softmax in which masked keys weigh nothing, except for themselves."""
-        scale = n.kwargs.get("scale")
+        scale: Any = n.kwargs.get("scale")
         logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)
         if self.proportional:
             logits = logits + self.size.log()[:, None, None, :, 0]
@@ -266,7 +267,9 @@ class MaskedTokens(fx.Interpreter):
         own = self.size[:, :merge] if self.weighted else torch.ones(len(x), merge, 1)
         mixed = share * self.size[:, None, merge:, 0] if self.weighted else share
         kept = (kept * own + mixed @ tail) / (own + mixed.sum(-1, keepdim=True))
-        self.size = torch.cat([self.size[:, :merge] + sizes.sum(-1, keepdim=True), self.size[:, merge:]], 1).clamp_min(1)
+        self.size = torch.cat([self.size[:, :merge] + sizes.sum(-1, keepdim=True), self.size[:, merge:]], 1).clamp_min(
+            1
+        )
         return torch.cat([kept, tail], 1)
 
 
@@ -338,5 +341,3 @@ def _dense_outputs(program: Program, data: Dataset, batch: int) -> list[torch.Te
         arrays, _ = data.read(slice(start, start + size))
         parts.append(program(*(torch.from_numpy(a) for a in arrays)))
     return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
-
-

@@ -128,7 +128,9 @@ def token_cost(program: Program, found: TokenMap) -> TokenCost:
     return TokenCost(found.tokens, constant, tuple(linear), tuple(quadratic))
 
 
-def formula_macs(tokens: int, width: int, patch: int, classes: int, after: Sequence[int], mlp_ratio: float = 4) -> float:
+def formula_macs(
+    tokens: int, width: int, patch: int, classes: int, after: Sequence[int], mlp_ratio: float = 4
+) -> float:
     """The cost model of the DiffRate paper, for a plain vision transformer of len(after) blocks.
 
     tokens include the prefix. Norms, softmax, matching and class rows are left out.
@@ -216,9 +218,7 @@ def reduce_tokens(
             continue
         users = list(site.add.users)
         with graph.inserting_before(site.add.next):
-            emitter = Emitter(
-                module, site, found.prefix, found.distilled, site.add, size or site.add, arriving, batch
-            )
+            emitter = Emitter(module, site, found.prefix, found.distilled, site.add, size or site.add, arriving, batch)
             if size is None:
                 emitter.size = emitter.rows(torch.ones(1, arriving, 1))
             made = reduce(emitter)
@@ -238,9 +238,7 @@ def reduce_tokens(
         for attention in site.flow.attentions:
             if mask is not None:
                 masks[attention] = (mask, size)
-        records.append(
-            SiteRecord(site.block, site.layer, arriving, kept, count, size.name)
-        )
+        records.append(SiteRecord(site.block, site.layer, arriving, kept, count, size.name))
         arriving = count
     for attention, (mask, _) in masks.items():
         attention.args = (*attention.args[:3], mask, *attention.args[4:])
@@ -291,5 +289,3 @@ def _weigh(graph: fx.Graph, pool: fx.Node, site: Site, size: fx.Node) -> None:
         mean = node(aten.div.Tensor, total, node(aten.sum.dim_IntList, weights, [tag.axis], keep))
     pool.replace_all_uses_with(mean)
     graph.erase_node(pool)
-
-

@@ -65,9 +65,7 @@ class ToMe(Pass):
             merged = at.pair(torch.ops.edgec.tome_merge.default, at.x, at.size, metric, r, at.prefix, at.distilled)
             return *merged, at.tokens
 
-        return reduce_tokens(
-            ready, after, merge, scheme=self.name, sized=True, proportional=self.proportional
-        )
+        return reduce_tokens(ready, after, merge, scheme=self.name, sized=True, proportional=self.proportional)
 
     def weaken(self, amount: float) -> ToMe:
         """r, or each entry of the schedule, times `amount`."""

@@ -77,10 +77,9 @@ def test_counts_follow_the_schedule_and_the_class_row_is_untouched() -> None:
 
 
 def test_sizes_sum_to_the_patches_with_true_sizes_and_no_pruning() -> None:
-    counts = {"prune": (17, 17, 17), "merge": (14, 10, 8)}
-    program = vit.exported()
-    exact = vit.sizes_of(DiffRate(true_size=True, **counts).run(program, Context()), vit.images())
-    scaled = vit.sizes_of(DiffRate(**counts).run(program, Context()), vit.images())
+    program, prune, merge = vit.exported(), (17, 17, 17), (14, 10, 8)
+    exact = vit.sizes_of(DiffRate(true_size=True, prune=prune, merge=merge).run(program, Context()), vit.images())
+    scaled = vit.sizes_of(DiffRate(prune=prune, merge=merge).run(program, Context()), vit.images())
     assert all(torch.equal(s.sum(1), torch.full((3, 1), 17.0)) for s in exact)
     assert all(bool((s.sum(1) < 17).all()) for s in scaled)
 

@@ -60,7 +60,13 @@ class ViT(nn.Module):
     """prefix: learned tokens (1 class, 2 with distillation, more registers; 0 none). pool: "class", "dist", "mean"."""
 
     def __init__(
-        self, blocks: int = 3, width: int = 16, heads: int = 2, prefix: int = 1, pool: str = "class", kind: str = "fused"
+        self,
+        blocks: int = 3,
+        width: int = 16,
+        heads: int = 2,
+        prefix: int = 1,
+        pool: str = "class",
+        kind: str = "fused",
     ) -> None:
         super().__init__()
         self.prefix, self.pool = prefix, pool
