@@ -90,12 +90,13 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding
     if binding is None:
         return None
     binding = dataclasses.replace(binding, origin=origin_of(node))
-    weight = getattr(node.args[1], "name", None) if masks and len(node.args) > 1 else None
-    if masks is None or weight not in masks:
+    mask = (masks or {}).get(getattr(node.args[1], "name", "")) if len(node.args) > 1 else None
+    if mask is None:
         return binding
-    if not isinstance(binding.spec, Conv2D):
+    weight = binding.weights.get("w")
+    if not isinstance(binding.spec, Conv2D) or weight is None:
         return dataclasses.replace(binding, dense=f"{binding.spec.name} has no block-sparse kernel")
-    return dataclasses.replace(binding, mask=masks[weight].reshape(np.shape(binding.weights["w"])))
+    return dataclasses.replace(binding, mask=mask.reshape(weight.shape))
 
 
 def _dtype(node: Any) -> str:

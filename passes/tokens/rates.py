@@ -216,7 +216,7 @@ class MaskedTokens(fx.Interpreter):
 
     def _weights(self, n: fx.Node, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Softmax in which masked keys weigh nothing, except for themselves."""
-        scale = n.kwargs.get("scale")
+        scale: Any = n.kwargs.get("scale")
         logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)
         if self.proportional:
             logits = logits + self.size.log()[:, None, None, :, 0]
@@ -242,7 +242,7 @@ class MaskedTokens(fx.Interpreter):
         assert self.score is not None
         # Tokens that are gone already come last, whatever is left of their score.
         score = self.score.detach() + self.alive[:, prefix:].detach().round()
-        order = score.argsort(1, descending=True, stable=True) + prefix
+        order = score.argsort(dim=1, descending=True, stable=True) + prefix
         order = torch.cat([torch.arange(prefix).expand(len(x), prefix), order], 1)[..., None]
         x = x.gather(1, order.expand_as(x))
         self.size = self.size.gather(1, order)

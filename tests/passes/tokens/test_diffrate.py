@@ -30,7 +30,7 @@ def eager(model: vit.ViT, x: torch.Tensor, weighted: bool, true_size: bool) -> A
         keep, left = PRUNE[block], MERGE[block]
         logits = q[:, :, :1] @ k.transpose(2, 3) * q.shape[-1] ** -0.5 + size.log()[:, None, None, :, 0]
         score = logits.softmax(-1)[:, :, 0, p:].mean(1)
-        order = score.argsort(1, descending=True, stable=True)[:, : keep - p] + p
+        order = score.argsort(dim=1, descending=True, stable=True)[:, : keep - p] + p
         order = torch.cat([torch.arange(p).expand(len(x), p), order], 1)[..., None]
         x, size = x.gather(1, order.expand(-1, -1, x.shape[2])), size.gather(1, order)
         if left == keep:
@@ -68,23 +68,18 @@ def test_it_is_the_reference(options: dict[str, Any], mean: str, true_size: bool
 
 def test_counts_follow_the_schedule_and_the_class_row_is_untouched() -> None:
     after = DiffRate(prune=PRUNE, merge=MERGE, class_rows=False).run(vit.exported(), Context())
-    from tests.passes.tokens.test_tome import values
-
     nodes = [n for n in after.graph.nodes if is_call(n, torch.ops.edgec.token_reduce.default)]
     assert len(nodes) == 2, "the third keeps what arrives"
     for node, count in zip(nodes, MERGE):
-        x, (y, size) = values(after, vit.images(), [node.args[0].name, node.name])
+        x, (y, size) = vit.values(after, vit.images(), [node.args[0].name, node.name])
         assert y.shape == (3, count, 16) and torch.equal(y[:, 0], x[:, 0])
         assert bool((size.sum(1) < 17).all()), "pruned tokens and similarities below one count for less"
 
 
 def test_sizes_sum_to_the_patches_with_true_sizes_and_no_pruning() -> None:
-    from tests.passes.tokens.test_tome import sizes_of
-
-    counts = {"prune": (17, 17, 17), "merge": (14, 10, 8)}
-    program = vit.exported()
-    exact = sizes_of(DiffRate(true_size=True, **counts).run(program, Context()), vit.images())
-    scaled = sizes_of(DiffRate(**counts).run(program, Context()), vit.images())
+    program, prune, merge = vit.exported(), (17, 17, 17), (14, 10, 8)
+    exact = vit.sizes_of(DiffRate(true_size=True, prune=prune, merge=merge).run(program, Context()), vit.images())
+    scaled = vit.sizes_of(DiffRate(prune=prune, merge=merge).run(program, Context()), vit.images())
     assert all(torch.equal(s.sum(1), torch.full((3, 1), 17.0)) for s in exact)
     assert all(bool((s.sum(1) < 17).all()) for s in scaled)
 
@@ -238,5 +233,5 @@ def test_merging_keeps_more_than_pruning_alone(data: Dataset) -> None:
 
 
 def test_tome_and_diffrate_do_not_follow_each_other() -> None:
-    once, context = ToMe(r=2).run(vit.exported(), Context()), Context()
+    once, context = vit.applied(ToMe(r=2)), Context()
     assert DiffRate().run(once, context) is once and context.skipped

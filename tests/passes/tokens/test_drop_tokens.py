@@ -11,7 +11,6 @@ from edgec.passbase import Context
 from edgec.passes.tokens.drop_tokens import DropTokens
 from edgec.program import is_call
 from tests.passes.tokens import vit
-from tests.passes.tokens.test_tome import values
 
 pytestmark = pytest.mark.pure
 SCHEDULE = (4, 3, 2)
@@ -41,7 +40,7 @@ def test_random_tokens_depend_on_the_seed_alone(dynamic: bool) -> None:
     x = vit.images(2)
     assert torch.equal(a(x)[0], again(x)[0]) and not torch.equal(a(x)[0], b(x)[0])
     for node in [n for n in a.graph.nodes if is_call(n, torch.ops.edgec.token_keep.default)]:
-        before, (after, _) = values(a, x, [node.args[0].name, node.name])
+        before, (after, _) = vit.values(a, x, [node.args[0].name, node.name])
         # Every kept row is one that came in, and the class token comes first.
         assert torch.equal(after[:, 0], before[:, 0])
         assert bool((after[:, :, None] == before[:, None]).all(-1).any(-1).all())

@@ -94,7 +94,8 @@ class Attention(vit.ViT):
         self.attend, self.bias = attend, nn.Parameter(torch.randn(1, 2, 17, 17))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, block = self.embed(x), self.blocks[0]
+        block: Any = self.blocks[0]
+        x = self.embed(x)
         y = self.attend(self, *block.project(block.norm1(x)))
         return self.readout(x + block.proj(y.transpose(1, 2).reshape(x.shape)))
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from edgec.frontend import load_model
+from edgec.passbase import Context, Pass
 from edgec.program import Program
 
 # (x, size, k, q, block) -> (x, size): what is done between attention and MLP.
@@ -135,6 +136,32 @@ def program(vit: nn.Module, dynamic: bool = True) -> Program:
 def exported(dynamic: bool = True, **options: Any) -> Program:
     """The Program of `model(**options)`, made once."""
     return program(model(**options), dynamic)
+
+
+@functools.cache
+def applied(step: Pass, dynamic: bool = True, **options: Any) -> Program:
+    """The pass on `exported(...)`, run once."""
+    return step.run(exported(dynamic, **options), Context())
+
+
+def values(program: Program, x: torch.Tensor, names: list[str]) -> list[Any]:
+    """What the nodes of these names compute for x."""
+    found: dict[str, Any] = {}
+
+    class Keep(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            found[n.name] = super().run_node(n)
+            return found[n.name]
+
+    with torch.no_grad():
+        Keep(program.module).run(x)
+    return [found[name] for name in names]
+
+
+def sizes_of(program: Program, x: torch.Tensor) -> list[torch.Tensor]:
+    """Sizes [B, N, 1] behind each reduction."""
+    names = [n.name for n in program.graph.nodes if n.op == "call_function" and "edgec.to" in str(n.target)]
+    return [sizes for _, sizes in values(program, x, names)]
 
 
 def images(batch: int = 3, seed: int = 1) -> torch.Tensor:
