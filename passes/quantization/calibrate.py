@@ -118,22 +118,23 @@ def calibrate_by_gradients(
         with torch.enable_grad():
             results = runner.run(*batch)
             outputs = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
-            loss = sum(_drawn(y, generator) for y in outputs if y.requires_grad)
+            losses = [_drawn(y, generator) for y in outputs if y.requires_grad]
+            if not losses:
+                raise _no_gradient("no output depends smoothly on what is quantised")
             nodes = list(runner.values)
-            found: Any = [None] * len(nodes)
-            if isinstance(loss, torch.Tensor):
-                try:
-                    found = torch.autograd.grad(loss, [runner.values[n] for n in nodes], allow_unused=True)
-                except (RuntimeError, NotImplementedError) as error:
-                    raise EdgecError(
-                        f"has an operator without gradient: {first_line(error)}",
-                        where="observer=hessian",
-                        hint="use observer=mse",
-                    ) from error
+            try:
+                values = [runner.values[n] for n in nodes]
+                found = torch.autograd.grad(torch.stack(losses).sum(), values, allow_unused=True)
+            except (RuntimeError, NotImplementedError) as error:
+                raise _no_gradient(first_line(error)) from error
         for node, gradient in zip(nodes, found, strict=True):
             value = runner.values[node].detach()
             watched[node].update(value, torch.zeros_like(value) if gradient is None else gradient.square())
         runner.values.clear()
+
+
+def _no_gradient(reason: str) -> EdgecError:
+    return EdgecError(f"has an operator without gradient: {reason}", where="observer=hessian", hint="use observer=mse")
 
 
 def _drawn(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
