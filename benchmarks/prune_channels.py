@@ -209,11 +209,11 @@ def accuracy(names: list[str], steps: int, step: PruneChannels, seed: int) -> No
         test = load_data(f"{shared / 'data/datasets/cifar10_test.npz'}", program.inputs, preprocess)
 
         def top1(candidate: Program, test: Dataset = test) -> float:
-            hits = [
-                (candidate(*inputs)[0].argmax(1).numpy() == labels).mean() * len(labels)
-                for inputs, labels in test.batches(251)
-            ]
-            return 100 * float(sum(hits)) / len(test)
+            hits = []
+            for inputs, labels in test.batches(251):
+                assert labels is not None
+                hits.append(int((candidate(*inputs)[0].argmax(1).numpy() == labels).sum()))
+            return 100 * sum(hits) / len(test)
 
         context = Context(calibration=train.limit(256), training=train, teacher=program, seed=seed)
         pruned = step.run(program, context)

@@ -612,8 +612,8 @@ class Channels:
         if name in ("select", "unbind", "index_select"):
             self._fix(labels, _argument(node, "dim", 1, 0), node, what)
         elif name in ("roll", "flip"):
-            dims = node.args[2] if name == "roll" and len(node.args) > 2 else node.args[1]
-            for axis in dims if isinstance(dims, (list, tuple)) else [dims]:
+            dims = _argument(node, "dims", 2 if name == "roll" else 1, range(labels.dim()))
+            for axis in [dims] if isinstance(dims, int) else dims:
                 self._fix(labels, axis, node, what)
         elif name == "index":
             for axis, index in enumerate(node.args[1]):  # type: ignore[arg-type]
