@@ -119,8 +119,8 @@ class QuantizeMixed(Pass):
         """Returns the integer Program; annotation `quantize-mixed` holds a MixedSummary, `reconstruct` a
         LowBitSummary.
 
-        A budget below the least that is allowed is reported and the least is taken. Raises EdgecError for a cost without a
-        table, and a table that lacks a layer.
+        A budget below the least that is allowed is reported and the least is taken. Raises EdgecError for a cost
+        without a table, and for a table that lacks a layer.
         """
         if bool(self.cost) != bool(self.table):
             raise EdgecError("cost and table go together", where=f"{self.name}{{cost}}", hint="give both or none")

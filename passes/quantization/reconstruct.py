@@ -263,7 +263,7 @@ def _chosen(like: torch.Tensor, probability: float, generator: torch.Generator) 
     """1.0 for each element with this probability, rounded to 1/256, else 0.0; `lerp` with it takes values unchanged."""
     count = like.numel()
     words = torch.empty(-(-count // 4), dtype=torch.int32).random_(-(1 << 31), (1 << 31) - 1, generator=generator)
-    below = words.view(torch.uint8)[:count] < round(256 * probability)
+    below = words.view(torch.uint8)[:count].to(torch.int16) < round(256 * probability)
     return below.view(like.shape).to(like.dtype)
 
 
