@@ -33,15 +33,22 @@ _library: Any = None
 
 
 def load(name: str) -> nn.Module:
-    """The network with weights drawn from SEED, in evaluation mode; input float32 [n, 3, 224, 224].
+    """`create` for one of the networks that the speed comparisons know, MODELS. Raises EdgecError for other names."""
+    if name not in MODELS:
+        raise EdgecError("is not a timm model of the benchmark", where=name, hint=f"use {', '.join(MODELS)}")
+    return create(name)
+
+
+def create(name: str) -> nn.Module:
+    """Any network of timm with weights drawn from SEED, in evaluation mode; input float32 [n, 3, 224, 224].
 
     Batch normalisations get statistics and factors of trained-like spread: with timm's own (mean 0, variance 1, factor
     1) folding them would change nothing, and int8 ranges would be unlike those of any trained network.
-    Raises EdgecError for a name that is not in MODELS and when timm is not installed.
+    Raises EdgecError when timm is not installed or has no such network.
     """
-    if name not in MODELS:
-        raise EdgecError("is not a timm model of the benchmark", where=name, hint=f"use {', '.join(MODELS)}")
     timm = _import_timm()
+    if not timm.is_model(name):
+        raise EdgecError("is not a network of timm", where=name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = timm.create_model(name, pretrained=False).eval()

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
+from edgec.sparsity import Carrier
 
 aten = torch.ops.aten
 
@@ -54,12 +55,14 @@ BINARY = (
 )
 
 
-def as_conv2d(module: fx.GraphModule) -> fx.GraphModule:
+def as_conv2d(module: fx.GraphModule, masks: Carrier | None = None) -> fx.GraphModule:
     """Rewrite 1-D and transposed convolutions of batches by stored weights, in place; returns `module`.
 
     Values that other operators read keep their shape: for 1-D ones a squeeze stands between them and the map of height
     1, on which element-wise operators, pools and concatenations behind the convolution work as well. New values carry
     `meta["val"]`.
+
+    masks: the sparsity records; those of 1-D convolutions follow their weights.
     """
     for node in list(module.graph.nodes):
         rule = RULES.get(node.target) if node.op == "call_function" else None
@@ -70,6 +73,8 @@ def as_conv2d(module: fx.GraphModule) -> fx.GraphModule:
             if call is None:
                 continue
             target, args, kwargs = call
+            if masks is not None and is_call(node, aten.conv1d.default, aten.conv1d.padding):
+                masks.move(str(node.args[1].target), str(args[1].target), lambda mask: mask.unsqueeze(2))
             new = module.graph.call_function(target, args, kwargs)
             _describe(new, node, node.meta["val"].unsqueeze(2))
             back = module.graph.call_function(aten.squeeze.dims, (new, [2]))

@@ -29,12 +29,17 @@ class ModelSummary:
     integer: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Plain data; what is kept of pruned weights is there where some are."""
+        cost, layers = self.cost.to_json(), [asdict(r) for r in self.rows]
+        if self.cost.kept_params == self.cost.params:
+            cost = {key: value for key, value in cost.items() if not key.startswith("kept_")}
+            layers = [{key: value for key, value in row.items() if key != "density"} for row in layers]
         return {
             "name": self.name,
             "inputs": [asdict(s) for s in self.inputs],
             "outputs": [asdict(s) for s in self.outputs],
-            "cost": self.cost.to_json(),
-            "layers": [{**asdict(r), "integer": i} for r, i in zip(self.rows, self.integer, strict=True)],
+            "cost": cost,
+            "layers": [{**r, "integer": i} for r, i in zip(layers, self.integer, strict=True)],
         }
 
 

@@ -179,6 +179,20 @@ def dequantize(q: ArrayLike, scale: float, zero_point: int) -> NDArray[np.float3
     return np.float32(scale) * (np.asarray(q, np.int32) - zero_point).astype(np.float32)
 
 
+def dequantize_weight(codes: Codes, scale: NDArray[np.float32], zero: Codes | None, group: int) -> NDArray[np.float32]:
+    """scale * (code - zero) in float32, where `group` input channels of an output channel share scale and zero.
+
+    codes: int8 [outputs, inputs, ...]; scale, zero: [outputs, ceil(inputs / group)]. The difference is exact and the
+    product rounded once.
+    """
+    shape = (*codes.shape[:2], *[1] * (codes.ndim - 2))
+    spread = np.arange(codes.shape[1]) // group
+    wide = codes.astype(np.int32)
+    if zero is not None:
+        wide = wide - zero.astype(np.int32)[:, spread].reshape(shape)
+    return wide.astype(np.float32) * scale[:, spread].reshape(shape)
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ Schema of `Ledger.to_json()`; keys always come in this order:
     {"stages": [{"name",
                  "metric": {"name", "unit", "value", "n", "reference", "drop", "ci95": [low, high] | null},
                  "fidelity": {"cosine", "sqnr_db", "agreement"},
-                 "cost": {"params", "macs", "weight_bytes"},
+                 "cost": {"params", "macs", "weight_bytes"[, "kept_params", "kept_macs"]},
                  "seconds"}],
      "skipped": [{"layer", "what", "reason"}],
      "device": null | {"target", "runner", "metric": null | {...}, "bit_exact", "max_abs_error", "arena_bytes",
@@ -13,8 +13,9 @@ Schema of `Ledger.to_json()`; keys always come in this order:
      "meta": {...}}
 
 Units: metrics named with unit "fraction" are 0..1 and their drops are in percentage points; dB stays dB; sizes are
-bytes. A number that is NaN or infinite is null. `seconds` is wall-clock time and the only thing that may differ
-between two equal compiles: `to_json(volatile=False)` leaves it out.
+bytes. The costs `kept_...` leave out pruned elements and are there where some are. A number that is NaN or infinite is
+null. `seconds` is wall-clock time and the only thing that may differ between two equal compiles:
+`to_json(volatile=False)` leaves it out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from edgec.metrics import FRACTION, Comparison, Metric
 from edgec.passbase import Skip
 
 COST_KEYS = ("params", "macs", "weight_bytes")
+KEPT_KEYS = ("kept_params", "kept_macs")
 LADDER_HEADER = ("step", "metric", "drop", "95 % CI", "cosine", "SQNR", "agreement", "params", "MACs", "weights")
 
 
@@ -105,7 +107,7 @@ class StageRecord:
             cosine=_number(comparison.cosine),
             sqnr_db=_number(comparison.sqnr_db),
             agreement=_number(comparison.agreement),
-            cost={key: int(cost[key]) for key in COST_KEYS},
+            cost=_cost(cost),
             seconds=float(seconds),
         )
 
@@ -114,7 +116,7 @@ class StageRecord:
             "name": self.name,
             "metric": self.metric.to_json(),
             "fidelity": {"cosine": self.cosine, "sqnr_db": self.sqnr_db, "agreement": self.agreement},
-            "cost": {key: self.cost[key] for key in COST_KEYS},
+            "cost": _cost(self.cost),
         }
         return {**record, "seconds": round(self.seconds, 3)} if volatile else record
 
@@ -127,7 +129,7 @@ class StageRecord:
             cosine=fidelity["cosine"],
             sqnr_db=fidelity["sqnr_db"],
             agreement=fidelity["agreement"],
-            cost={key: data["cost"][key] for key in COST_KEYS},
+            cost=_cost(data["cost"]),
             seconds=data.get("seconds", 0.0),
         )
 
@@ -261,8 +263,8 @@ class Ledger:
                 _format(stage.cosine, "{:.5f}"),
                 _format(stage.sqnr_db, "{:.1f} dB"),
                 _format(stage.agreement, "{:.2%}").replace("%", " %"),
-                f"{stage.cost['params']:,}",
-                f"{stage.cost['macs']:,}",
+                _count(stage.cost, "params"),
+                _count(stage.cost, "macs"),
                 format_bytes(stage.cost["weight_bytes"]),
             )
             for stage in self.stages
@@ -291,6 +293,19 @@ def _metric_cells(metric: MetricRecord) -> tuple[str, str, str]:
     value = None if metric.value is None else metric.value * (100 if fraction else 1)
     interval = "" if metric.ci95 is None else f"{metric.ci95[0]:+.2f} … {metric.ci95[1]:+.2f}"
     return _format(value, "{:.2f} " + ("%" if fraction else metric.unit)), _format(metric.drop, "{:+.2f}"), interval
+
+
+def _cost(given: Mapping[str, int]) -> dict[str, int]:
+    """The costs in their order; without what is kept where that is everything."""
+    cost = {key: int(given[key]) for key in COST_KEYS}
+    kept = {key: int(given[key]) for key in KEPT_KEYS if key in given}
+    return {**cost, **kept} if any(kept[k] != cost[k.removeprefix("kept_")] for k in kept) else cost
+
+
+def _count(cost: Mapping[str, int], key: str) -> str:
+    """`272,474`, or `272,474 (50 % kept)`."""
+    kept = cost.get(f"kept_{key}", cost[key])
+    return f"{cost[key]:,}" if kept == cost[key] else f"{cost[key]:,} ({kept / cost[key]:.0%} kept)".replace("%", " %")
 
 
 def _format(value: float | None, template: str) -> str:

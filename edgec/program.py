@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from edgec.errors import EdgecError
-from edgec.sparsity import check_sparsity
+from edgec.sparsity import Sparsity, check_sparsity, sparsities
 
 MAX_BATCH = 1024
 
@@ -102,7 +102,7 @@ class Program:
             if node.op not in ("placeholder", "output", "get_attr"):
                 node.meta["edgec_layer"] = node.meta.get("custom", {}).get("edgec_layer") or _layer_from_origin(node)
         program = Program(name=name, module=module, example_inputs=tuple(examples), dynamic_batch=dynamic)
-        return program.replace(module=module, check_signature=False)
+        return program.replace(module, _stored_masks(module), check_signature=False)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -193,8 +193,10 @@ class Program:
         program.export()
         return program
 
-    def export(self, batch: int | None = None) -> torch.export.ExportedProgram:
+    def export(self, batch: int | None = None, *, masks: bool = False) -> torch.export.ExportedProgram:
         """Re-export the graph. `batch` fixes the batch size; by default the batch stays as it is.
+
+        masks: write the sparsity records into the nodes, so that `from_exported` finds them.
 
         Raises EdgecError when torch.export refuses the graph.
         """
@@ -203,6 +205,7 @@ class Program:
         if batch is None and self.dynamic_batch:
             dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
             shapes = tuple({0: dim} for _ in inputs)
+        records = sparsities(self.annotations) if masks else {}
         for node in self.graph.nodes:
             # torch.export copies this field, and no other of ours, to the new graph and into .pt2 files.
             node.meta["custom"] = {
@@ -210,6 +213,9 @@ class Program:
                 "edgec_origin": origin_of(node),
                 **self._grid(node),
             }
+            sparse = {i: records[str(a.target)].to_json() for i, a in _weights_of(node) if str(a.target) in records}
+            if sparse:
+                node.meta["custom"]["edgec_sparsity"] = sparse
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -229,10 +235,10 @@ class Program:
         return tuple(x[:1].expand(batch, *x.shape[1:]).contiguous() for x in self.example_inputs)
 
     def save(self, path: str | Path) -> None:
-        """Write the Program as a `.pt2` file that `torch.export.load` reads."""
+        """Write the Program as a `.pt2` file that `torch.export.load` reads; masks of pruned weights come along."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = self.export()
+            exported = self.export(masks=True)
             for node in exported.graph.nodes:
                 # Addresses of graphs in this process: they differ between equal files.
                 node.meta.pop("from_node", None)
@@ -342,6 +348,11 @@ def weight_node(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.N
     return node
 
 
+def weight_paths(module: fx.GraphModule) -> set[str]:
+    """Paths of the weights that something in the graph reads."""
+    return {str(n.target) for n in module.graph.nodes if n.op == "get_attr" and n.users}
+
+
 def propagate(module: fx.GraphModule, inputs: tuple[torch.Tensor, ...]) -> None:
     """Set meta["val"] of every node to a fake tensor of the shape it has for `inputs`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -376,6 +387,24 @@ def _drop_unused_weights(module: fx.GraphModule) -> None:
             for part in parents:
                 owner = getattr(owner, part)
             delattr(owner, leaf)
+
+
+def _weights_of(node: fx.Node) -> list[tuple[str, fx.Node]]:
+    """The weights among a call's positional arguments, with their position as text."""
+    if node.op != "call_function":
+        return []
+    return [(str(i), a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"]
+
+
+def _stored_masks(module: fx.GraphModule) -> dict[str, Sparsity]:
+    """The sparsity records that `save` wrote into the nodes, by weight path."""
+    found: dict[str, Sparsity] = {}
+    for node in module.graph.nodes:
+        stored = node.meta.get("custom", {}).pop("edgec_sparsity", {})
+        for position, weight in _weights_of(node):
+            if position in stored:
+                found[str(weight.target)] = Sparsity.from_json(stored[position])
+    return found
 
 
 def _layer_from_origin(node: fx.Node) -> str:

@@ -24,6 +24,7 @@ import torch
 from torch._export.serde.schema import SCHEMA_VERSION
 
 from edgec import qops as qops  # registers the operators of quantised Programs
+from edgec import tokenops as tokenops  # and those of token reduction
 from edgec.errors import EdgecError
 from edgec.origin import first_line
 from edgec.quiet import quiet

@@ -49,6 +49,26 @@ def _(q, scale, zero_point):
     return q.new_empty(q.shape, dtype=torch.float32)
 
 
+@torch.library.custom_op(
+    "edgec::dequantize_weight",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, Tensor? zero, int group) -> Tensor",
+)
+def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, group: int) -> torch.Tensor:
+    """float32 weights of a layer that stores codes: `scale` per group; see `edgec.integer.dequantize_weight`."""
+    shape = (*codes.shape[:2], *[1] * (codes.dim() - 2))
+    spread = torch.arange(codes.shape[1], device=codes.device) // group
+    wide = codes.to(torch.int32)
+    if zero is not None:
+        wide = wide - zero.to(torch.int32)[:, spread].reshape(shape)
+    return wide.to(torch.float32) * scale[:, spread].reshape(shape)
+
+
+@dequantize_weight.register_fake
+def _(codes, scale, zero, group):
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 

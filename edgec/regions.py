@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from edgec import qops as qops
+from edgec import tokenops
 from edgec.integer import QMAX, QMIN
 
 ACTIVATIONS = {
@@ -317,3 +318,101 @@ def attention(
 @attention.register_fake
 def _(q, k, v, mask, shape, q_view, k_view, v_view, mask_view, factor, causal, scale, zero_point):
     return _encoded(q.new_empty((shape[0], shape[2], shape[1] * shape[5])), scale)
+
+
+# -- token reduction, see `edgec.tokenops` -----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("edgec::tome_slots", mutates_args=())
+def tome_slots(
+    metric: torch.Tensor, shape: list[int], view: list[int], r: int, prefix: int, distilled: bool
+) -> torch.Tensor:
+    """int32 slots [batch, tokens] of `tokenops.tome_merge`; metric: mean over heads of a view of a tensor.
+
+    shape: [batch, heads, tokens, depth]; view: [offset, strides] into the elements of the tensor.
+    """
+    keys = metric.contiguous().as_strided(shape, view[1:], view[0])
+    return tokenops.tome_slots(keys.mean(1), r, prefix, distilled)
+
+
+@tome_slots.register_fake
+def _(metric, shape, view, r, prefix, distilled):
+    return metric.new_empty((shape[0], shape[2]), dtype=torch.int32)
+
+
+@torch.library.custom_op("edgec::reduce_slots", mutates_args=())
+def reduce_slots(
+    x: torch.Tensor | None, score: torch.Tensor, prefix: int, keep: int, merge: int, ordered: bool
+) -> torch.Tensor:
+    """int32 slots [batch, tokens] of `tokenops.token_reduce`, or of `token_keep` without `ordered`.
+
+    x is given where tokens are merged (merge < keep).
+    """
+    if not ordered:
+        return tokenops.keep_slots(score, prefix, keep)
+    if x is None:
+        x = score.new_empty((score.shape[0], score.shape[1] + prefix, 1))
+    return tokenops.reduce_slots(x, score, prefix, keep, merge)
+
+
+@reduce_slots.register_fake
+def _(x, score, prefix, keep, merge, ordered):
+    return score.new_empty((score.shape[0], score.shape[1] + prefix), dtype=torch.int32)
+
+
+@torch.library.custom_op("edgec::merge_tokens", mutates_args=())
+def merge_tokens(
+    x: torch.Tensor, size: torch.Tensor | None, slots: torch.Tensor, rows: int, merges: bool
+) -> torch.Tensor:
+    """Rows of x [batch, tokens, C] in their slots, means where they merge: weighted where sizes are given."""
+    weight = torch.ones_like(x[:, :, :1]) if size is None else size
+    return tokenops.merge_tokens(x, weight, slots, rows, True)
+
+
+@merge_tokens.register_fake
+def _(x, size, slots, rows, merges):
+    return x.new_empty((x.shape[0], rows, x.shape[2]))
+
+
+@torch.library.custom_op("edgec::merge_sizes", mutates_args=())
+def merge_sizes(size: torch.Tensor, slots: torch.Tensor, x: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """Sizes [batch, tokens, 1] summed by slots; with x, those of sources scaled by their cosines."""
+    return tokenops.merge_sizes(size.contiguous(), slots, rows, x)
+
+
+@merge_sizes.register_fake
+def _(size, slots, x, rows):
+    return size.new_empty((size.shape[0], rows, 1))
+
+
+@torch.library.custom_op("edgec::class_scores", mutates_args=())
+def class_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    size: torch.Tensor | None,
+    shape: list[int],
+    q_view: list[int],
+    k_view: list[int],
+    scale: float,
+    prefix: int,
+) -> torch.Tensor:
+    """`tokenops.class_score` of views [offset, strides] of tensors; shape: [batch, heads, tokens, depth]."""
+    first = q.contiguous().as_strided((*shape[:2], 1, shape[3]), q_view[1:], q_view[0])
+    known = k.contiguous().as_strided(shape, k_view[1:], k_view[0])
+    return tokenops.class_score(first, known, size, scale, prefix)
+
+
+@class_scores.register_fake
+def _(q, k, size, shape, q_view, k_view, scale, prefix):
+    return k.new_empty((shape[0], shape[2] - prefix))
+
+
+@torch.library.custom_op("edgec::log_sizes", mutates_args=())
+def log_sizes(size: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm."""
+    return size.log().contiguous()
+
+
+@log_sizes.register_fake
+def _(size):
+    return size.new_empty(size.shape)

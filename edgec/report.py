@@ -397,7 +397,7 @@ def _cost(stages: Sequence[Row]) -> list[Row]:
             "cells": [
                 {
                     "label": label,
-                    "text": form((stage.get("cost") or {}).get(key)),
+                    "text": form((stage.get("cost") or {}).get(key)) + _kept(stage.get("cost") or {}, key),
                     "width": _percent(((stage.get("cost") or {}).get(key) or 0) / top[key]) if top[key] else "0%",
                 }
                 for key, label, form in columns
@@ -405,6 +405,12 @@ def _cost(stages: Sequence[Row]) -> list[Row]:
         }
         for stage in stages
     ]
+
+
+def _kept(cost: Row, key: str) -> str:
+    """What is left of a cost without pruned elements, where some are."""
+    kept, whole = cost.get(f"kept_{key}"), cost.get(key)
+    return "" if not whole or kept is None or kept == whole else f" ({_number(100 * kept / whole, 0)} % kept)"
 
 
 def _layers(sensitivity: Sequence[Row]) -> Row:

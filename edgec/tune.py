@@ -261,7 +261,7 @@ def tune_model(
     table = _existing(output)
     program = load_model(model, input_shape=input_shape)
     program = _transformed(program, passes, data, (mean, std, input_scale), device, seed)
-    bindings = [b for b in kernel_bindings(program) if hasattr(b.spec, "candidates")]
+    bindings = [b for b in kernel_bindings(program, device) if hasattr(b.spec, "candidates")]
     if not bindings:
         raise EdgecError("has no convolution or linear layer to tune", where=program.name)
     specs: dict[str, Any] = {}

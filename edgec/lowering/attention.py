@@ -41,7 +41,7 @@ HIDDEN = -1e4
 
 
 @dataclass
-class _Match:
+class Match:
     """softmax(scale * q keys + mask) v. keys: k, or k with the last two axes exchanged where `swapped`."""
 
     last: fx.Node
@@ -64,7 +64,7 @@ def fuse_attention(module: fx.GraphModule) -> None:
         if is_call(node, aten.scaled_dot_product_attention.default):
             match = _whole(module, node)
         elif is_call(node, *SOFTMAX):
-            match = _composed(module, node)
+            match = softmax_attention(module, node)
         else:
             continue
         if match is not None:
@@ -130,7 +130,7 @@ def _exchanged(node: Any) -> bool:
 # -- recognition -------------------------------------------------------------------------------------------------------
 
 
-def _whole(module: fx.GraphModule, node: Any) -> _Match | None:
+def _whole(module: fx.GraphModule, node: Any) -> Match | None:
     q, k, v = node.args[:3]
     mask, dropout = argument(node, 3, "attn_mask", None), argument(node, 4, "dropout_p", 0.0)
     causal, scale = bool(argument(node, 5, "is_causal", False)), node.kwargs.get("scale")
@@ -140,11 +140,11 @@ def _whole(module: fx.GraphModule, node: Any) -> _Match | None:
     if dropout or not all(is_tensor(x) for x in (q, k, v)):
         return None
     scale = 1 / math.sqrt(shape_of(q)[-1]) if scale is None else float(scale)
-    match = _Match(node, q, k, v, scale, causal=causal, group=group)
+    match = Match(node, q, k, v, scale, causal=causal, group=group)
     return match if mask is None or _add_mask(module, match, mask) else None
 
 
-def _composed(module: fx.GraphModule, softmax: Any) -> _Match | None:
+def softmax_attention(module: fx.GraphModule, softmax: Any) -> Match | None:
     """From the softmax down to the second product and up to the first one."""
     if int(softmax.args[1]) not in (-1, len(shape_of(softmax)) - 1) or not is_tensor(softmax.args[0]):
         return None
@@ -154,7 +154,7 @@ def _composed(module: fx.GraphModule, softmax: Any) -> _Match | None:
     if not is_call(last, *PRODUCTS) or last.args[0] is not weights or not is_tensor(last.args[1]):  # type: ignore[union-attr]
         return None
     assert last is not None
-    match = _Match(last, softmax, softmax, last.args[1], swapped=True)  # type: ignore[arg-type]
+    match = Match(last, softmax, softmax, last.args[1], swapped=True)  # type: ignore[arg-type]
     node: Any = softmax.args[0]
     while not is_call(node, *PRODUCTS):
         step = _score_step(module, match, node)
@@ -175,7 +175,7 @@ def _composed(module: fx.GraphModule, softmax: Any) -> _Match | None:
     return match
 
 
-def _score_step(module: fx.GraphModule, match: _Match, node: Any) -> fx.Node | None:
+def _score_step(module: fx.GraphModule, match: Match, node: Any) -> fx.Node | None:
     """Take one operation between the first product and the softmax into the match; its operand, or None."""
     if is_identity(node) or _same_view(node):
         return node.args[0]
@@ -195,7 +195,7 @@ def _score_step(module: fx.GraphModule, match: _Match, node: Any) -> fx.Node | N
     return None
 
 
-def _hidden(module: fx.GraphModule, match: _Match, node: Any) -> fx.Node | None:
+def _hidden(module: fx.GraphModule, match: Match, node: Any) -> fx.Node | None:
     """masked_fill, and where in either order, with a constant mask and a number that hides."""
     if is_call(node, aten.masked_fill.Scalar):
         x, cover, value = node.args
@@ -249,7 +249,7 @@ def _numbers(visible: torch.Tensor) -> torch.Tensor:
     return torch.zeros(visible.shape).masked_fill(~visible, -math.inf)
 
 
-def _add_mask(module: fx.GraphModule, match: _Match, mask: Any) -> bool:
+def _add_mask(module: fx.GraphModule, match: Match, mask: Any) -> bool:
     """Take a mask into the match; False where it cannot be."""
     constant = folded(module, mask)
     if constant is not None:
@@ -262,7 +262,7 @@ def _add_mask(module: fx.GraphModule, match: _Match, mask: Any) -> bool:
     return True
 
 
-def _add_constant(match: _Match, values: torch.Tensor) -> bool:
+def _add_constant(match: Match, values: torch.Tensor) -> bool:
     """Constant masks add up; the triangle of causal attention is a flag."""
     if match.mask is not None:
         return False
@@ -279,7 +279,7 @@ def _add_constant(match: _Match, values: torch.Tensor) -> bool:
 # -- replacement -------------------------------------------------------------------------------------------------------
 
 
-def _replace(module: fx.GraphModule, match: _Match) -> bool:
+def _replace(module: fx.GraphModule, match: Match) -> bool:
     """Emit the region. False, with the graph as it was, where shapes do not suit the kernel."""
     graph, last = module.graph, match.last
     *lead, queries, value_depth = shape_of(last)

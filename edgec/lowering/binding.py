@@ -7,7 +7,7 @@ TVM; `edgec.lowering.importer` turns a `Binding` into a call.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import fx
 
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.errors import EdgecError
+from edgec.integer import dequantize_weight
+from edgec.packing import code_bits
 from edgec.program import layer_of, origin_of, shape_of
 from edgec.targets.device import Device
 from edgec.targets.kernels.attention import Attention, View
@@ -28,7 +30,11 @@ from edgec.targets.kernels.matmul import MatMul
 from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 from edgec.targets.kernels.softmax import Softmax
+from edgec.targets.kernels.sparse import fastest
+from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, MergeTokens, ReduceSlots, TomeSlots
 from edgec.targets.kernels.transpose import Transpose
+from edgec.targets.kernels.unpack import weight_bits
+from edgec.targets.kernels.weight_only import CodedConv2D
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -41,7 +47,9 @@ SUFFIXES = {"float32": "f32", "float16": "f16", "int8": "i8"}
 class Binding:
     """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output.
 
-    origin: the node of the user's model whose value the call computes (see `origin_of`).
+    origin: the node of the user's model whose value the call computes (see `origin_of`). mask: bool, which weights are
+    kept, of the shape of the weights, where a layer is pruned in blocks. dense: why its zeros are multiplied all the
+    same, "" where they are not.
     """
 
     spec: Any
@@ -50,6 +58,8 @@ class Binding:
     weights: Mapping[str, np.ndarray | None] = field(default_factory=dict)
     after: tuple[fx.Node, ...] = ()
     origin: str = ""
+    mask: np.ndarray | None = None
+    dense: str = ""
 
     @property
     def symbol(self) -> str:
@@ -59,12 +69,34 @@ class Binding:
     def pack(self, device: Device) -> tuple[np.ndarray, ...]:
         return self.spec.pack(device, **self.weights)
 
+    def on(self, device: Device) -> Binding:
+        """The call that `device` makes: of the block-sparse kernel for a pruned layer where that is faster there."""
+        if self.mask is None:
+            return self
+        spec, kept = fastest(self.spec, self.mask, device)
+        if kept is None:
+            reason = f"{self.mask.mean():.0%} of the weights are kept, in a pattern that the dense kernel beats"
+            return dataclasses.replace(self, mask=None, dense=reason)
+        return dataclasses.replace(self, spec=spec, weights={**self.weights, "mask": kept}, mask=None)
 
-def bind(node: Any, constants: Weights) -> Binding | None:
-    """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays."""
+
+def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding | None:
+    """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays.
+
+    masks: of pruned weights, by the same names.
+    """
     rule = RULES.get(node.target) if node.op == "call_function" else None
     binding = rule(node, constants) if rule is not None else None
-    return None if binding is None else dataclasses.replace(binding, origin=origin_of(node))
+    if binding is None:
+        return None
+    binding = dataclasses.replace(binding, origin=origin_of(node))
+    mask = (masks or {}).get(getattr(node.args[1], "name", "")) if len(node.args) > 1 else None
+    if mask is None:
+        return binding
+    weight = binding.weights.get("w")
+    if not isinstance(binding.spec, Conv2D) or weight is None:
+        return dataclasses.replace(binding, dense=f"{binding.spec.name} has no block-sparse kernel")
+    return dataclasses.replace(binding, mask=mask.reshape(weight.shape))
 
 
 def _dtype(node: Any) -> str:
@@ -74,6 +106,22 @@ def _dtype(node: Any) -> str:
 
 def _value(constants: Weights, node: Any) -> np.ndarray | None:
     return None if node is None else constants[node.name]
+
+
+def _stored(constants: Weights, node: Any) -> tuple[np.ndarray, dict[str, Any], dict[str, np.ndarray | None]]:
+    """(weight, fields, operands) of a float layer: what `CodedConv2D` adds where the weight is stored as codes."""
+    if node.target is not edgec.dequantize_weight.default:
+        return constants[node.name], {}, {}
+    codes, scale, zero, group = node.args
+    operands = {"scale": constants[scale.name], "zero": _value(constants, zero)}
+    w = constants[codes.name]
+    return w, {"group": int(group), "zeros": zero is not None, "bits": code_bits(w)}, operands
+
+
+def weight_of(node: Any, constants: Weights) -> np.ndarray:
+    """The float32 values that a call of `edgec::dequantize_weight` gives."""
+    codes, scale, zero, group = node.args
+    return dequantize_weight(constants[codes.name], constants[scale.name], _value(constants, zero), int(group))
 
 
 def _conv_spec(
@@ -93,24 +141,31 @@ def _conv_spec(
     }
     if groups == channels == w.shape[0] and channels > 1:
         return Depthwise(h, width, channels, **common)
-    return Conv2D(h, width, channels, w.shape[0], groups=groups, **common)
+    return Conv2D(h, width, channels, w.shape[0], groups=groups, bits=_bits(w), **common)
 
 
 def _conv2d(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, *geometry, act, lo, hi = node.args
-    weights = {"w": constants[w.name], "bias": _value(constants, bias)}
+    weight, coded, operands = _stored(constants, w)
+    if coded and geometry[3] != 1:
+        # No kernel reads codes of grouped convolutions.
+        weight, coded, operands = weight_of(w, constants), {}, {}
+    weights = {"w": weight, "bias": _value(constants, bias), **operands}
     epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
-    spec = _conv_spec(node, weights["w"], geometry, _dtype(node), 0, epilogue)
+    spec = _conv_spec(node, weight, geometry, _dtype(node), 0, epilogue)
+    if coded and isinstance(spec, Conv2D):
+        spec = CodedConv2D(**{**vars(spec), **coded})
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
 def _linear(node: Any, constants: Weights) -> Binding:
     x, w, bias, residual, act, lo, hi = node.args
-    weight = constants[w.name]
+    weight, coded, operands = _stored(constants, w)
     rows = int(np.prod(shape_of(node)[:-1]))
     epilogue = Epilogue(act=act, lo=lo, hi=hi, residual=residual is not None)
-    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype=_dtype(node), epilogue=epilogue)
-    weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias)}
+    kind = CodedConv2D if coded else Conv2D
+    spec = kind(1, rows, weight.shape[1], weight.shape[0], dtype=_dtype(node), epilogue=epilogue, **coded)
+    weights = {"w": weight[:, :, None, None], "bias": _value(constants, bias), **operands}
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
@@ -136,7 +191,7 @@ def _qlinear(node: Any, constants: Weights) -> Binding:
     weights["w"] = weight[:, :, None, None]
     rows = int(np.prod(shape_of(node)[:-1]))
     epilogue = Epilogue(lo=lo, hi=hi, y_zp=y_zp, **_requant(weights))
-    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue)
+    spec = Conv2D(1, rows, weight.shape[1], weight.shape[0], dtype="int8", epilogue=epilogue, bits=_bits(weight))
     return Binding(spec, (x,), layer_of(node), weights)
 
 
@@ -152,12 +207,18 @@ def _qlinear_act(node: Any, constants: Weights) -> Binding:
     weights = {"w": constants[w.name][:, :, None, None], "bias": constants[bias.name], "m": constants[scale.name]}
     epilogue = Epilogue(act, lo, hi, y_zp, residual is not None, requant="float", y_scale=y_scale)
     outputs, inputs = weights["w"].shape[:2]
-    spec = Conv2D(1, int(np.prod(shape_of(node)[:-1])), inputs, outputs, dtype="int8", epilogue=epilogue)
+    rows, bits = int(np.prod(shape_of(node)[:-1])), _bits(weights["w"])
+    spec = Conv2D(1, rows, inputs, outputs, dtype="int8", epilogue=epilogue, bits=bits)
     return Binding(spec, (x,), layer_of(node), weights, () if residual is None else (residual,))
 
 
 def _integer_weights(constants: Weights, w: Any, bias: Any, m: Any, shift: Any) -> dict[str, np.ndarray]:
     return {k: constants[n.name] for k, n in (("w", w), ("bias", bias), ("m", m), ("shift", shift))}
+
+
+def _bits(w: np.ndarray) -> int:
+    """Bits that the weights need, by their values: a record of them may get lost, and packing changes no result."""
+    return weight_bits(w) if w.dtype == np.int8 else 8
 
 
 def _requant(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -350,6 +411,55 @@ def _attention(node: Any, constants: Weights) -> Binding:
     return Binding(spec, operands, layer_of(node))
 
 
+def _elements(node: Any) -> int:
+    return int(np.prod(shape_of(node)))
+
+
+def _view(x: Any, view: Sequence[int]) -> View:
+    return View(_elements(x), view[0], tuple(view[1:]))  # type: ignore[arg-type]
+
+
+def _tome_slots(node: Any, constants: Weights) -> Binding:
+    metric, shape, view, r, prefix, distilled = node.args
+    batch, heads, tokens, depth = shape
+    spec = TomeSlots(batch, heads, tokens, depth, _view(metric, view), r, prefix, distilled)
+    return Binding(spec, (metric,), layer_of(node))
+
+
+def _reduce_slots(node: Any, constants: Weights) -> Binding:
+    x, score, prefix, keep, merge, ordered = node.args
+    batch, tokens = shape_of(node)
+    channels = 1 if x is None else shape_of(x)[2]
+    spec = ReduceSlots(batch, tokens, channels, prefix, keep, merge, ordered)
+    return Binding(spec, (score,) if x is None else (x, score), layer_of(node))
+
+
+def _merge_tokens(node: Any, constants: Weights) -> Binding:
+    x, size, slots, rows, merges = node.args
+    batch, tokens, channels = shape_of(x)
+    spec = MergeTokens(batch, tokens, channels, rows, merges, size is not None)
+    return Binding(spec, (x, size, slots) if spec.sized else (x, slots), layer_of(node))
+
+
+def _merge_sizes(node: Any, constants: Weights) -> Binding:
+    size, slots, x, rows = node.args
+    batch, tokens = shape_of(slots)
+    spec = MergeSizes(batch, tokens, rows, 0 if x is None else shape_of(x)[2])
+    return Binding(spec, (size, slots) if x is None else (size, slots, x), layer_of(node))
+
+
+def _class_scores(node: Any, constants: Weights) -> Binding:
+    q, k, size, shape, q_view, k_view, scale, prefix = node.args
+    batch, heads, tokens, depth = shape
+    views = _view(q, q_view), _view(k, k_view)
+    spec = ClassScore(batch, heads, tokens, depth, *views, scale, prefix, size is not None)
+    return Binding(spec, (q, k) if size is None else (q, k, size), layer_of(node))
+
+
+def _log_sizes(node: Any, constants: Weights) -> Binding:
+    return Binding(LogSizes(_elements(node)), (node.args[0],), layer_of(node))
+
+
 RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     aten.permute.default: _permute,
     aten.mean.dim: _mean,
@@ -363,6 +473,13 @@ RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     edgec.group_norm.default: _group_norm,
     edgec.matmul.default: _matmul,
     edgec.attention.default: _attention,
+    edgec.tome_slots.default: _tome_slots,
+    edgec.reduce_slots.default: _reduce_slots,
+    edgec.merge_tokens.default: _merge_tokens,
+    edgec.merge_sizes.default: _merge_sizes,
+    edgec.class_scores.default: _class_scores,
+    edgec.log_sizes.default: _log_sizes,
+    edgec.dequantize_weight.default: lambda node, constants: None,
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,

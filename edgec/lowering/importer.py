@@ -21,9 +21,10 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from edgec.errors import EdgecError
-from edgec.lowering.binding import RULES, Binding, bind
+from edgec.lowering.binding import RULES, Binding, bind, weight_of
 from edgec.lowering.legalize import convert_map
 from edgec.program import layer_of
+from edgec.sparsity import sparsities
 from edgec.targets.device import Device
 
 # The relative order of a variable name survives every Relax pass used here, so a call finds its layer by name.
@@ -113,20 +114,28 @@ class _Importer(ExportedProgramImporter):
         return super()._translate_fx_graph(graph_module, counted(), *rest, **options)  # type: ignore[arg-type]
 
 
-def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Imported:
+def import_graph(
+    exported: torch.export.ExportedProgram, device: Device, annotations: Mapping[str, Any] | None = None
+) -> Imported:
     """Import a legalised ExportedProgram with static shapes.
+
+    annotations: of the Program; weights that they say are pruned go to block-sparse kernels where those are
+    faster on the device.
 
     Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by `legalize.unsupported`.
     """
-    constants = _constants(exported)
+    constants, masks = _constants(exported), _masks(exported, annotations or {})
     bindings: dict[int, Binding] = {}
     functions: dict[str, Any] = {}
 
     def convert(node: fx.Node, importer: Any) -> Any:
-        binding = bind(node, constants)
+        binding = bind(node, constants, masks)
+        if node.target is torch.ops.edgec.dequantize_weight.default:
+            # Layers read the codes themselves; what else reads such a weight gets its values, computed now.
+            return relax.const(weight_of(node, constants), "float32")
         if binding is None:
             return importer.block_builder.emit(RELAX[node.target](node, importer))
-        number = len(bindings)
+        number, binding = len(bindings), binding.on(device)
         bindings[number] = binding
         key = binding.spec.key()
         if key not in functions:
@@ -155,11 +164,16 @@ def import_graph(exported: torch.export.ExportedProgram, device: Device) -> Impo
     return Imported(module, bindings, nodes)
 
 
-def bindings_of(exported: torch.export.ExportedProgram) -> list[Binding]:
-    """The calls of our kernel templates that `import_graph` makes of a graph, in its order."""
-    constants = _constants(exported)
-    found = (bind(node, constants) for node in exported.graph.nodes)
-    return [binding for binding in found if binding is not None]
+def bindings_of(
+    exported: torch.export.ExportedProgram, device: Device | None = None, annotations: Mapping[str, Any] | None = None
+) -> list[Binding]:
+    """The calls of our kernel templates that `import_graph` makes of a graph, in its order.
+
+    Without a device, pruned layers are bound to dense kernels.
+    """
+    constants, masks = _constants(exported), _masks(exported, annotations or {})
+    found = [bind(node, constants, masks) for node in exported.graph.nodes]
+    return [binding if device is None else binding.on(device) for binding in found if binding is not None]
 
 
 def legalize_relax(imported: Imported, device: Device) -> Imported:
@@ -229,6 +243,15 @@ def _kernel_calls(function: Any) -> list[tuple[Any, str]]:
     """The bindings of a Relax function that call kernels, with the kernel's name."""
     calls = [b for b in _calls(function) if getattr(b.value.op, "name", "") == "relax.call_tir"]
     return [(b, b.value.args[0].name_hint) for b in calls]
+
+
+def _masks(exported: torch.export.ExportedProgram, annotations: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What is kept of pruned weights, by the names of `_constants`."""
+    signature = exported.graph_signature
+    paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    records = sparsities(annotations)
+    found = {name: records[path] for name, path in paths.items() if path in records}
+    return {name: record.mask.numpy() for name, record in found.items() if record.density < 1}
 
 
 def _constants(exported: torch.export.ExportedProgram) -> dict[str, np.ndarray]:

@@ -45,14 +45,17 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
     be compiled, with its layer.
     """
     show = dump or (lambda step, text: None)
-    imported = import_graph(_legalized(program, show), device)
+    imported = import_graph(_legalized(program, show), device, program.annotations)
     show("import", imported.module.script())
     return _finish(program, legalize_relax(imported, device), device, show)
 
 
-def kernel_bindings(program: Program) -> list[Binding]:
-    """The calls of our kernel templates that `lower` makes, for any device. Raises EdgecError as `lower` does."""
-    return bindings_of(_legalized(program))
+def kernel_bindings(program: Program, device: Device | None = None) -> list[Binding]:
+    """The calls of our kernel templates that `lower` makes for a device. Raises EdgecError as `lower` does.
+
+    Without one, those of any device: pruned layers are bound to dense kernels.
+    """
+    return bindings_of(_legalized(program), device, program.annotations)
 
 
 def _legalized(

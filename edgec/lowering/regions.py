@@ -17,6 +17,7 @@ from edgec.as_conv2d import as_conv2d
 from edgec.lowering.attention import fuse_attention, fuse_products
 from edgec.lowering.graph import argument, is_tensor, only_user
 from edgec.lowering.norms import fuse_norms
+from edgec.lowering.tokens import fuse_tokens
 from edgec.program import dtype_of, is_call, layer_of, origin_of, shape_of
 
 aten = torch.ops.aten
@@ -150,6 +151,7 @@ def fuse_regions(module: fx.GraphModule) -> fx.GraphModule:
             _fuse_group_norm(graph, node)
     # Behind the convolutions, whose results they read channels last; before the linear layers, which they move.
     fuse_attention(module)
+    fuse_tokens(module)
     fuse_products(module)
     fuse_norms(module)
     for node in list(graph.nodes):
@@ -214,7 +216,10 @@ def _fuse_group_norm(graph: fx.Graph, node: Any) -> None:
 
 def _packable(node: Any) -> bool:
     """True when weight and bias are stored, so that they can be packed now, and a convolution's input has a batch."""
-    given = (node.args[1], argument(node, 2, "bias", None))
+    weight = node.args[1]
+    if is_call(weight, edgec.dequantize_weight.default):
+        weight = weight.args[0]
+    given = (weight, argument(node, 2, "bias", None))
     stored = all(value is None or value.op == "get_attr" for value in given)
     return stored and (is_call(node, aten.linear.default) or _is_map(node))
 

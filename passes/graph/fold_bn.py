@@ -9,7 +9,17 @@ import torch
 from torch import fx
 
 from edgec.passbase import Context, Pass
-from edgec.program import Program, constant_of, is_call, layer_of, origin_of, shape_of, weight_node
+from edgec.program import (
+    Program,
+    constant_of,
+    is_call,
+    layer_of,
+    origin_of,
+    shape_of,
+    weight_node,
+    weight_paths,
+)
+from edgec.sparsity import Carrier
 
 aten = torch.ops.aten
 
@@ -45,16 +55,16 @@ class FoldBN(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         """Returns the Program without the batch norms that could be folded; its function is unchanged."""
-        module = program.edit()
+        module, masks = program.edit(), Carrier(program.annotations)
         for node in list(module.graph.nodes):
             if is_call(node, aten.batch_norm.default):
-                reason = _fold_back(module, node)
-                if reason and not _fold_forward(module, node):
+                reason = _fold_back(module, node, masks)
+                if reason and not _fold_forward(module, node, masks):
                     context.skip(layer_of(node), "batch norm not folded", reason)
-        return program.replace(module)
+        return program.replace(module, masks.annotations(program.annotations, weight_paths(module)))
 
 
-def _fold_back(module: fx.GraphModule, norm: fx.Node) -> str | None:
+def _fold_back(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> str | None:
     """Fold one batch norm into the layer before it; returns why not, or None when done."""
     layer = norm.args[0]
     affine = _affine(module, norm)
@@ -72,14 +82,14 @@ def _fold_back(module: fx.GraphModule, norm: fx.Node) -> str | None:
     weight, bias = stored
     scale, shift = affine
     folded = _scale_outputs(weight.double(), scale, layer)
-    _set_weights(module, layer, folded, shift if bias is None else bias.double() * scale + shift)
+    _set_weights(module, layer, folded, shift if bias is None else bias.double() * scale + shift, masks)
     layer.meta["edgec_origin"] = origin_of(norm)
     norm.replace_all_uses_with(layer)
     module.graph.erase_node(norm)
     return None
 
 
-def _fold_forward(module: fx.GraphModule, norm: fx.Node) -> bool:
+def _fold_forward(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> bool:
     """Fold one batch norm into the layer after it, W (s x + t) = (W s) x + W t; returns whether that was possible."""
     affine = _affine(module, norm)
     layer = next(iter(norm.users))
@@ -95,9 +105,8 @@ def _fold_forward(module: fx.GraphModule, norm: fx.Node) -> bool:
     scale, shift = (v.reshape(groups, 1, per_group, *[1] * len(window)) for v in affine)
     grouped = weight.double().reshape(groups, rows // groups, per_group, *window)
     added = (grouped * shift).flatten(2).sum(2).reshape(rows)
-    _set_weights(
-        module, layer, (grouped * scale).reshape(weight.shape), added if bias is None else bias.double() + added
-    )
+    scaled = (grouped * scale).reshape(weight.shape)
+    _set_weights(module, layer, scaled, added if bias is None else bias.double() + added, masks)
     layer.replace_input_with(norm, norm.args[0])  # type: ignore[arg-type]
     module.graph.erase_node(norm)
     return True
@@ -126,11 +135,18 @@ def _stored(module: fx.GraphModule, layer: fx.Node) -> tuple[torch.Tensor, torch
     return None if weight is None or (bias_node is not None and bias is None) else (weight, bias)
 
 
-def _set_weights(module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Give a layer new float32 weights, next to the ones it had."""
-    path = str(layer.args[1].target).removesuffix(".weight")  # type: ignore[union-attr]
+def _set_weights(
+    module: fx.GraphModule, layer: fx.Node, weight: torch.Tensor, bias: torch.Tensor, masks: Carrier
+) -> None:
+    """Give a layer new float32 weights, next to the ones it had; scaled channels keep their zeros."""
+    stored = str(layer.args[1].target)  # type: ignore[union-attr]
+    path = stored.removesuffix(".weight")
+    weight = weight.float()
+    if stored in masks.records:
+        weight = weight + 0.0  # a negative factor makes -0.0 of a pruned element
     with module.graph.inserting_before(layer):
-        new_weight = weight_node(module, f"{path}.folded.weight", weight.float())
+        new_weight = weight_node(module, f"{path}.folded.weight", weight)
+        masks.move(stored, str(new_weight.target))
         new_bias = weight_node(module, f"{path}.folded.bias", bias.float())
     layer.args = (layer.args[0], new_weight, new_bias, *layer.args[3:])
     layer.kwargs = {k: v for k, v in layer.kwargs.items() if k != "bias"}

@@ -25,7 +25,8 @@ from edgec.passes.quantization.operators import (
     op_name,
     pair,
 )
-from edgec.program import Program, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
+from edgec.program import Program, get_weight, is_call, layer_of, origin_of, shape_of, weight_node, weight_paths
+from edgec.sparsity import Carrier
 from edgec.targets.device import Device, device_names, load_device
 
 aten = torch.ops.aten
@@ -141,8 +142,10 @@ class CastFP16(Pass):
         )
         if not summary.half:
             return program
-        _Caster(module, half).convert()
-        return program.replace(module, {**program.annotations, self.name: summary})
+        masks = Carrier(program.annotations)
+        _Caster(module, half, masks).convert()
+        kept = masks.annotations(program.annotations, weight_paths(module))
+        return program.replace(module, {**kept, self.name: summary})
 
     def _choose(self, module: fx.GraphModule, largest: dict[fx.Node, float], context: Context) -> set[fx.Node]:
         """The calls that are computed in float16. A layer always is where it may be, other calls behind one that is."""
@@ -228,8 +231,8 @@ def _mean_reason(node: fx.Node) -> str | None:
 class _Caster:
     """Rewrites a graph so that the nodes of `half` are computed in float16, in place."""
 
-    def __init__(self, module: fx.GraphModule, half: set[fx.Node]) -> None:
-        self.module, self.graph, self.half = module, module.graph, half
+    def __init__(self, module: fx.GraphModule, half: set[fx.Node], masks: Carrier) -> None:
+        self.module, self.graph, self.half, self.masks = module, module.graph, half, masks
         # Everything cast to the other type, by its original.
         self.casts: dict[fx.Node, fx.Node] = {}
 
@@ -270,4 +273,6 @@ class _Caster:
                 hint=f"keep it in float32: keep_float=[{layer_of(user)}]",
             )
         owner, _, leaf = str(node.target).rpartition(".")
-        return weight_node(self.module, f"{owner}.fp16.{leaf}" if owner else f"fp16.{leaf}", weight.half())
+        made = weight_node(self.module, f"{owner}.fp16.{leaf}" if owner else f"fp16.{leaf}", weight.half())
+        self.masks.move(str(node.target), str(made.target))
+        return made

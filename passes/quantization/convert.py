@@ -38,6 +38,7 @@ from edgec.passes.quantization.operators import (
 )
 from edgec.program import constant_of, get_weight, is_call, layer_of, origin_of, shape_of, weight_node
 from edgec.quantparams import QParams, affine, quantize_weights, symmetric_scales, weight_range
+from edgec.sparsity import Carrier
 
 edgec = torch.ops.edgec
 
@@ -84,7 +85,7 @@ class Converter:
     weights of a layer, given by its float node, are rounded.
 
     Afterwards `records` holds the QParams of every new tensor and weight by name, `layers` the float layer that each
-    int8 layer was made from.
+    int8 layer was made from. Sparsity records in `masks` follow their weights: zero has code 0.
     """
 
     def __init__(
@@ -94,10 +95,12 @@ class Converter:
         observed: Mapping[fx.Node, QParams],
         rule: Callable[[fx.Node], WeightRule] = lambda node: int8_rule(),
         requant: str = "RQ1",
+        masks: Carrier | None = None,
     ) -> None:
         self.module, self.graph = module, module.graph
         self.annotation, self.observed = annotation, observed
         self.rule, self.requant = rule, requant
+        self.masks = Carrier({}) if masks is None else masks
         self.codes: dict[fx.Node, fx.Node] = {}
         self.meaning: dict[fx.Node, QParams] = {}
         self.reals: dict[fx.Node, fx.Node] = {}
@@ -263,8 +266,13 @@ class Converter:
         rule = self.rule(node)
         scales = np.maximum(rule.scales(weights), np.abs(bias) / (x_scale * LARGEST_BIAS))
         codes = rule.codes(weights, scales)
+        record = self.masks.records.get(path)
+        if record is not None:
+            # Learned rounding may round a zero up.
+            codes = np.where(record.mask.numpy(), codes, np.int8(0))
         sums = integer.bias_codes(bias, codes, x_scale, x_zero, scales)
         stored = self._store(f"{path}_q", torch.from_numpy(codes))
+        self.masks.move(path, str(stored.target))
         biases = self._store(f"{path}_q_bias", torch.from_numpy(sums))
         low, high = weight_range(rule.bits, rule.full)
         self.records[str(stored.target)] = QParams(

@@ -36,9 +36,12 @@ from edgec.passes.quantization.operators import (
 )
 from edgec.program import constant_of, is_call, layer_of, origin_of, shape_of, weight_node
 from edgec.quantparams import ChannelMinMax
+from edgec.sparsity import Carrier
 
 # Channels are taken out if the largest value of the others is smaller by this factor: a bit of precision gained.
 GAIN = 2.0
+# What is left of a pattern in the few channels that are taken out.
+SINGLE = ("unstructured", (1, 1))
 # At most one input channel in so many.
 RARE = 64
 
@@ -81,10 +84,13 @@ def find_outliers(seen: ChannelMinMax) -> Outliers | None:
     return None
 
 
-def separate(module: fx.GraphModule, layer: fx.Node, channels: tuple[int, ...]) -> fx.Node:
+def separate(
+    module: fx.GraphModule, layer: fx.Node, channels: tuple[int, ...], masks: Carrier | None = None
+) -> fx.Node:
     """Rewrite a layer of `find_layers`, in place; returns the new float layer that multiplies `channels`.
 
-    New nodes have no meta["val"]: propagate shapes before reading them.
+    New nodes have no meta["val"]: propagate shapes before reading them. Sparsity records of the weights that are split
+    in two are split with them, the small part without a pattern.
     """
     graph, index = module.graph, torch.tensor(channels)
     source = operand(layer)
@@ -92,9 +98,11 @@ def separate(module: fx.GraphModule, layer: fx.Node, channels: tuple[int, ...]) 
     assert weight is not None
     user = _sum_behind(layer)
     with graph.inserting_before(layer.next if user is None else user):
-        few = _rows(module, source, index, f"{layer_of(layer)}.outliers")
-        path = f"{getattr(layer.args[1], 'target', '')}_outliers"
-        columns = weight_node(module, path, weight[:, index].contiguous())
+        few = _rows(module, source, index, f"{layer_of(layer)}.outliers", masks)
+        whole = str(getattr(layer.args[1], "target", ""))
+        columns = weight_node(module, f"{whole}_outliers", weight[:, index].contiguous())
+        if masks is not None:
+            masks.move(whole, str(columns.target), lambda mask: mask[:, index], SINGLE)
         side = graph.call_function(aten.linear.default, (few, columns))
         _describe(side, layer, f"{layer_of(layer)}.outliers", "outliers")
         if user is None:
@@ -136,7 +144,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _rows(module: fx.GraphModule, node: fx.Node, index: torch.Tensor, layer: str) -> fx.Node:
+def _rows(module: fx.GraphModule, node: fx.Node, index: torch.Tensor, layer: str, masks: Carrier | None) -> fx.Node:
     """The channels `index` of `node`, computed on their own."""
     if is_call(node, aten.linear.default):
         given = arguments(node)
@@ -144,10 +152,12 @@ def _rows(module: fx.GraphModule, node: fx.Node, index: torch.Tensor, layer: str
         for stored in (given["weight"], given["bias"]):
             tensor = constant_of(module, stored)
             part = None if tensor is None else weight_node(module, f"{stored.target}_outliers", tensor[index])
+            if part is not None and masks is not None:
+                masks.move(str(stored.target), str(part.target), lambda mask: mask[index], SINGLE)
             parts.append(part)
         made = module.graph.call_function(aten.linear.default, (given["input"], *parts))
     else:
-        few = {n: _rows(module, n, index, layer) for n in _operands(node)}
+        few = {n: _rows(module, n, index, layer, masks) for n in _operands(node)}
         made = module.graph.node_copy(node, lambda n: few[n])
     _describe(made, node, layer, "outliers")
     return made

@@ -20,7 +20,7 @@ from edgec.data import Dataset
 from edgec.passbase import Context
 from edgec.passes.keep import check_patterns, fits
 from edgec.passes.quantization.annotate import Annotation, annotate, operand_nodes
-from edgec.passes.quantization.calibrate import Watcher, batches, calibrate
+from edgec.passes.quantization.calibrate import Watcher, batches, calibrate, calibrate_by_gradients
 from edgec.passes.quantization.convert import Converter, WeightRule
 from edgec.passes.quantization.operators import (
     CONV2D,
@@ -32,9 +32,10 @@ from edgec.passes.quantization.operators import (
     operand,
 )
 from edgec.passes.quantization.outliers import find_layers, find_outliers, separate
-from edgec.program import Program, is_call, layer_of, output_nodes, propagate, shape_of
+from edgec.program import Program, is_call, layer_of, output_nodes, propagate, shape_of, weight_paths
 from edgec.quantparams import (
     ChannelMinMax,
+    Hessian,
     MinMax,
     Observer,
     QParams,
@@ -42,18 +43,22 @@ from edgec.quantparams import (
     affine_channels,
     make_observer,
 )
+from edgec.sparsity import Carrier
 
+# Samples at a time where gradients are taken, which needs all values of a batch at once.
+GRADIENT_BATCH = 16
 # Range of a tensor that was zero for every calibration sample.
 DEAD_RANGE = (-1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A copy of a Program's graph that is about to be quantised, and what will be integer in it."""
+    """A copy of a Program's graph that is about to be quantised, what will be integer in it, and its masks."""
 
     program: Program
     module: fx.GraphModule
     annotation: Annotation
+    masks: Carrier
 
     @property
     def layers(self) -> list[fx.Node]:
@@ -78,22 +83,23 @@ def prepare(
     module = program.edit()
     module.graph.eliminate_dead_code()
     make_functional(module)
-    as_conv2d(module)
+    masks = Carrier(program.annotations)
+    as_conv2d(module, masks)
     check_patterns(module, keep_float, where)
 
     def keeps(layer: str) -> bool:
         return fits(layer, keep_float)
 
     apart = outliers and nonlinear != "integer"
-    held = _separate_outliers(program, module, samples, keeps) if apart else {}
+    held = _separate_outliers(program, module, samples, keeps, masks) if apart else {}
     annotation = annotate(module, keeps, nonlinear, held)
     for skip in annotation.skipped:
         context.skip(*skip)
-    return Prepared(program, module, annotation)
+    return Prepared(program, module, annotation, masks)
 
 
 def _separate_outliers(
-    program: Program, module: fx.GraphModule, samples: Dataset, keeps: Callable[[str], bool]
+    program: Program, module: fx.GraphModule, samples: Dataset, keeps: Callable[[str], bool], masks: Carrier
 ) -> dict[fx.Node, str]:
     """Rewrite the layers whose input has outlier channels; returns the layers that stay float, and why."""
     layers = {n: ChannelMinMax(-1) for n in find_layers(module) if not keeps(layer_of(n))}
@@ -108,7 +114,7 @@ def _separate_outliers(
                 f"multiplies {len(found.channels)} of {len(seen)} input channels in float: they reach "
                 f"{found.reach:.3g}, the others {found.rest:.3g}"
             )
-            held[separate(module, layer, found.channels)] = reason
+            held[separate(module, layer, found.channels, masks)] = reason
     if held:
         propagate(module, program.example_inputs)
     return held
@@ -217,7 +223,12 @@ def observe(
         limits = _useful_range(node, annotation)
         observers[node] = observer if limits is None else _Saturating(observer, *limits)
     watched: dict[fx.Node, list[Watcher]] = {n: [o] for n, o in {**observers, **channels}.items()}
-    calibrate(module, batches(program, samples), watched)
+    if finder.observer == Hessian.name:
+        weighed = {n: o for n, o in observers.items() if isinstance(o, (Hessian, _Saturating)) and o.weighs}
+        calibrate_by_gradients(module, batches(program, samples, GRADIENT_BATCH), weighed, context.seed)
+        watched = {n: each for n, each in watched.items() if n not in weighed}
+    if watched:
+        calibrate(module, batches(program, samples), watched)
     found = {node: _params(node, observer, context, count.get(node, 8)) for node, observer in observers.items()}
     for node, extremes in channels.items():
         source = f"{layer_of(node)}: min-max per channel"
@@ -241,8 +252,18 @@ class _Saturating(Observer):
         self.inner, self.low, self.high = inner, low, high
         self.name = inner.name
 
-    def update(self, values: torch.Tensor) -> None:
-        self.inner.update(values.clamp(self.low, self.high))
+    @property
+    def weighs(self) -> bool:
+        """Whether the other observer wants to know how much values matter."""
+        return isinstance(self.inner, Hessian)
+
+    def update(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        inside = values.clamp(self.low, self.high)
+        if weights is None:
+            self.inner.update(inside)
+        else:
+            assert isinstance(self.inner, Hessian)
+            self.inner.update(inside, weights)
 
     def range(self) -> tuple[float, float]:
         return self.inner.range()
@@ -279,6 +300,7 @@ class Integers:
         program, module = self.prepared.program, self.prepared.module
         names = {str(n.target) if n.op == "get_attr" else n.name for n in module.graph.nodes}
         kept = {k: v for k, v in {**program.annotations, **self.records}.items() if k in names}
+        kept = self.prepared.masks.annotations(kept, weight_paths(module))
         return program.replace(module, {**kept, **annotations})
 
 
@@ -289,7 +311,7 @@ def convert(
     requant: str,
 ) -> Integers:
     """Rewrite the prepared graph, in place, with integer operators; see `Converter`."""
-    converter = Converter(prepared.module, prepared.annotation, observed, rule, requant)
+    converter = Converter(prepared.module, prepared.annotation, observed, rule, requant, prepared.masks)
     records = converter.convert()
     prepared.module.graph.eliminate_dead_code()
     return Integers(prepared, records, converter.layers)

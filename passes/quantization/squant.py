@@ -18,6 +18,9 @@ def squant_codes(weights: ArrayLike, scales: ArrayLike, bits: int = 8) -> NDArra
 
     Weights are rounded to the nearest code; then, per kernel and after that per output channel, as few as possible are
     moved to the neighbour on their other side until the sum of the errors is at most half a code.
+
+    Weights that are zero, pruned ones among them, have code 0: they have no error, and the errors of one sign, none
+    larger than one code, are always enough to move.
     """
     values = np.asarray(weights, np.float64)
     steps = values / np.asarray(scales, np.float64).reshape(-1, *[1] * (values.ndim - 1))

@@ -17,8 +17,10 @@ from edgec.targets.device import Device
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import Epilogue, const, lanes_of, loop, parallel, param, pieces, ramp, round_up
 from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Smull, dot, pack_weights
+from edgec.targets.kernels.matmul import TASKS, shares
 from edgec.targets.kernels.tiling import Axis, Run, balanced, tiles
-from edgec.targets.tir import T
+from edgec.targets.kernels.unpack import Packed, packed
+from edgec.targets.tir import T, tirx
 
 # An inner loop of at most this many multiplications is unrolled.
 UNROLLED = 96
@@ -100,7 +102,12 @@ class Weighted(Window):
 
     @property
     def parameters(self) -> int:
-        return 4 + len(self.factors) + self.residual
+        return 4 + len(self.factors) + len(self.beside) + self.residual
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Types of what unpacking reads beside the weights, parameters right behind them."""
+        return ()
 
     @property
     def out_type(self) -> str:
@@ -117,7 +124,10 @@ class Weighted(Window):
 
 @dataclass(frozen=True)
 class Conv2D(Weighted):
-    """One sample, NHWC. padding is [top, bottom, left, right]; `x_zp` is the code in padded places (int8)."""
+    """One sample, NHWC. padding is [top, bottom, left, right]; `x_zp` is the code in padded places (int8).
+
+    bits: what the codes of int8 weights need; fewer than 8 are stored packed (see `unpack`).
+    """
 
     ci: int
     co: int
@@ -129,10 +139,16 @@ class Conv2D(Weighted):
     dtype: str = "float32"
     x_zp: int = 0
     epilogue: Epilogue = field(default_factory=Epilogue)
+    bits: int = 8
 
     name = "conv2d"
     # Whether a tile says in which order its loops run.
     reorders = True
+
+    @property
+    def tile(self) -> type[Tile]:
+        """The code of its register tiles."""
+        return Tile
 
     @property
     def macs(self) -> int:
@@ -143,6 +159,11 @@ class Conv2D(Weighted):
         """How inputs and weights are multiplied; the same for `expanded`."""
         return dot(device, self.dtype, self.ci // self.groups, math.prod(self.out))
 
+    def packed(self, device: Device) -> Packed | None:
+        """How weights of fewer than 8 bits are stored; None where each has a byte."""
+        how, pixels = self.dot(device), math.prod(self.out) if self.groups == 1 else 1
+        return packed(how, self.bits, -(-(self.ci // self.groups) // how.group), pixels)
+
     @property
     def walk(self) -> tuple[Axis, Axis]:
         """The axes as walked: a pointwise convolution without stride or padding is one long row."""
@@ -150,6 +171,10 @@ class Conv2D(Weighted):
             pixels = self.h * self.w
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
+
+    def prepared(self, x: Any, device: Device) -> Any:
+        """The input in the form that tiles read; emits what makes it."""
+        return x
 
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
@@ -173,22 +198,35 @@ class Conv2D(Weighted):
     def candidates(self, device: Device) -> list[Blocking]:
         """All register tiles that fit, lowest modelled cost first."""
         how = self.dot(device)
-        outputs, inputs = self.co // self.groups, self.ci // self.groups
+        outputs = self.co // self.groups
         rows, columns = self.expanded(device).walk
-        depth = -(-inputs // how.group) * self.kernel[0] * self.kernel[1]
-        weights = outputs * inputs * self.kernel[0] * self.kernel[1] * np.dtype(self.dtype).itemsize
+        depth = self.depth(device) * self.kernel[0] * self.kernel[1]
+        weights = outputs * depth * how.group * np.dtype(self.dtype).itemsize
         rows_first = weights <= device.l2_kb * 1024 // 2
+        packing = self.packed(device)
+        inline = None if packing is None or packing.hoisted else packing
         options: dict[Blocking, float] = {}
         for vectors in range(1, 9):
             if (vectors - 1) * how.lanes >= outputs:
                 break
+            if not self.divides(vectors * how.lanes):
+                continue
             for most in range(1, 29):
-                if not fits(how, device, most, vectors):
+                spare = 0 if packing is None else packing.spare(device, most, vectors)
+                if not fits(how, device, most, vectors, spare):
                     break
                 pixels = round_up(balanced(columns.out, most), how.pixels)
-                cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth)
+                cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth, inline)
                 options.setdefault(Blocking(pixels, vectors, rows_first), cost)
         return sorted(options, key=lambda option: options[option])
+
+    def depth(self, device: Device) -> int:
+        """Groups of input channels that are multiplied under one tap."""
+        return -(-(self.ci // self.groups) // self.dot(device).group)
+
+    def divides(self, block: int) -> bool:
+        """Whether output channels may be taken in blocks of this many."""
+        return True
 
     def pack(
         self,
@@ -197,6 +235,7 @@ class Conv2D(Weighted):
         bias: np.ndarray | None,
         m: np.ndarray | None = None,
         shift: np.ndarray | None = None,
+        **products: Any,
     ) -> tuple[np.ndarray, ...]:
         """Weights OIHW and per-channel vectors to the order of the kernel's parameters, padded to whole blocks.
 
@@ -207,7 +246,7 @@ class Conv2D(Weighted):
         per_group = self.co // self.groups
         padded = round_up(per_group, block)
         grouped = w.reshape(self.groups, per_group, self.ci // self.groups, *self.kernel).transpose(0, 1, 3, 4, 2)
-        packed = pack_weights(grouped, how, block)
+        stored = self.pack_products(grouped, device, block, **products)
 
         def channels(values: np.ndarray | None, dtype: str, fill: int = 0) -> np.ndarray:
             lead = values.shape[:-1] if values is not None else ()
@@ -217,13 +256,30 @@ class Conv2D(Weighted):
             return full.reshape(*lead, -1)
 
         if self.dtype != "int8":
-            return packed, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
+            return *stored, channels(np.zeros((1, self.co), self.dtype) if bias is None else bias[None], self.dtype)
         extra = (channels(m, "int32"), channels(shift, "int32", 1))
         if self.epilogue.requant != "RQ1":
             extra = (channels(m, "float32"),)
         whole = self.expanded(device)
         rows = [self._border_bias(w, bias, how, i, j) for i in whole._row_classes() for j in whole._column_classes()]
-        return packed, channels(np.stack(rows), "int32"), *extra
+        return *stored, channels(np.stack(rows), "int32"), *extra
+
+    def pack_products(self, w: np.ndarray, device: Device, block: int) -> tuple[np.ndarray, ...]:
+        """What a tile multiplies with, for `product_params`: weights [groups, outputs, kh, kw, inputs] in its order."""
+        stored, packing = pack_weights(w, self.dot(device), block), self.packed(device)
+        return (stored if packing is None else packing.pack(stored),)
+
+    def product_params(self, device: Device, blocks: int) -> list[Any]:
+        """Parameters of the kernel for what `pack_products` makes; `blocks` blocks of output channels in all."""
+        how, packing = self.dot(device), self.packed(device)
+        units, registers = (self.depth(device), 1) if packing is None else (packing.units, packing.form.nbytes)
+        vectors = self.blocking(device).vectors
+        shape = (blocks, self.kernel[0], self.kernel[1] * units, vectors, registers * how.weight_elements)
+        return [param("w", shape, self.dtype)]
+
+    def unpack(self, packing: Packed, products: list[Any], block: Any, target: Any, place: Any, elements: int) -> None:
+        """Write the weights of a block, one by one, to block `place` of the buffer `target`."""
+        packing.copy(products[0], block, target, place, elements)
 
     def _row_classes(self) -> list[tuple[int, ...]]:
         return self.axes[0].classes() if self._bordered else [tuple(range(self.kernel[0]))]
@@ -245,21 +301,20 @@ class Conv2D(Weighted):
         return (total - how.offset * there).astype(np.int32)
 
     def prim_func(self, device: Device) -> Any:
-        """Parameters: x, packed weights, bias, [m, [shift]], [residual], y."""
+        """Parameters: x, packed weights, [what is beside them], bias, [m, [shift]], [residual], y."""
         how = self.dot(device)
         inner = self.expanded(device)
         shape = self.blocking(device)
         block = shape.vectors * how.lanes
         per_group = self.co // self.groups
         blocks = round_up(per_group, block) // block
-        depth = inner.ci // self.groups // how.group
         rows, columns = inner.walk
-        packed = (self.groups * blocks, self.kernel[0], self.kernel[1] * depth, shape.vectors, how.weight_elements)
+        packing = self.packed(device)
         classes = len(inner._row_classes()) * len(inner._column_classes())
         channels = self.groups * blocks * block
         with common.prim_func(self.name, self.inplace) as builder:
             x = param("x", (self.h * self.w * self.ci,), self.dtype)
-            w = param("w", packed, self.dtype)
+            products = self.product_params(device, self.groups * blocks)
             bias = param("bias", (classes, channels), how.acc_type)
             factors = [param(f"factor{i}", (channels,), t) for i, t in enumerate(self.factors)]
             size = rows.out * columns.out * self.co
@@ -270,7 +325,8 @@ class Conv2D(Weighted):
             if inner is not self:
                 source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
                 expand_copy(x, source, self, inner.ci)
-            tile = _Tile(inner, device, shape, source, w, bias, factors, residual, y)
+            source = inner.prepared(source, device)
+            tile = self.tile(inner, device, shape, source, products, bias, factors, residual, y)
             runs = tiles(columns, shape.pixels)
             whole, rest = divmod(per_group, block)
 
@@ -304,11 +360,32 @@ class Conv2D(Weighted):
 
                 if rest:
                     last = lambda: body(whole, rest)  # noqa: E731
-                    parallel(whole + 1, lambda b: _either(b < whole, lambda: body(b, block), last))
+                    parallel(whole + 1, lambda b: either(b < whole, lambda: body(b, block), last))
                 else:
                     parallel(whole, lambda b: body(b, block))
 
-            parallel(self.groups, pixels_first if shape.rows_first else channels_first)
+            def unpacked_first(task: Any) -> None:
+                """All pixels of a block's channels, from a copy of its weights with a byte for each."""
+
+                def body(b: Any, n: int) -> None:
+                    self.unpack(packing, products, b, tile.w, task, how.weight_elements)
+                    loop(
+                        rows.out,
+                        lambda row: across(row, lambda run, column: tile.emit(0, b, row, column, run, n, task)),
+                    )
+
+                shares(task, tasks, whole, lambda b: body(b, block))
+                if rest:
+                    either(task == tasks - 1, lambda: body(whole, rest), lambda: None)
+
+            if packing is not None and packing.hoisted:
+                tasks = max(1, min(TASKS, whole))
+                groups = self.kernel[1] * self.depth(device)
+                copied = (tasks, self.kernel[0], groups, shape.vectors, how.weight_elements)
+                tile.w = T.alloc_buffer(copied, self.dtype)
+                parallel(tasks, unpacked_first)
+            else:
+                parallel(self.groups, pixels_first if shape.rows_first else channels_first)
         return builder.get()
 
     def reference(
@@ -325,23 +402,34 @@ class Conv2D(Weighted):
         return common.finish_reference(acc, bias, m, shift, residual, self.epilogue, self.dtype)
 
 
-def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
-    """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop."""
+def fits(how: Dot, device: Device, pixels: int, vectors: int, spare: int = 0) -> bool:
+    """Whether a register tile leaves room for its operands: no more, or LLVM spills in the inner loop.
+
+    spare: registers that unpacking weights takes.
+    """
+    registers = device.registers - spare
     if isinstance(how, Smull):
         return pixels * vectors <= 8 and vectors <= 2
     if isinstance(how, Smmla):
-        return round_up(pixels, 2) * (vectors + 1) + 2 <= device.registers
+        return round_up(pixels, 2) * (vectors + 1) + 2 <= registers
+    if device.is_arm64 and how.wide == 1 and (type(how) is Dot or isinstance(how, Sdot)):
+        # Inputs are loaded one by one, the fewer ahead of their products the more products each has.
+        return pixels * vectors + vectors + (pixels if vectors in (2, 3) else 4) <= registers
     if isinstance(how, Lane | Sdot):
-        return pixels * vectors + pixels + vectors < device.registers
-    return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
+        return pixels * vectors + pixels + vectors < registers
+    return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= registers
 
 
-def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int) -> float:
-    """Modelled instructions of one row of tiles; `depth` groups are summed.
+def tile_cost(
+    how: Dot, columns: int, pixels: int, outputs: int, vectors: int, depth: int, packing: Packed | None = None
+) -> float:
+    """Modelled instructions of one row of tiles; `depth` groups are summed. packing: of weights unpacked on the way.
 
     Counted: multiplications, or what the latency of too few accumulators takes; input and weight loads, of which
     neighbours pair up; the loop's own; and the epilogue.
     """
+
+    weights = 0.5 if packing is None else packing.cost
 
     def tile(count: int, used: int) -> float:
         count = round_up(count, how.pixels)
@@ -351,7 +439,7 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
         if how.dtype == "int8":
             # Whole registers of codes are stored with fewer instructions than parts of them.
             epilogue = count * sum(8 + 1.5 * size for _, size in pieces(used * how.lanes, 4 * how.lanes))
-        return depth / how.wide * (busy + extra + 0.5 * used * how.wide + 4) + epilogue + 20
+        return depth / how.wide * (busy + extra + weights * used * how.wide + 4) + epilogue + 20
 
     full, rest = divmod(columns, pixels)
     whole, tail = divmod(-(-outputs // how.lanes), vectors)
@@ -362,8 +450,8 @@ def tile_cost(how: Dot, columns: int, pixels: int, outputs: int, vectors: int, d
     return total
 
 
-class _Tile:
-    """Code of one register tile of a convolution."""
+class Tile:
+    """Code of one register tile of a convolution. products: the parameters that `Conv2D.product_params` made."""
 
     def __init__(
         self,
@@ -371,14 +459,17 @@ class _Tile:
         device: Device,
         shape: Blocking,
         x: Any,
-        w: Any,
+        products: list[Any],
         bias: Any,
         factors: list[Any],
         residual: Any,
         y: Any,
     ) -> None:
-        self.spec, self.device, self.how = spec, device, spec.dot(device)
-        self.x, self.w, self.bias, self.factors, self.residual, self.y = x, w, bias, factors, residual, y
+        self.spec, self.device, self.how, self.packing = spec, device, spec.dot(device), spec.packed(device)
+        if self.packing is not None and self.packing.hoisted:
+            self.packing = None
+        self.w, *self.extra = products
+        self.x, self.bias, self.factors, self.residual, self.y = x, bias, factors, residual, y
         self.rows, self.columns = spec.walk
         how = self.how
         self.block = shape.vectors * how.lanes
@@ -388,13 +479,19 @@ class _Tile:
         self.held = T.alloc_buffer((units, elements), held, scope="local")
         self.weights = T.alloc_buffer((shape.vectors, how.weight_elements), spec.dtype, scope="local")
 
-    def emit(self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int) -> None:
-        """Pixels column .. column + run.count of `row`, `channels` channels of block `number` of `group`."""
+    def emit(
+        self, group: Any, number: Any, row: Any, column: Any, run: Run, channels: int, weights: Any = None
+    ) -> None:
+        """Pixels column .. column + run.count of `row`, `channels` channels of block `number` of `group`.
+
+        weights: the block of `w` to read, where that is another one.
+        """
         spec, how, rows, columns = self.spec, self.how, self.rows, self.columns
         inputs, per_group = spec.ci // spec.groups, spec.co // spec.groups
-        depth = inputs // how.group
         index = group * (round_up(per_group, self.block) // self.block) + number
+        weights = index if weights is None else weights
         used = -(-channels // how.lanes)
+        depth = self.depth(index)
         offset = index * self.block
         # Where pixels go in pairs, the last one goes with itself when it has no neighbour.
         members = [min(p, run.count - 1) for p in range(round_up(run.count, how.pixels))]
@@ -402,7 +499,7 @@ class _Tile:
         for p in range(0, len(members), how.pixels):
             for v in range(used):
                 ours = bias_rows[p : p + how.pixels]
-                bias = [self.bias[r, ramp(offset + v * how.lanes, how.lanes)] for r in ours]
+                bias = [self._early(self._bias(r, offset, v)) for r in ours]
                 for s, start in enumerate(how.start(bias)):
                     T.buffer_store(self.acc, start, [p // how.pixels, v, s, ramp(0, how.lanes)])
 
@@ -414,19 +511,18 @@ class _Tile:
 
         def kernel_row(i: Any) -> None:
             everyone = list(range(len(members)))
-            if run.inner and columns.dilation == 1 and spec.groups == 1:
-                # The window's row is one stretch of memory.
-                self._products(index, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
+            if run.inner and self.whole_rows:
+                self._products(weights, i, 0, columns.kernel * depth, everyone, used, lambda p: first(i, 0, p))
             elif run.inner:
                 loop(
                     columns.kernel,
-                    lambda j: self._products(index, i, j * depth, depth, everyone, used, lambda p: first(i, j, p)),
+                    lambda j: self._products(weights, i, j * depth, depth, everyone, used, lambda p: first(i, j, p)),
                 )
             else:
                 for j in range(columns.kernel):
                     there = [p for p in everyone if j in columns.taps(run.start + members[p])]
                     if there:
-                        self._products(index, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
+                        self._products(weights, i, j * depth, depth, there, used, lambda p, j=j: first(i, j, p))
 
         low, high = rows.bounds(row)
         if isinstance(high, int):
@@ -438,6 +534,28 @@ class _Tile:
         for p in range(run.count):
             self._store(p, used, channels, offset, here + p * spec.co, bias_rows[p])
 
+    @property
+    def whole_rows(self) -> bool:
+        """Whether a row of the window is walked in one loop: it is one stretch of memory."""
+        seamless = self.packing is None or self.packing.seamless
+        return self.columns.dilation == 1 and self.spec.groups == 1 and seamless
+
+    def depth(self, index: Any) -> Any:
+        """Groups under one tap for block `index` of output channels, an int or a TIR expression."""
+        return self.spec.ci // self.spec.groups // self.how.group
+
+    def place(self, index: Any, k: Any) -> Any:
+        """Where group `k` of a row of the window, or of a tap, lies from its first group on."""
+        return k * self.how.group
+
+    def _bias(self, row: Any, offset: Any, v: int) -> Any:
+        return self.bias[row, ramp(offset + v * self.how.lanes, self.how.lanes)]
+
+    def _early(self, bias: Any) -> Any:
+        """The bias that is summed with the products: none where these are shifted afterwards."""
+        shifted = self.packing is not None and self.packing.fraction
+        return const(0, self.how.acc_type, self.how.lanes) if shifted else bias
+
     def _bias_row(self, row: Any, pixel: int) -> Any:
         if not self.spec._bordered:
             return 0
@@ -448,7 +566,7 @@ class _Tile:
         index: Any,
         i: Any,
         start: Any,
-        count: int,
+        count: Any,
         pixels: list[int],
         used: int,
         first: Callable[[int], Any],
@@ -462,12 +580,22 @@ class _Tile:
             size = how.group * groups
             members = range(unit * how.pixels, (unit + 1) * how.pixels)
             nothing = const(0, self.spec.dtype, size)
-            inputs = [self.x[ramp(first(p) + k * how.group, size)] if p in pixels else nothing for p in members]
+            at = self.place(index, k)
+            inputs = [self.x[ramp(first(p) + at, size)] if p in pixels else nothing for p in members]
             return how.load(inputs, groups)
 
-        def load_weights(k: Any, v: int) -> None:
-            place = [index, i, start + k, v, ramp(0, how.weight_elements)]
-            T.buffer_store(self.weights, self.w[tuple(place)], [v, ramp(0, how.weight_elements)])
+        def load_weights(k: Any, more: int, v: int) -> None:
+            """Weights of group k + more; k is a multiple of the groups that a unit of packed weights holds."""
+            size, packing = how.weight_elements, self.packing
+            value = None
+            if packing is None:
+                value = self.w[index, i, start + k + more, v, ramp(0, size)]
+            else:
+                unit = packing.unit(start, k, more)
+                value = packing.codes(
+                    lambda r: self.w[index, i, unit, v, ramp(r * size, size)], more % packing.form.fields, size
+                )
+            T.buffer_store(self.weights, value, [v, ramp(0, size)])
 
         def multiply(unit: int, v: int, lane: int | None) -> None:
             acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
@@ -476,38 +604,48 @@ class _Tile:
             for s, value in enumerate(how.multiply(acc, weights, x, lane)):
                 T.buffer_store(self.acc, value, [unit, v, s, ramp(0, how.lanes)])
 
-        def step(k: Any, groups: int) -> None:
-            """The products of groups k .. k + groups."""
+        def step(k: Any, more: int, groups: int) -> None:
+            """The products of groups k + more .. k + more + groups."""
             for unit in units:
-                T.buffer_store(self.held, load(k, unit, groups), [unit, ramp(0, how.held[0])])
+                T.buffer_store(self.held, load(k + more, unit, groups), [unit, ramp(0, how.held[0])])
             for g in range(groups):
                 lane = g if groups > 1 else None
                 if how.pixels > 1:
                     # Its many weight registers live for a short time each.
                     for v in range(used):
-                        load_weights(k + g, v)
+                        load_weights(k, more + g, v)
                         for unit in units:
                             multiply(unit, v, lane)
                     continue
                 for v in range(used):
-                    load_weights(k + g, v)
+                    load_weights(k, more + g, v)
                 for unit in units:
                     for v in range(used):
                         multiply(unit, v, lane)
 
         repeat = max(1, min(8, UNROLLED // (2 * len(pixels) * used))) if how.wide == 1 else 1
+        if self.packing is not None:
+            repeat = self.packing.repeat(how.wide, repeat)
 
-        def several(k: Any, times: int) -> None:
+        def several(k: Any, first: int, times: int) -> None:
             for t in range(times):
-                step(k + t * how.wide, how.wide)
+                step(k, first + t * how.wide, how.wide)
 
+        if not isinstance(count, int):
+            stride = how.wide * repeat
+            with T.serial(0, tirx.floordiv(count, stride)) as k:
+                several(k * stride, 0, repeat)
+            if repeat > 1:
+                with T.serial(tirx.floordiv(count, stride) * repeat, tirx.floordiv(count, how.wide)) as k:
+                    step(k * how.wide, 0, how.wide)
+            return
         whole = count // (how.wide * repeat)
-        loop(whole, lambda k: several(k * (how.wide * repeat), repeat))
+        loop(whole, lambda k: several(k * (how.wide * repeat), 0, repeat))
         done = whole * how.wide * repeat
-        several(done, (count - done) // how.wide)
-        done += (count - done) // how.wide * how.wide
-        for k in range(done, count):
-            step(k, 1)
+        rest = (count - done) // how.wide
+        several(done, 0, rest)
+        for k in range(rest * how.wide, count - done):
+            step(done, k, 1)
 
     def _store(self, p: int, used: int, channels: int, offset: Any, here: Any, bias_row: Any) -> None:
         spec, how = self.spec, self.how
@@ -515,7 +653,11 @@ class _Tile:
         for v in range(used):
             unit, pixel = divmod(p, how.pixels)
             acc = [self.acc[unit, v, s, ramp(0, how.lanes)] for s in range(how.sums)]
-            values.append(how.total(acc, self.bias[bias_row, ramp(offset + v * how.lanes, how.lanes)], pixel))
+            bias = self._bias(bias_row, offset, v)
+            value = how.total(acc, self._early(bias), pixel)
+            if self.packing is not None and self.packing.fraction:
+                value = tirx.shift_right(value, const(self.packing.fraction, how.acc_type, how.lanes)) + bias
+            values.append(value)
         store_channels(
             values, how.lanes, channels, self.factors, offset, self.residual, self.y, here, spec, self.device
         )
@@ -562,10 +704,11 @@ def _pick(t: Any, runs: Sequence[Run], body: Callable[[Run, Any], None]) -> None
     if not others:
         body(first, t)
         return
-    _either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
+    either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
 
 
-def _either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+def either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Code of `then` or of `otherwise`, by a condition that may be known now."""
     if isinstance(condition, bool):
         (then if condition else otherwise)()
         return

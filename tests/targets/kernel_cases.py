@@ -147,6 +147,9 @@ def operands(spec: Conv2D | Depthwise, seed: int) -> dict[str, Any]:
         found["bias"] = floats(rng, co) if rng.random() < 0.7 else None
     else:
         found |= {"x": codes(rng, spec.h, spec.w, ci), "w": codes(rng, *weight, low=-127)}
+        bits = getattr(spec, "bits", 8)
+        if bits < 8:
+            found["w"] = rng.integers(-(1 << (bits - 1)), 1 << (bits - 1), weight).astype(np.int8)
         found["bias"] = rng.integers(-(2**15), 2**15, co).astype(np.int32)
         found["m"], found["shift"] = multipliers(rng, co, int(np.prod(weight[1:])))
         if spec.epilogue.requant != "RQ1":
