@@ -9,14 +9,16 @@ import torch
 
 from edgec.cost import program_cost
 from edgec.errors import EdgecError
-from edgec.passbase import Context
+from edgec.passbase import Context, Pass
 from edgec.passes.quantization import reconstruct
 from edgec.passes.quantization.fakequant import ActivationQuantizer, rounded
+from edgec.passes.quantization.qat import Qat
 from edgec.passes.quantization.quantize_int8 import QuantizeInt8
 from edgec.passes.quantization.reconstruct import LowBitSummary, Reconstruct, dropping
 from edgec.passes.quantization.units import find_units
 from edgec.program import Program, layer_of
 from edgec.quantparams import affine, mse_scales, quantize_weights
+from edgec.sparsity import Sparsity, sparsities
 from tests import zoo
 from tests.passes.quantization import lowbit
 
@@ -164,6 +166,26 @@ def test_what_does_not_improve_stays_nearest():
 def test_seeds_draw_other_samples():
     other = Reconstruct(weights=3, steps=20).run(lowbit.program(), lowbit.context(seed=1))
     assert other.text() != made(weights=3, steps=20).text()
+
+
+@pytest.mark.parametrize(
+    "step", [Reconstruct(weights=3, steps=30), Qat(weights=3, steps=10)], ids=["reconstruct", "qat"]
+)
+def test_masks_reach_the_integer_weights(step: Pass):
+    """conv1 (3x3) and pointwise (1x1) pruned at random."""
+    module, annotations = lowbit.program().edit(), {}
+    for path in ("conv1.weight", "pointwise.weight"):
+        weight = dict(module.named_parameters())[path]
+        mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+        weight.data.mul_(mask).add_(0.0)
+        annotations[path] = Sparsity("unstructured", (1, 1), mask)
+    pruned = lowbit.program().replace(module, annotations)
+    done = step.run(pruned, lowbit.context(64))
+    weights, records = done.weights(), sparsities(done.annotations)
+    assert set(records) == {"conv1.weight_q", "pointwise.weight_q"}
+    for path, record in records.items():
+        assert torch.equal(record.mask, annotations[path.removesuffix("_q")].mask)
+        assert not weights[path][~record.mask].any() and weights[path][record.mask].any()
 
 
 def test_weakening_ends_at_eight_bits():
