@@ -120,7 +120,7 @@ class QuantizeMixed(Pass):
         LowBitSummary.
 
         A budget below the least that is allowed is reported and the least is taken. Raises EdgecError for a cost
-        without a table, and a table that lacks a layer.
+        without a table, and for a table that lacks a layer.
         """
         if bool(self.cost) != bool(self.table):
             raise EdgecError("cost and table go together", where=f"{self.name}{{cost}}", hint="give both or none")
