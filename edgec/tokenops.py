@@ -48,8 +48,7 @@ def tome_merge(
     Raises ValueError for shapes and numbers that do not fit.
     """
     _check_tome(x, size, metric, r, prefix, distilled)
-    slots = tome_slots(metric, r, prefix, distilled)
-    return merge_tokens(x, size, slots, x.shape[1] - r, True), merge_sizes(size, slots, x.shape[1] - r, None)
+    return _plain_tome(x, size, metric, r, prefix, distilled)
 
 
 @tome_merge.register_fake
@@ -86,11 +85,7 @@ def token_reduce(
     merge = keep only prunes. Raises ValueError for shapes and numbers that do not fit.
     """
     _check_reduce(x, size, score, prefix, keep, merge)
-    slots = reduce_slots(x, score, prefix, keep, merge)
-    return (
-        merge_tokens(x, size, slots, merge, weighted_mean),
-        merge_sizes(size, slots, merge, None if true_size else x),
-    )
+    return _plain_reduce(x, size, score, prefix, keep, merge, weighted_mean, true_size)
 
 
 @token_reduce.register_fake
@@ -113,8 +108,7 @@ def token_keep(
     prefix <= keep <= N. Raises ValueError for shapes and numbers that do not fit.
     """
     _check_reduce(x, size, score, prefix, keep, keep)
-    slots = keep_slots(score, prefix, keep)
-    return merge_tokens(x, size, slots, keep, False), merge_sizes(size, slots, keep, None)
+    return _plain_keep(x, size, score, prefix, keep)
 
 
 @token_keep.register_fake
@@ -136,16 +130,81 @@ def class_score(q: torch.Tensor, k: torch.Tensor, size: torch.Tensor | None, sca
     Raises ValueError for shapes that do not fit.
     """
     _check_score(q, k, size, prefix)
-    logits = (q[:, :, :1] * scale) @ k.transpose(2, 3)
-    if size is not None:
-        logits = logits + size.log()[:, None, None, :, 0]
-    return torch.softmax(logits, -1)[:, :, 0, prefix:].mean(1).contiguous()
+    return _plain_score(q, k, size, scale, prefix)
 
 
 @class_score.register_fake
 def _(q, k, size, scale, prefix):
     _check_score(q, k, size, prefix)
     return k.new_empty((k.shape[0], k.shape[2] - prefix))
+
+
+# -- gradients: the choice of tokens has none ------------------------------------------------------------------------
+
+
+def _remember(ctx, inputs, output) -> None:
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.places = [isinstance(x, torch.Tensor) for x in inputs]
+    ctx.others = [x for x in inputs if not isinstance(x, torch.Tensor)]
+
+
+def _gradients(run, differentiable: int):
+    """A backward function that runs the operator again, by `run`, and differentiates it by its first operands."""
+
+    def backward(ctx, *grads):
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        given = [next(tensors if tensor else others) for tensor in ctx.places]
+        with torch.enable_grad():
+            leaves = [
+                x.detach().requires_grad_() if i < differentiable and isinstance(x, torch.Tensor) else x
+                for i, x in enumerate(given)
+            ]
+            results = run(*leaves)
+            results = results if isinstance(results, tuple) else (results,)
+            wanted = [x for i, x in enumerate(leaves) if i < differentiable and isinstance(x, torch.Tensor)]
+            pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
+            ys, gs = ([pair[i] for pair in pairs] for i in (0, 1))
+            found = iter(torch.autograd.grad(ys, wanted, gs, allow_unused=True))
+        return tuple(
+            next(found) if i < differentiable and isinstance(x, torch.Tensor) else None for i, x in enumerate(given)
+        )
+
+    return backward
+
+
+def _plain_tome(x, size, metric, r, prefix, distilled):
+    slots = tome_slots(metric.detach(), r, prefix, distilled)
+    return merge_tokens(x, size, slots, x.shape[1] - r, True), merge_sizes(size, slots, x.shape[1] - r, None)
+
+
+def _plain_reduce(x, size, score, prefix, keep, merge, weighted_mean, true_size):
+    slots = reduce_slots(x.detach(), score.detach(), prefix, keep, merge)
+    return (
+        merge_tokens(x, size, slots, merge, weighted_mean),
+        merge_sizes(size, slots, merge, None if true_size else x),
+    )
+
+
+def _plain_keep(x, size, score, prefix, keep):
+    slots = keep_slots(score.detach(), prefix, keep)
+    return merge_tokens(x, size, slots, keep, False), merge_sizes(size, slots, keep, None)
+
+
+def _plain_score(q, k, size, scale, prefix):
+    logits = (q[:, :, :1] * scale) @ k.transpose(2, 3)
+    if size is not None:
+        logits = logits + size.log()[:, None, None, :, 0]
+    return torch.softmax(logits, -1)[:, :, 0, prefix:].mean(1).contiguous()
+
+
+for _operator, _plain, _count in (
+    (tome_merge, _plain_tome, 2),
+    (token_reduce, _plain_reduce, 2),
+    (token_keep, _plain_keep, 2),
+    (class_score, _plain_score, 3),
+):
+    _operator.register_autograd(_gradients(_plain, _count), setup_context=_remember)
 
 
 # -- their parts, each one kernel --------------------------------------------------------------------------------------

@@ -142,14 +142,18 @@ class Grain:
 
     kind: "weight" (0-D), "row" (1-D, a row of a kernel), "kernel" (2-D, all taps of one output and input channel),
     "filter" (3-D, one output channel), or "block": `block` = (output channels, input channels) with all their taps.
-    A block never straddles: what is left where `block` does not divide the channels is no block and stays dense.
+    A block never straddles: where the output channels are no multiple of `block[0]`, the last ones form a block of
+    their own, as if the weight were padded with zeros.
     """
 
     kind: str
     block: tuple[int, int] = (1, 1)
 
     def table(self, weight: torch.Tensor) -> torch.Tensor:
-        """L1 norm of every grain: [outputs or groups of them, grains of one of them], float64."""
+        """L1 norm of every grain: [outputs or groups of them, grains of one of them], float64.
+
+        Raises EdgecError where the input channels are no multiple of `block[1]`.
+        """
         size = weight.abs().double()
         if self.kind == "weight":
             return size.reshape(len(size), -1)
@@ -158,13 +162,15 @@ class Grain:
         if self.kind == "filter":
             return size.reshape(len(size), -1).sum(1, keepdim=True)
         out, inside = self.block
-        rows, columns = size.shape[0] // out, size.shape[1] // inside
-        kernels = size[: rows * out, : columns * inside].flatten(2).sum(2) if size.dim() > 2 else size
-        kernels = kernels[: rows * out, : columns * inside]
-        return kernels.reshape(rows, out, columns, inside).sum((1, 3))
+        if size.shape[1] % inside:
+            raise EdgecError(f"{size.shape[1]} input channels are not a multiple of {inside}", where="pruning")
+        kernels = size.flatten(2).sum(2) if size.dim() > 2 else size
+        groups = -(-len(kernels) // out)
+        padded = torch.cat([kernels, kernels.new_zeros(groups * out - len(kernels), kernels.shape[1])])
+        return padded.reshape(groups, out, -1, inside).sum((1, 3))
 
     def elements(self, shape: Sequence[int]) -> int:
-        """Weights in one grain of a weight of this shape."""
+        """Weights in one (whole) grain of a weight of this shape."""
         taps = 1
         for n in shape[2:]:
             taps *= n
@@ -175,7 +181,7 @@ class Grain:
         return shape[1] * taps if self.kind == "filter" else self.block[0] * self.block[1] * taps
 
     def expand(self, kept: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """The mask of a weight of this shape for a table of what is kept; what is in no grain is kept."""
+        """The mask of a weight of this shape for a table of what is kept."""
         mask = torch.ones(tuple(shape), dtype=torch.bool)
         if self.kind == "weight":
             return kept.reshape(tuple(shape)).clone()
@@ -185,9 +191,8 @@ class Grain:
         if self.kind == "filter":
             return kept.reshape(-1, 1, *trailing) & mask
         out, inside = self.block
-        wide = kept.repeat_interleave(out, 0).repeat_interleave(inside, 1)
-        mask[: wide.shape[0], : wide.shape[1]] &= wide.reshape(*wide.shape, *trailing)
-        return mask
+        wide = kept.repeat_interleave(out, 0).repeat_interleave(inside, 1)[: shape[0]]
+        return wide.reshape(*wide.shape, *trailing) & mask
 
     def record(self, mask: torch.Tensor, balanced: bool) -> Sparsity:
         """The annotation for a mask of this grain: a row is a pattern that no kernel of ours walks in blocks."""

@@ -254,10 +254,17 @@ def dropping(probability: float, generator: torch.Generator) -> Rounder:
     """Round each element with this probability, else leave it."""
 
     def rounder(value: torch.Tensor, quantizer: ActivationQuantizer) -> torch.Tensor:
-        taken = torch.rand(value.shape, generator=generator) < probability
-        return torch.where(taken, quantizer(value), value)
+        return torch.lerp(value, quantizer(value), _chosen(value, probability, generator))
 
     return rounder
+
+
+def _chosen(like: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """1.0 for each element with this probability, rounded to 1/256, else 0.0; `lerp` with it takes values unchanged."""
+    count = like.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int32).random_(-(1 << 31), (1 << 31) - 1, generator=generator)
+    below = words.view(torch.uint8)[:count] < round(256 * probability)
+    return below.view(like.shape).to(like.dtype)
 
 
 class Learner:
@@ -401,8 +408,7 @@ def _mixed(exact: Values, coded: Values, probability: float, generator: torch.Ge
     result = {}
     for node, value in coded.items():
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            taken = torch.rand(value.shape, generator=generator) < probability
-            value = torch.where(taken, value, exact[node])
+            value = torch.lerp(exact[node], value, _chosen(value, probability, generator))
         result[node] = value
     return result
 

@@ -286,9 +286,10 @@ def _prefix(stream: fx.Node) -> int:
     shape = shape_of(stream)
     joins = []
     for node in stream.graph.nodes:
-        if node in before and is_call(node, aten.cat.default) and len(shape_of(node)) == 3:
-            if int(argument(node, 1, "dim", 0)) % 3 == 1 and shape_of(node)[1] == shape[1]:
-                joins.append(node)
+        if node not in before or not is_call(node, aten.cat.default) or len(shape_of(node)) != 3:
+            continue
+        if int(argument(node, 1, "dim", 0)) % 3 == 1 and shape_of(node)[1] == shape[1]:
+            joins.append(node)
     if not joins:
         return 0
     operands = list(joins[-1].args[0])
