@@ -365,9 +365,10 @@ class Conv2D(Weighted):
                     parallel(whole, lambda b: body(b, block))
 
             def unpacked_first(task: Any) -> None:
-                """All pixels of a block's channels, from a copy of its weights with a byte for each."""
+                """All pixels of a block's channels, from a copy of its weights, one by one."""
 
                 def body(b: Any, n: int) -> None:
+                    assert packing is not None
                     self.unpack(packing, products, b, tile.w, task, how.weight_elements)
                     loop(
                         rows.out,
