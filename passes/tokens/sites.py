@@ -134,7 +134,12 @@ def find_sites(module: fx.GraphModule, context: Context, inputs: tuple[torch.Ten
     refused: dict[fx.Node, str] = {}
     prefix: int | None = None
     attentions = [n for n in module.graph.nodes if is_call(n, SDPA)]
-    if not attentions:
+    other = [n for n in module.graph.nodes if is_call(n, *SOFTMAXES[:2]) and len(shape_of(n)) >= 3]
+    for softmax in other:
+        context.skip(
+            layer_of(softmax), WHAT, "its softmax is in no attention of a known form (talking heads, windows?)"
+        )
+    if not attentions and not other:
         context.skip(name, WHAT, "it has no attention")
     for attention in attentions:
         try:

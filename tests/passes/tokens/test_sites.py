@@ -92,6 +92,7 @@ class Attention(vit.ViT):
     def __init__(self, attend: Any) -> None:
         super().__init__(blocks=1)
         self.attend, self.bias = attend, nn.Parameter(torch.randn(1, 2, 17, 17))
+        self.mix = nn.Parameter(torch.randn(2, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         block: Any = self.blocks[0]
@@ -118,6 +119,15 @@ def test_attentions_that_cannot_lose_tokens_are_named(attend: Any, reason: str) 
     found, context = sites(Attention(attend).eval())
     assert not found.sites
     assert any(re.search(reason, skip.reason) for skip in context.skipped), context.skipped
+
+
+def test_talking_heads_are_named() -> None:
+    def attend(model: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        scores = torch.einsum("hg,bhij->bgij", model.mix, q @ k.mT)
+        return scores.softmax(-1) @ v
+
+    found, context = sites(Attention(attend).eval())
+    assert not found.sites and any("talking heads" in skip.reason for skip in context.skipped)
 
 
 def test_a_model_without_attention_is_named() -> None:
