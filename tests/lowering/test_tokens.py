@@ -141,7 +141,10 @@ def test_reduction_between_integer_layers(tmp_path: Path) -> None:
     data = load_data(np.random.default_rng(0).uniform(-1, 1, (16, 21, 24)).astype(np.float32), program.inputs)
     for step in Pipeline.parse("quantize-int8"):
         program = step.run(program, Context(calibration=data))
-    assert operators(program.module)["tome_merge"] == 2
+    found = operators(program.module)
+    assert found["tome_merge"] == 2
+    # What tokens are chosen by is no reason to round queries, keys and values.
+    assert not {"qmean", "qavg_pool2d", "dequantize"} & set(found), found
     compiled = compile_host(program, tmp_path)
     assert any(step.op.endswith("_i8") for step in compiled.lowered.plan.steps)
     assert compiled.error() < 1e-5
