@@ -326,7 +326,7 @@ def learn(
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, options.steps // 8) == 0:
-            log(f"step {step + 1}/{options.steps}: KL {float(distance):.4f}, {float(over):+.3f} of the MACs off")
+            log(f"step {step + 1}/{options.steps}: KL {float(distance.detach()):.4f}, {float(over.detach()):+.3f} of the MACs off")
     learned = rates.final()
     patches = found.tokens - found.prefix
     prune, merge = ([(n - found.prefix) / patches for n in kept] for kept in (learned.prune, learned.merge))
