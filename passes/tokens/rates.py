@@ -326,7 +326,8 @@ def learn(
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, options.steps // 8) == 0:
-            log(f"step {step + 1}/{options.steps}: KL {float(distance):.4f}, {float(over):+.3f} of the MACs off")
+            now, off = float(distance.detach()), float(over.detach())
+            log(f"step {step + 1}/{options.steps}: KL {now:.4f}, {off:+.3f} of the MACs off")
     learned = rates.final()
     patches = found.tokens - found.prefix
     prune, merge = ([(n - found.prefix) / patches for n in kept] for kept in (learned.prune, learned.merge))
