@@ -30,12 +30,12 @@ CHUNK = 1 << 20
 class QParams:
     """What the integers of one tensor mean: real = scale * (code - zero_point).
 
-        granularity: "tensor" (scale and zero_point are numbers), "channel" (tuples along `axis`) or "group" (a weight whose
-        `group` neighbours along `axis` share a scale; scales are operands of `edgec::dequantize_weight`, not here).
-        requant: how the layer that computes the codes rounds, see `edgec.integer`. bits: 2..8; codes of fewer than 8 bits
-            are int8 numbers all the same, of which fewer occur; lowering packs weights by the codes that do.
-            n, p: smallest and largest code, p - n < 2^bits. pad_code: code that spatial padding holds. source: who chose the
-        range, from what.
+    granularity: "tensor" (scale and zero_point are numbers), "channel" (tuples along `axis`) or "group" (a weight whose
+    `group` neighbours along `axis` share a scale; scales are operands of `edgec::dequantize_weight`, not here).
+    requant: how the layer that computes the codes rounds, see `edgec.integer`. bits: 2..8; codes of fewer than 8 bits
+    are int8 numbers all the same, of which fewer occur; lowering packs weights by the codes that do.
+    n, p: smallest and largest code, p - n < 2^bits. pad_code: code that spatial padding holds. source: who chose the
+    range, from what.
     """
 
     scale: float | tuple[float, ...]
