@@ -120,7 +120,9 @@ def import_graph(
     """Import a legalised ExportedProgram with static shapes.
 
     annotations: of the Program; weights that they say are pruned in blocks go to block-sparse kernels where those are
-    faster on the device. Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by `legalize.unsupported`.
+    faster on the device.
+
+    Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by `legalize.unsupported`.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
     bindings: dict[int, Binding] = {}

@@ -156,6 +156,10 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
+    def prepared(self, x: Any, device: Device) -> Any:
+        """The input in the form that tiles read; emits what makes it."""
+        return x
+
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
         group = self.dot(device).group
@@ -295,6 +299,7 @@ class Conv2D(Weighted):
             if inner is not self:
                 source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
                 expand_copy(x, source, self, inner.ci)
+            source = inner.prepared(source, device)
             tile = self.tile(inner, device, shape, source, products, bias, factors, residual, y)
             runs = tiles(columns, shape.pixels)
             whole, rest = divmod(per_group, block)
@@ -356,6 +361,9 @@ def fits(how: Dot, device: Device, pixels: int, vectors: int) -> bool:
         return pixels * vectors <= 8 and vectors <= 2
     if isinstance(how, Smmla):
         return round_up(pixels, 2) * (vectors + 1) + 2 <= device.registers
+    if device.is_arm64 and how.wide == 1 and (type(how) is Dot or isinstance(how, Sdot)):
+        # Inputs are loaded one by one, the fewer ahead of their products the more products each has.
+        return pixels * vectors + vectors + (pixels if vectors in (2, 3) else 4) <= device.registers
     if isinstance(how, Lane | Sdot):
         return pixels * vectors + pixels + vectors < device.registers
     return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= device.registers
