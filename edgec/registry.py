@@ -46,6 +46,11 @@ BUILTIN = (
         "prune-1xn", "remove blocks of N output channels at an input channel", "edgec.passes.pruning.prune_1xn:Prune1xN"
     ),
     PassEntry("prune", "remove weights, rows, kernels or filters (baselines)", "edgec.passes.pruning.prune:Prune"),
+    PassEntry(
+        "prune-channels",
+        "remove channels, heads and groups and shrink all shapes",
+        "edgec.passes.pruning.prune_channels:PruneChannels",
+    ),
     PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
     PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )

@@ -1,11 +1,11 @@
 """Dependency groups: which channels of a graph must be removed, or reordered, together.
 
 Every element of every tensor gets a label, and labels are equal where the elements belong to one channel. Most labels
-need no rule: an operator that only moves data (a view, a transpose, a concatenation, a channel shuffle) moves the labels
-of its input by being run on them. The others join labels: an addition joins those of its operands, a matrix product
-those of the axis it sums over, a convolution binds them to an axis of its weight. What stays joined at the end is a
-*unit*, the least that can be removed: one channel of a whole residual stage, a head of attention, a group of a grouped
-convolution. Units that occur in the same places form a `ChannelGroup`.
+need no rule: an operator that only moves data (a view, a transpose, a concatenation, a channel shuffle) moves the
+labels of its input by being run on them. The others join labels: an addition joins those of its operands, a matrix
+product those of the axis it sums over, a convolution binds them to an axis of its weight. What stays joined at the end
+is a *unit*, the least that can be removed: one channel of a whole residual stage, a head of attention, a group of a
+grouped convolution. Units that occur in the same places form a `ChannelGroup`.
 
     channels = Channels(program)
     for group in channels.groups:
@@ -19,7 +19,7 @@ After Fang et al., "DepGraph: Towards Any Structural Pruning"; the label propaga
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from edgec.errors import EdgecError
-from edgec.program import Program, get_weight, is_call, layer_of, output_nodes
+from edgec.program import Program, get_weight, layer_of, output_nodes
 
 aten = torch.ops.aten
 
@@ -361,8 +361,16 @@ class Channels:
         weight = node.args[1]
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
             return self._unknown(node)
-        inputs = self._channels_of(node.args[0], -1)
+        labels = self._of(node.args[0])
         outputs = self._fresh(get_weight(self.module, weight).shape[0])
+        if labels is not None and labels.shape[-1] == 1 and labels.numel() > 1:
+            # It works along another axis, as the token mixers of MLP-Mixer do, and on each channel alike.
+            self._bind(weight, outputs, 0, "out")
+            self._makers.append((layer_of(node), outputs))
+            self._lock(outputs, "the layer works along another axis than that of the channels")
+            self._products.append((node, [labels]))
+            return labels
+        inputs = self._channels_of(node.args[0], -1)
         self._bind(weight, inputs, 1, "in")
         self._bind(weight, outputs, 0, "out")
         self._bind(_argument(node, "bias", 2, None), outputs, 0, "other")
@@ -777,6 +785,11 @@ class Channels:
         by_channel[order] = number
         return by_channel[self._fine] if self._count else by_channel
 
+    @property
+    def labels(self) -> int:
+        """How many labels there are; `classes` and `Product.axes` are labels."""
+        return self._count
+
     # -- removal ---------------------------------------------------------------------------------------------------
 
     def kept_of(self, keep: Mapping[ChannelGroup, Sequence[int] | np.ndarray]) -> np.ndarray:
@@ -793,10 +806,6 @@ class Channels:
             kept[group.classes] = False
             kept[group.classes[units]] = True
         return kept
-
-    def share(self, product: Product, kept: np.ndarray) -> float:
-        """The share of a product's multiply-accumulates that is left when `kept` (see `kept_of`) stays."""
-        return math.prod(float(kept[vector].mean()) for vector in product.axes)
 
     def remove(self, module: fx.GraphModule, keep: Mapping[ChannelGroup, Sequence[int] | np.ndarray]) -> None:
         """Remove all units but `keep` of the groups given, from the weights and the sizes written in the graph.
@@ -861,7 +870,7 @@ class Channels:
             axis = int(_argument(node, "dim", 2, 0)) % len(before or ())
             ends = np.cumsum([0] + [int(part.shape[axis]) for part in source.meta["val"]])
             assert before is not None
-            parts = [int(before[axis][a:b].sum()) for a, b in zip(ends, ends[1:], strict=False)]
+            parts = [int(before[axis][a:b].sum()) for a, b in itertools.pairwise(ends)]
             node.target = aten.split_with_sizes.default
             node.args, node.kwargs = (node.args[0], parts, axis), {}
         elif name == "slice" and before is not None:
