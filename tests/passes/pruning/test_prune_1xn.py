@@ -302,7 +302,7 @@ def test_a_model_that_gains_nowhere_is_refused_unless_forced(stage: Program, tab
 def test_int8_weights_get_blocks_of_several_inputs() -> None:
     device = load_device("cortex-a76")
     n, inputs = Prune1xN(dtype="int8").block(device)
-    assert n >= 8 and inputs == 4  # sdot adds up four
+    assert n >= 8 and inputs % 4 == 0  # sdot adds up four
 
 
 def test_weaker_removes_less() -> None:
