@@ -708,11 +708,13 @@ class Channels:
                 break
         self._fine = fine
         self._reasons: dict[int, str] = {}
+        held: list[tuple[torch.Tensor, str]] = []
         for labels, axis, reason in self._fixed_axes:
             classes = self._classes(labels)
             if _varies(classes, axis):
-                self._locks.append((labels[labels >= 0].reshape(-1), reason))
-        for labels, reason in self._locks:
+                held.append((labels[labels >= 0].reshape(-1), reason))
+        # First what holds a whole axis: one reason for all of its units.
+        for labels, reason in held + self._locks:
             for root in np.unique(self._roots[labels.numpy()]).tolist():
                 self._reasons.setdefault(root, reason)
 
