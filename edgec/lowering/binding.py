@@ -82,7 +82,7 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding
         return None
     mask = None
     if masks and isinstance(binding.spec, Conv2D) and getattr(node.args[1], "name", None) in masks:
-        mask = masks[node.args[1].name].reshape(np.shape(binding.weights["w"]))
+        mask = masks[node.args[1].name].reshape(binding.weights["w"].shape)  # type: ignore[union-attr]
     return dataclasses.replace(binding, origin=origin_of(node), mask=mask)
 
 
