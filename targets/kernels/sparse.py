@@ -148,6 +148,8 @@ class SparseConv2D(Conv2D):
 class _SparseTile(Tile):
     """The tile of a convolution that walks blocks by their offsets."""
 
+    spec: SparseConv2D
+
     @property
     def whole_rows(self) -> bool:
         return True
@@ -190,10 +192,10 @@ def sparse_dot(device: Device, dtype: str, inputs: int, pixels: int) -> Dot:
 def blocks_of(mask: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """[groups, blocks]: which blocks of `block` (outputs, inputs) have a kept element of mask [o, i, ...]."""
     outputs, inputs = block
-    flat = mask.reshape(*mask.shape[:2], -1).any(2)
+    flat: np.ndarray = mask.reshape(*mask.shape[:2], -1).max(2)
     full = np.zeros((-(-len(flat) // outputs) * outputs, flat.shape[1]), bool)
     full[: len(flat)] = flat
-    return full.reshape(-1, outputs, flat.shape[1] // inputs, inputs).any((1, 3))
+    return full.reshape(-1, outputs, flat.shape[1] // inputs, inputs).max((1, 3))
 
 
 def options(device: Device, outputs: int, inputs: int) -> Iterator[tuple[int, int]]:
