@@ -203,7 +203,10 @@ def main(
     if not only_table:
         plain = {r.baseline for r in chosen}
         order = sorted(chosen, key=lambda r: r.name not in FIRST and r.name not in plain)
-        jobs = [("float", "", 0)] + [(r.name, r.passes, s) for r in order for s in range(seeds)]
+        first = [r for r in order if r.name in FIRST or r.name in plain]
+        jobs = [("float", "", 0)]
+        for part in (first, [r for r in order if r not in first]):
+            jobs += [(r.name, r.passes, s) for s in range(seeds) for r in part]
         for name, passes, seed in jobs:
             if load(case, passes, seed) is None:
                 cell = measure(case, passes, seed, shared_folder())

@@ -32,12 +32,75 @@ class PassEntry:
 
 BUILTIN = (
     PassEntry(
-        "fold-constants", "compute what depends on weights only", "edgec.passes.reparam.fold_constants:FoldConstants"
+        "fold-constants",
+        "compute what depends on weights only",
+        "edgec.passes.reparam.fold_constants:FoldConstants",
     ),
     PassEntry(
-        "collapse", "merge parallel branches and consecutive linear layers", "edgec.passes.reparam.collapse:Collapse"
+        "collapse",
+        "merge parallel branches and consecutive linear layers",
+        "edgec.passes.reparam.collapse:Collapse",
     ),
-    PassEntry("fold-bn", "fold batch norms into the layer before them", "edgec.passes.graph.fold_bn:FoldBN"),
+    PassEntry(
+        "fold-bn",
+        "fold batch norms into the layer before them",
+        "edgec.passes.graph.fold_bn:FoldBN",
+    ),
+    PassEntry(
+        "class-rows",
+        "compute only the rows that the read-out selects",
+        "edgec.passes.tokens.class_rows:ClassRows",
+    ),
+    PassEntry(
+        "tome",
+        "merge similar tokens of a vision transformer",
+        "edgec.passes.tokens.tome:ToMe",
+    ),
+    PassEntry(
+        "diffrate",
+        "drop and merge tokens by learned counts",
+        "edgec.passes.tokens.diffrate:DiffRate",
+    ),
+    PassEntry(
+        "drop-tokens",
+        "drop tokens by a score",
+        "edgec.passes.tokens.drop_tokens:DropTokens",
+    ),
+    PassEntry(
+        "prune-channels",
+        "remove channels, heads and groups and shrink all shapes",
+        "edgec.passes.pruning.prune_channels:PruneChannels",
+    ),
+    PassEntry(
+        "prune-1xn",
+        "remove blocks of N output channels at an input channel",
+        "edgec.passes.pruning.prune_1xn:Prune1xN",
+    ),
+    PassEntry(
+        "prune",
+        "remove weights, rows, kernels or filters (baselines)",
+        "edgec.passes.pruning.prune:Prune",
+    ),
+    PassEntry(
+        "search-mask",
+        "find a better mask over frozen weights",
+        "edgec.passes.recovery.search_mask:SearchMask",
+    ),
+    PassEntry(
+        "recalibrate-bn",
+        "batch norm statistics of the changed model",
+        "edgec.passes.recovery.recalibrate_bn:RecalibrateBN",
+    ),
+    PassEntry(
+        "ebft",
+        "train block by block without labels",
+        "edgec.passes.recovery.ebft:Ebft",
+    ),
+    PassEntry(
+        "finetune",
+        "train with distillation from the original model",
+        "edgec.passes.recovery.finetune:Finetune",
+    ),
     PassEntry(
         "equalize",
         "balance weight ranges between consecutive layers",
@@ -53,7 +116,11 @@ BUILTIN = (
         "few-bit quantisation with learned rounding, block by block",
         "edgec.passes.quantization.reconstruct:Reconstruct",
     ),
-    PassEntry("qat", "quantisation-aware training with learned steps", "edgec.passes.quantization.qat:Qat"),
+    PassEntry(
+        "qat",
+        "quantisation-aware training with learned steps",
+        "edgec.passes.quantization.qat:Qat",
+    ),
     PassEntry(
         "quantize-mixed",
         "bits per layer by sensitivity under a budget",
@@ -65,24 +132,10 @@ BUILTIN = (
         "edgec.passes.quantization.quantize_weights:QuantizeWeights",
     ),
     PassEntry(
-        "prune-1xn", "remove blocks of N output channels at an input channel", "edgec.passes.pruning.prune_1xn:Prune1xN"
+        "cast-fp16",
+        "float16 weights and activations",
+        "edgec.passes.precision.fp16:CastFP16",
     ),
-    PassEntry("prune", "remove weights, rows, kernels or filters (baselines)", "edgec.passes.pruning.prune:Prune"),
-    PassEntry(
-        "recalibrate-bn",
-        "batch norm statistics of the changed model",
-        "edgec.passes.recovery.recalibrate_bn:RecalibrateBN",
-    ),
-    PassEntry("ebft", "train block by block without labels", "edgec.passes.recovery.ebft:Ebft"),
-    PassEntry("search-mask", "find a better mask over frozen weights", "edgec.passes.recovery.search_mask:SearchMask"),
-    PassEntry("finetune", "train with distillation from the original model", "edgec.passes.recovery.finetune:Finetune"),
-    PassEntry(
-        "class-rows", "compute only the rows that the read-out selects", "edgec.passes.tokens.class_rows:ClassRows"
-    ),
-    PassEntry("tome", "merge similar tokens of a vision transformer", "edgec.passes.tokens.tome:ToMe"),
-    PassEntry("diffrate", "drop and merge tokens by learned counts", "edgec.passes.tokens.diffrate:DiffRate"),
-    PassEntry("drop-tokens", "drop tokens by a score", "edgec.passes.tokens.drop_tokens:DropTokens"),
-    PassEntry("cast-fp16", "float16 weights and activations", "edgec.passes.precision.fp16:CastFP16"),
 )
 
 

@@ -48,8 +48,7 @@ def tome_merge(
     Raises ValueError for shapes and numbers that do not fit.
     """
     _check_tome(x, size, metric, r, prefix, distilled)
-    slots = tome_slots(metric, r, prefix, distilled)
-    return merge_tokens(x, size, slots, x.shape[1] - r, True), merge_sizes(size, slots, x.shape[1] - r, None)
+    return _plain_tome(x, size, metric, r, prefix, distilled)
 
 
 @tome_merge.register_fake
@@ -86,11 +85,7 @@ def token_reduce(
     merge = keep only prunes. Raises ValueError for shapes and numbers that do not fit.
     """
     _check_reduce(x, size, score, prefix, keep, merge)
-    slots = reduce_slots(x, score, prefix, keep, merge)
-    return (
-        merge_tokens(x, size, slots, merge, weighted_mean),
-        merge_sizes(size, slots, merge, None if true_size else x),
-    )
+    return _plain_reduce(x, size, score, prefix, keep, merge, weighted_mean, true_size)
 
 
 @token_reduce.register_fake
@@ -113,8 +108,7 @@ def token_keep(
     prefix <= keep <= N. Raises ValueError for shapes and numbers that do not fit.
     """
     _check_reduce(x, size, score, prefix, keep, keep)
-    slots = keep_slots(score, prefix, keep)
-    return merge_tokens(x, size, slots, keep, False), merge_sizes(size, slots, keep, None)
+    return _plain_keep(x, size, score, prefix, keep)
 
 
 @token_keep.register_fake
@@ -136,10 +130,7 @@ def class_score(q: torch.Tensor, k: torch.Tensor, size: torch.Tensor | None, sca
     Raises ValueError for shapes that do not fit.
     """
     _check_score(q, k, size, prefix)
-    logits = (q[:, :, :1] * scale) @ k.transpose(2, 3)
-    if size is not None:
-        logits = logits + size.log()[:, None, None, :, 0]
-    return torch.softmax(logits, -1)[:, :, 0, prefix:].mean(1).contiguous()
+    return _plain_score(q, k, size, scale, prefix)
 
 
 @class_score.register_fake
@@ -148,53 +139,72 @@ def _(q, k, size, scale, prefix):
     return k.new_empty((k.shape[0], k.shape[2] - prefix))
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------
+# -- gradients: the choice of tokens has none ------------------------------------------------------------------------
 
 
-def _keep_for_gradient(ctx, inputs, output) -> None:
-    """Tensors and numbers of a call; what becomes of each token is found again, which is cheaper than to carry it."""
-    ctx.save_for_backward(*(v for v in inputs if isinstance(v, torch.Tensor)))
-    ctx.numbers = [v for v in inputs if not isinstance(v, torch.Tensor)]
+def _remember(ctx, inputs, output) -> None:
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.places = [isinstance(x, torch.Tensor) for x in inputs]
+    ctx.others = [x for x in inputs if not isinstance(x, torch.Tensor)]
 
 
-def _through(ctx, gradient: torch.Tensor | None, slots: torch.Tensor, rows: int, weighted: bool) -> torch.Tensor | None:
-    """Gradient of x, the choice of tokens and their sizes taken as constants, as the papers train through them."""
-    if gradient is None:
-        return None
-    x, size = ctx.saved_tensors[:2]
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        return torch.autograd.grad(merge_tokens(x, size.detach(), slots, rows, weighted), x, gradient)[0]
+def _gradients(run, differentiable: int):
+    """A backward function that runs the operator again, by `run`, and differentiates it by its first operands."""
+
+    def backward(ctx, *grads):
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        given = [next(tensors if tensor else others) for tensor in ctx.places]
+        with torch.enable_grad():
+            leaves = [
+                x.detach().requires_grad_() if i < differentiable and isinstance(x, torch.Tensor) else x
+                for i, x in enumerate(given)
+            ]
+            results = run(*leaves)
+            results = results if isinstance(results, tuple) else (results,)
+            wanted = [x for i, x in enumerate(leaves) if i < differentiable and isinstance(x, torch.Tensor)]
+            pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
+            ys, gs = ([pair[i] for pair in pairs] for i in (0, 1))
+            found = iter(torch.autograd.grad(ys, wanted, gs, allow_unused=True))
+        return tuple(
+            next(found) if i < differentiable and isinstance(x, torch.Tensor) else None for i, x in enumerate(given)
+        )
+
+    return backward
 
 
-def _tome_gradient(ctx, gradient, _):
-    x, _, metric = ctx.saved_tensors
-    r, prefix, distilled = ctx.numbers
-    slots = tome_slots(metric, r, prefix, distilled)
-    return _through(ctx, gradient, slots, x.shape[1] - r, True), None, None, None, None, None
+def _plain_tome(x, size, metric, r, prefix, distilled):
+    slots = tome_slots(metric.detach(), r, prefix, distilled)
+    return merge_tokens(x, size, slots, x.shape[1] - r, True), merge_sizes(size, slots, x.shape[1] - r, None)
 
 
-def _reduce_gradient(ctx, gradient, _):
-    x, _, score = ctx.saved_tensors
-    prefix, keep, merge, weighted, _ = ctx.numbers
-    slots = reduce_slots(x, score, prefix, keep, merge)
-    return _through(ctx, gradient, slots, merge, weighted), None, None, None, None, None, None, None
+def _plain_reduce(x, size, score, prefix, keep, merge, weighted_mean, true_size):
+    slots = reduce_slots(x.detach(), score.detach(), prefix, keep, merge)
+    return (
+        merge_tokens(x, size, slots, merge, weighted_mean),
+        merge_sizes(size, slots, merge, None if true_size else x),
+    )
 
 
-def _token_keep_gradient(ctx, gradient, _):
-    score = ctx.saved_tensors[2]
-    prefix, keep = ctx.numbers
-    return _through(ctx, gradient, keep_slots(score, prefix, keep), keep, False), None, None, None, None
+def _plain_keep(x, size, score, prefix, keep):
+    slots = keep_slots(score.detach(), prefix, keep)
+    return merge_tokens(x, size, slots, keep, False), merge_sizes(size, slots, keep, None)
 
 
-def _no_gradient(ctx, gradient):
-    return None, None, None, None, None
+def _plain_score(q, k, size, scale, prefix):
+    logits = (q[:, :, :1] * scale) @ k.transpose(2, 3)
+    if size is not None:
+        logits = logits + size.log()[:, None, None, :, 0]
+    return torch.softmax(logits, -1)[:, :, 0, prefix:].mean(1).contiguous()
 
 
-tome_merge.register_autograd(_tome_gradient, setup_context=_keep_for_gradient)
-token_reduce.register_autograd(_reduce_gradient, setup_context=_keep_for_gradient)
-token_keep.register_autograd(_token_keep_gradient, setup_context=_keep_for_gradient)
-class_score.register_autograd(_no_gradient)
+for _operator, _plain, _count in (
+    (tome_merge, _plain_tome, 2),
+    (token_reduce, _plain_reduce, 2),
+    (token_keep, _plain_keep, 2),
+    (class_score, _plain_score, 3),
+):
+    _operator.register_autograd(_gradients(_plain, _count), setup_context=_remember)
 
 
 # -- their parts, each one kernel --------------------------------------------------------------------------------------

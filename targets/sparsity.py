@@ -31,7 +31,7 @@ def break_even(device: Device, dtype: str, block: Block, kernel: str) -> float |
     "3x3", for every larger window. A block of a multiple of the output channels measured runs as that one. None where
     nothing was measured or sparsity never pays.
     """
-    found = _table().get(_core(device))
+    found = _table().get(core(device))
     if found is None:
         return None
     kernel = kernel if kernel == "1x1" else "3x3"
@@ -42,11 +42,11 @@ def break_even(device: Device, dtype: str, block: Block, kernel: str) -> float |
 
 def best_block(device: Device, dtype: str) -> Block | None:
     """The smallest block whose kernel runs near the speed of the dense one on this device; None: nothing pays."""
-    found = _table().get(_core(device))
+    found = _table().get(core(device))
     return None if found is None else found.best.get(dtype)
 
 
-def _core(device: Device) -> str:
+def core(device: Device) -> str:
     """What the table calls a device."""
     return device.mcpu + "".join(device.features) if device.name == "host" else device.name
 

@@ -6,15 +6,17 @@ import json
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import aarch64, cpu, instructions, layers, peers, timing, timm_models
+from benchmarks import aarch64, cpu, instructions, layers, peers, sparse, timing, timm_models
 from edgec.errors import EdgecError
-from edgec.targets import loops
+from edgec.targets import loops, sparsity
+from edgec.targets.device import load_device
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 
@@ -275,3 +277,51 @@ def test_layer_times_of_the_demo() -> None:
     assert [call.layer for call in calls[:2]] == ["stem", "block1.depthwise"]
     assert sum(call.macs for call in calls) == hooked.bundle.manifest["macs"] > 0
     assert all(0 <= call.us < 10_000 and call.nbytes > 0 for call in calls) and sum(call.us for call in calls) > 0
+
+
+@pytest.mark.qemu("cortex-a72")
+def test_sparse_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tiny case from the count to the table that the compiler reads."""
+    monkeypatch.setattr(sparse, "SHAPES", {"1x1": Conv2D(1, 24, 16, 32)})
+    monkeypatch.setattr(sparse, "DENSITIES", (1.0, 0.25))
+    monkeypatch.setattr(sparse, "blocks", lambda device, dtype: [(16, 1)])
+    monkeypatch.setattr(sparse.measure_kernels, "__defaults__", (sparse.DENSITIES, sparse.SHAPES))
+    table = tmp_path / "sparsity.toml"
+    table.write_text(Path(sparsity.__file__).with_name("sparsity.toml").read_text())
+    save = tmp_path / "points.json"
+    arguments = ["kernels", "--device", "cortex-a72", "--dtype", "float32", "--save", str(save), "--table", str(table)]
+    assert sparse.main(arguments) == 0
+    dense, quarter = json.loads(save.read_text())
+    assert dense["unit"] == "instructions" and quarter["ratio"] < 0.6 < dense["ratio"]
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "| cortex-a72 | float32 | 16x1 | 1x1 |" in line
+    written = {tuple(s["devices"]): s for s in tomllib.loads(table.read_text())["kernel"]}
+    section = written["cortex-a53", "cortex-a72"]
+    row = next(r for r in section["rows"] if r["dtype"] == "float32")
+    assert f"{row['break_even']:.2f} |" in line and 0.25 < row["break_even"] <= 1
+    # The rows of the other type, and the other devices, are those of before.
+    assert any(r["dtype"] == "int8" for r in section["rows"]) and "int8" in section["best"]
+    assert ("cortex-x2",) in written
+
+
+@pytest.mark.pure
+def test_break_even() -> None:
+    def line(*ratios: float) -> list[sparse.Point]:
+        found = zip((1.0, 0.5, 0.25), ratios, strict=True)
+        return [sparse.Point("d", "float32", (16, 1), "1x1", d, 1.0, r, "us") for d, r in found]
+
+    assert sparse.break_even(line(1.5, 0.75, 0.4)) == 0.67
+    assert sparse.break_even(line(0.98, 0.5, 0.3)) == 1.0
+    assert sparse.break_even(line(3.0, 2.0, 1.2)) is None
+
+
+@pytest.mark.host
+def test_a_sparse_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits network prunes, compiles and runs on this machine; its table says what it is."""
+    monkeypatch.setattr(sparse, "ROUNDS", 2)
+    device = load_device("host")
+    if sparsity.best_block(device, "float32") is None:
+        pytest.skip("nothing is known of block-sparse kernels on this machine")
+    row = sparse.network("digits", "fp32", device, (0.5,))
+    assert row["unit"] == "ms" and row["cost"]["1.0"] > 0 and set(row["speedup"]) == {"0.5"}
+    assert "| digits | fp32 |" in sparse.network_table([row])

@@ -67,7 +67,7 @@ class Negative(nn.Module):
         self.bn2, self.second = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
         for bn in (self.bn1, self.bn2):
             bn.weight.data.uniform_(-2, -0.5)
-            bn.running_mean.uniform_(-1, 1)
+            bn.running_mean = torch.rand(8) * 2 - 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(self.bn2(F.relu(self.bn1(self.first(x)))))

@@ -48,7 +48,8 @@ class Binding:
     """A kernel call. Arguments in order: `before`, the packed `weights`, `after`, and the output.
 
     origin: the node of the user's model whose value the call computes (see `origin_of`). mask: bool, which weights are
-    kept, of the shape of the weights, where a layer is pruned in blocks.
+    kept, of the shape of the weights, where a layer is pruned in blocks. dense: why its zeros are multiplied all the
+    same, "" where they are not.
     """
 
     spec: Any
@@ -58,6 +59,7 @@ class Binding:
     after: tuple[fx.Node, ...] = ()
     origin: str = ""
     mask: np.ndarray | None = None
+    dense: str = ""
 
     @property
     def symbol(self) -> str:
@@ -72,8 +74,10 @@ class Binding:
         if self.mask is None:
             return self
         spec, kept = fastest(self.spec, self.mask, device)
-        weights = self.weights if kept is None else {**self.weights, "mask": kept}
-        return dataclasses.replace(self, spec=spec, weights=weights, mask=None)
+        if kept is None:
+            reason = f"{self.mask.mean():.0%} of the weights are kept, in a pattern that the dense kernel beats"
+            return dataclasses.replace(self, mask=None, dense=reason)
+        return dataclasses.replace(self, spec=spec, weights={**self.weights, "mask": kept}, mask=None)
 
 
 def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding | None:
@@ -85,10 +89,14 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding
     binding = rule(node, constants) if rule is not None else None
     if binding is None:
         return None
-    mask = None
-    if masks and isinstance(binding.spec, Conv2D) and getattr(node.args[1], "name", None) in masks:
-        mask = masks[node.args[1].name].reshape(np.shape(binding.weights["w"]))
-    return dataclasses.replace(binding, origin=origin_of(node), mask=mask)
+    binding = dataclasses.replace(binding, origin=origin_of(node))
+    mask = (masks or {}).get(getattr(node.args[1], "name", "")) if len(node.args) > 1 else None
+    if mask is None:
+        return binding
+    weight = binding.weights.get("w")
+    if not isinstance(binding.spec, Conv2D) or weight is None:
+        return dataclasses.replace(binding, dense=f"{binding.spec.name} has no block-sparse kernel")
+    return dataclasses.replace(binding, mask=mask.reshape(weight.shape))
 
 
 def _dtype(node: Any) -> str:
@@ -413,7 +421,9 @@ def _view(x: Any, view: Sequence[int]) -> View:
 
 def _tome_slots(node: Any, constants: Weights) -> Binding:
     metric, shape, view, r, prefix, distilled = node.args
-    return Binding(TomeSlots(*shape, _view(metric, view), r, prefix, distilled), (metric,), layer_of(node))
+    batch, heads, tokens, depth = shape
+    spec = TomeSlots(batch, heads, tokens, depth, _view(metric, view), r, prefix, distilled)
+    return Binding(spec, (metric,), layer_of(node))
 
 
 def _reduce_slots(node: Any, constants: Weights) -> Binding:
@@ -426,7 +436,8 @@ def _reduce_slots(node: Any, constants: Weights) -> Binding:
 
 def _merge_tokens(node: Any, constants: Weights) -> Binding:
     x, size, slots, rows, merges = node.args
-    spec = MergeTokens(*shape_of(x), rows, merges, size is not None)
+    batch, tokens, channels = shape_of(x)
+    spec = MergeTokens(batch, tokens, channels, rows, merges, size is not None)
     return Binding(spec, (x, size, slots) if spec.sized else (x, slots), layer_of(node))
 
 
@@ -439,7 +450,9 @@ def _merge_sizes(node: Any, constants: Weights) -> Binding:
 
 def _class_scores(node: Any, constants: Weights) -> Binding:
     q, k, size, shape, q_view, k_view, scale, prefix = node.args
-    spec = ClassScore(*shape, _view(q, q_view), _view(k, k_view), scale, prefix, size is not None)
+    batch, heads, tokens, depth = shape
+    views = _view(q, q_view), _view(k, k_view)
+    spec = ClassScore(batch, heads, tokens, depth, *views, scale, prefix, size is not None)
     return Binding(spec, (q, k) if size is None else (q, k, size), layer_of(node))
 
 

@@ -119,9 +119,10 @@ def import_graph(
 ) -> Imported:
     """Import a legalised ExportedProgram with static shapes.
 
-    annotations: of the Program; weights that they say are pruned in blocks go to block-sparse kernels where those are
-    faster on the device. Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by
-    `legalize.unsupported`.
+    annotations: of the Program; weights that they say are pruned go to block-sparse kernels where those are
+    faster on the device.
+
+    Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by `legalize.unsupported`.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
     bindings: dict[int, Binding] = {}
@@ -245,12 +246,12 @@ def _kernel_calls(function: Any) -> list[tuple[Any, str]]:
 
 
 def _masks(exported: torch.export.ExportedProgram, annotations: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What is kept of weights pruned in blocks, by the names of `_constants`."""
+    """What is kept of pruned weights, by the names of `_constants`."""
     signature = exported.graph_signature
     paths = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     records = sparsities(annotations)
     found = {name: records[path] for name, path in paths.items() if path in records}
-    return {name: record.mask.numpy() for name, record in found.items() if record.pattern == "block"}
+    return {name: record.mask.numpy() for name, record in found.items() if record.density < 1}
 
 
 def _constants(exported: torch.export.ExportedProgram) -> dict[str, np.ndarray]:

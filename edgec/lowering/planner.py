@@ -99,6 +99,8 @@ class _Reader:
         layer = next(self.layers, "")
         if ours is not None:
             layer = ours.layer
+            if ours.dense:
+                self.fallbacks.append(Skip(layer, "zeros multiplied", ours.dense))
         else:
             operator = kernel.rstrip("0123456789")
             self.fallbacks.append(Skip(layer or kernel, "untuned kernel", f"no template for {operator}"))

@@ -145,8 +145,8 @@ def erk(layers: Sequence[LayerGrains], sparsity: float) -> list[float]:
 def atp(layers: Sequence[LayerGrains], sparsity: float, beta: float, units: Sequence[int] | None = None) -> list[float]:
     """Rates that rise by `beta` from one unit to the next, with `sparsity` as their mean weighted by parameters.
 
-    units: number of the unit (residual block) of each layer; by default each layer is one. beta = 0 is `uniform` bit for
-    bit. Raises EdgecError for a slope that leads out of 0..1.
+    units: number of the unit (residual block) of each layer; by default each layer is one. beta = 0 is `uniform` bit
+    for bit. Raises EdgecError for a slope that leads out of 0..1.
 
     Huang et al., "Determining Layer-wise Sparsity for Large Language Models Through a Theoretical Perspective" (ATP);
     there all layers are of one size and the plain mean is taken.
@@ -247,7 +247,7 @@ def lagrangian(
 def _fill(
     damage: Sequence[Sequence[float]], cost: Sequence[Sequence[float]], budget: float, choice: list[int]
 ) -> list[int]:
-    """Spend what the hull of the curves leaves of the budget: the change that repairs most per cost, again and again."""
+    """Spend what the hull of the curves leaves of the budget on the change that repairs most per cost, repeatedly."""
     left = budget - sum(c[k] for c, k in zip(cost, choice, strict=True))
     while True:
         changes = []

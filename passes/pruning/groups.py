@@ -1,11 +1,11 @@
 """Dependency groups: which channels of a graph must be removed, or reordered, together.
 
 Every element of every tensor gets a label, and labels are equal where the elements belong to one channel. Most labels
-need no rule: an operator that only moves data (a view, a transpose, a concatenation, a channel shuffle) moves the labels
-of its input by being run on them. The others join labels: an addition joins those of its operands, a matrix product
-those of the axis it sums over, a convolution binds them to an axis of its weight. What stays joined at the end is a
-*unit*, the least that can be removed: one channel of a whole residual stage, a head of attention, a group of a grouped
-convolution. Units that occur in the same places form a `ChannelGroup`.
+need no rule: an operator that only moves data (a view, a transpose, a concatenation, a channel shuffle) moves the
+labels of its input by being run on them. The others join labels: an addition joins those of its operands, a matrix
+product those of the axis it sums over, a convolution binds them to an axis of its weight. What stays joined at the end
+is a *unit*, the least that can be removed: one channel of a whole residual stage, a head of attention, a group of a
+grouped convolution. Units that occur in the same places form a `ChannelGroup`.
 
     channels = Channels(program)
     for group in channels.groups:
@@ -19,7 +19,7 @@ After Fang et al., "DepGraph: Towards Any Structural Pruning"; the label propaga
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ import torch
 from torch import fx
 
 from edgec.errors import EdgecError
-from edgec.program import Program, get_weight, is_call, layer_of, output_nodes
+from edgec.program import Program, get_weight, layer_of, output_nodes
 
 aten = torch.ops.aten
 
@@ -361,8 +361,16 @@ class Channels:
         weight = node.args[1]
         if not (isinstance(weight, fx.Node) and weight.op == "get_attr"):
             return self._unknown(node)
-        inputs = self._channels_of(node.args[0], -1)
+        labels = self._of(node.args[0])
         outputs = self._fresh(get_weight(self.module, weight).shape[0])
+        if labels is not None and labels.shape[-1] == 1 and labels.numel() > 1:
+            # It works along another axis, as the token mixers of MLP-Mixer do, and on each channel alike.
+            self._bind(weight, outputs, 0, "out")
+            self._makers.append((layer_of(node), outputs))
+            self._lock(outputs, "the layer works along another axis than that of the channels")
+            self._products.append((node, [labels]))
+            return labels
+        inputs = self._channels_of(node.args[0], -1)
         self._bind(weight, inputs, 1, "in")
         self._bind(weight, outputs, 0, "out")
         self._bind(_argument(node, "bias", 2, None), outputs, 0, "other")
@@ -604,8 +612,8 @@ class Channels:
         if name in ("select", "unbind", "index_select"):
             self._fix(labels, _argument(node, "dim", 1, 0), node, what)
         elif name in ("roll", "flip"):
-            dims = node.args[2] if name == "roll" and len(node.args) > 2 else node.args[1]
-            for axis in dims if isinstance(dims, (list, tuple)) else [dims]:
+            dims = _argument(node, "dims", 2 if name == "roll" else 1, range(labels.dim()))
+            for axis in [dims] if isinstance(dims, int) else dims:
                 self._fix(labels, axis, node, what)
         elif name == "index":
             for axis, index in enumerate(node.args[1]):  # type: ignore[arg-type]
@@ -700,11 +708,13 @@ class Channels:
                 break
         self._fine = fine
         self._reasons: dict[int, str] = {}
+        held: list[tuple[torch.Tensor, str]] = []
         for labels, axis, reason in self._fixed_axes:
             classes = self._classes(labels)
             if _varies(classes, axis):
-                self._locks.append((labels[labels >= 0].reshape(-1), reason))
-        for labels, reason in self._locks:
+                held.append((labels[labels >= 0].reshape(-1), reason))
+        # First what holds a whole axis: one reason for all of its units.
+        for labels, reason in held + self._locks:
             for root in np.unique(self._roots[labels.numpy()]).tolist():
                 self._reasons.setdefault(root, reason)
 
@@ -757,6 +767,15 @@ class Channels:
             groups.append(ChannelGroup(layers[0], len(roots), unit, members, layers, reason, np.array(roots)))
         return groups
 
+    def nodes(self, group: ChannelGroup) -> list[fx.Node]:
+        """The nodes whose results have channels of the group, in graph order."""
+        found = []
+        for node, labels in self._labels.items():
+            parts = [x for x in (labels if isinstance(labels, list) else [labels]) if x is not None]
+            if any(bool(np.isin(self._classes(part), group.classes).any()) for part in parts):
+                found.append(node)
+        return found
+
     def _ranks(self) -> np.ndarray:
         """Number of each label's channel within its unit."""
         channels = np.unique(self._fine)
@@ -767,6 +786,11 @@ class Channels:
         by_channel = np.zeros(max(1, self._count), dtype=np.int64)
         by_channel[order] = number
         return by_channel[self._fine] if self._count else by_channel
+
+    @property
+    def labels(self) -> int:
+        """How many labels there are; `classes` and `Product.axes` are labels."""
+        return self._count
 
     # -- removal ---------------------------------------------------------------------------------------------------
 
@@ -784,10 +808,6 @@ class Channels:
             kept[group.classes] = False
             kept[group.classes[units]] = True
         return kept
-
-    def share(self, product: Product, kept: np.ndarray) -> float:
-        """The share of a product's multiply-accumulates that is left when `kept` (see `kept_of`) stays."""
-        return math.prod(float(kept[vector].mean()) for vector in product.axes)
 
     def remove(self, module: fx.GraphModule, keep: Mapping[ChannelGroup, Sequence[int] | np.ndarray]) -> None:
         """Remove all units but `keep` of the groups given, from the weights and the sizes written in the graph.
@@ -852,7 +872,7 @@ class Channels:
             axis = int(_argument(node, "dim", 2, 0)) % len(before or ())
             ends = np.cumsum([0] + [int(part.shape[axis]) for part in source.meta["val"]])
             assert before is not None
-            parts = [int(before[axis][a:b].sum()) for a, b in zip(ends, ends[1:], strict=False)]
+            parts = [int(before[axis][a:b].sum()) for a, b in itertools.pairwise(ends)]
             node.target = aten.split_with_sizes.default
             node.args, node.kwargs = (node.args[0], parts, axis), {}
         elif name == "slice" and before is not None:

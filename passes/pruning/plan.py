@@ -39,7 +39,9 @@ class Scored:
     def grains(self) -> LayerGrains:
         shape = self.target.shape
         values: np.ndarray = self.scores.reshape(-1).numpy()
-        return LayerGrains(self.target.layer, values, self.grain.elements(shape), shape, min(len(self.scores), shape[0]))
+        return LayerGrains(
+            self.target.layer, values, self.grain.elements(shape), shape, min(len(self.scores), shape[0])
+        )
 
     def kept(self, rate: float, balanced: bool = False) -> torch.Tensor:
         """The table of grains that stay at this rate."""

@@ -20,8 +20,8 @@ from edgec.targets.device import Device
 class Prune(Pass):
     """Remove the grains with the smallest L1 norm: weights (0-D), rows of kernels (1-D), kernels (2-D), filters (3-D).
 
-    Mao et al., "Exploring the Regularity of Sparse Structure in Convolutional Neural Networks". Weights get zeros, shapes
-    stay: no CPU target has a kernel for these patterns, so with a target the pass refuses unless it is forced.
+    Mao et al., "Exploring the Regularity of Sparse Structure in Convolutional Neural Networks". Weights get zeros,
+    shapes stay: no CPU target has a kernel for these patterns, so with a target the pass refuses unless it is forced.
     `prune-1xn` and `prune-channels` are the patterns that pay. Follow it with `recalibrate-bn` or `finetune`.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,14 +14,18 @@ from torch import fx
 from edgec.errors import EdgecError
 from edgec.passbase import Context, Pass, option
 from edgec.passes.keep import check_patterns, layer_names
-from edgec.passes.pruning.groups import ChannelGroup, Channels, permute
+from edgec.passes.pruning.allocation import removed
+from edgec.passes.pruning.groups import ChannelGroup, Channels, Member, permute
 from edgec.passes.pruning.masks import CONVS, Grain, Target, apply, prunable
 from edgec.passes.pruning.plan import ALLOCATION_HELP, ALLOCATIONS, CRITERIA, Scored, rates_for, scored
-from edgec.program import Program, get_weight, is_call
+from edgec.program import Program, get_weight, is_call, origin_of
 from edgec.sparsity import Sparsity, sparsities
 from edgec.targets.device import Device
 from edgec.targets.sparsity import best_block, break_even
 
+# Exchanging filters between blocks: passes over all pairs of blocks at most, and sums of columns in all.
+SWEEPS = 10
+EXCHANGE_WORK = 200_000_000
 # Without a target, or where nothing pays and pruning is forced: the paper's block.
 PLAIN = (4, 1)
 
@@ -30,11 +34,11 @@ PLAIN = (4, 1)
 class Prune1xN(Pass):
     """Remove blocks of N output channels at one input channel, with all their taps, by their L1 norm.
 
-    Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks". The filters are sorted by L1 norm first, so that
-    blocks hold filters of similar size, and physically reordered together with all that follows them (batch norms,
-    depthwise layers, consumers): the function stays the same. In each layer the floor(sparsity x blocks) smallest
-    blocks get zeros; the block-sparse kernels of the CPU targets skip them. Accuracy comes back with `recalibrate-bn`
-    and `finetune`.
+    Lin et al., "1xN Pattern for Pruning Convolutional Neural Networks". The filters are sorted by L1 norm first, or
+    grouped so that a block holds those with large kernels at the same inputs, and physically reordered together with
+    all that follows them (batch norms, depthwise layers, consumers): the function stays the same. In each layer the
+    floor(sparsity x blocks) smallest blocks get zeros (balanced: of each group of N outputs), which the block-sparse
+    kernels of the CPU targets skip. Accuracy comes back with `recalibrate-bn` and `finetune`.
 
     With a target, a layer whose kernel is slower than the dense one at its density stays dense, and a model without any
     other is refused.
@@ -54,7 +58,9 @@ class Prune1xN(Pass):
     )  # fmt: skip
     allocation: str = option("uniform", ALLOCATION_HELP, choices=ALLOCATIONS)
     balanced: bool = option(True, "every group of N output channels keeps the same number of blocks")
-    rearrange: bool = option(True, "sort the filters by L1 norm, together with all layers they are tied to")
+    rearrange: bool = option(
+        True, "reorder filters so that blocks hold similar ones, together with all layers they are tied to"
+    )
     criterion: str = option("l1", "what goes first: the smallest L1 norms, or any (a baseline)", choices=CRITERIA)
     keep: tuple[str, ...] = option((), "layers to leave dense: names, or patterns such as blocks.3.*")
     force: bool = option(False, "prune although the target does not gain")
@@ -77,7 +83,7 @@ class Prune1xN(Pass):
         grain = Grain("block", block)
         module = program.edit()
         if self.rearrange and self.criterion == "l1" and targets:
-            rearrange(module, targets, grain, self.sparsity, self.balanced, context)
+            rearrange(module, targets, grain, self.sparsity, self.balanced, context, sparsities(program.annotations))
         ordered = program.replace(module)
         targets = [_again(ordered.module, t) for t in targets]
         layers = scored(targets, grain, self.criterion, context.seed)
@@ -156,37 +162,118 @@ def kernel_name(target: Target) -> str:
 
 
 def rearrange(
-    module: fx.GraphModule, targets: Sequence[Target], grain: Grain, sparsity: float, balanced: bool, context: Context
+    module: fx.GraphModule,
+    targets: Sequence[Target],
+    grain: Grain,
+    sparsity: float,
+    balanced: bool,
+    context: Context,
+    pruned: Collection[str] = (),
 ) -> dict[str, np.ndarray]:
     """Reorder the channels of a graph so that the blocks of `targets` hold filters of similar L1 norm, in place.
 
-    Each dependency group gets one order, ascending in the L1 norm summed over all of its layers that are pruned; it is
-    applied where more L1 mass is retained with it than without. Groups that cannot be reordered are reported. Returns
-    the orders by name of the group: unit i is what unit order[i] was. The function of the graph stays the same up to
-    the order of additions.
+    Each dependency group gets one order, ascending in the L1 norm summed over all of its layers that are pruned.
+    Balanced blocks gain little from that, since groups of small filters keep as much as those of large ones: there,
+    filters are also exchanged between blocks as long as that retains more. The order that retains the most L1 mass is
+    applied, if that is more than without. Groups that cannot be reordered are reported.
+
+    Returns the orders by name of the group: unit i is what unit order[i] was. The function of the graph stays the same
+    up to the order of additions. pruned: paths of weights whose masks would have to move.
     """
-    wanted = {t.path: t for t in targets}
+    wanted, channels = {t.path: t for t in targets}, Channels(module)
     tensors = {str(n.target): get_weight(module, n) for n in module.graph.nodes if n.op == "get_attr"}
     orders: dict[str, np.ndarray] = {}
-    for group in Channels(module).groups:
+    for group in channels.groups:
         made = [m for m in group.members if m.role == "out" and m.axis == 0 and m.weight in wanted]
         if not made:
             continue
         reason = group.locked
         if reason is None and group.unit > 1:
             reason = f"its channels move in units of {group.unit}"
+        if reason is None and any(m.weight in pruned for m in group.members):
+            reason = "a layer with these channels is pruned already"
         if reason is not None:
             context.skip(group.name, "filters not rearranged", reason)
             continue
+        layers = [wanted[m.weight] for m in made]
         saliency = np.zeros(group.channels)
         for member in made:
             norms = tensors[member.weight].abs().double().flatten(1).sum(1).numpy()
             saliency += norms[member.index].sum(1)
-        order = np.argsort(saliency, kind="stable")
-        if _gain(tensors, group, order, [wanted[m.weight] for m in made], grain, sparsity, balanced) > 0:
+        candidates = [np.argsort(saliency, kind="stable")]
+        if balanced:
+            candidates += _clustered(tensors, made, grain, sparsity, candidates[0])
+        gains = [_gain(tensors, group, o, layers, grain, sparsity, balanced) for o in candidates]
+        order = candidates[int(np.argmax(gains))]
+        if max(gains) > 0:
             permute(module, group, order)
             orders[group.name] = order
+            for node in channels.nodes(group):
+                # No longer channel by channel what the original computes there.
+                node.meta["edgec_origin"] = f"{origin_of(node)}, rearranged"
     return orders
+
+
+def _clustered(
+    tensors: dict[str, torch.Tensor], made: Sequence[Member], grain: Grain, sparsity: float, ascending: np.ndarray
+) -> list[np.ndarray]:
+    """Orders in which filters whose large kernels lie at the same inputs share a block, found by exchanging pairs.
+
+    Starts from the order there is and from `ascending`. Nothing where the blocks of the layers are not the same ones.
+    """
+    n = grain.block[0]
+    slots = made[0].index[:, 0] // n
+    places = np.argsort(slots, kind="stable")
+    _, sizes = np.unique(slots, return_counts=True)
+    same = all(m.index.shape[1] == 1 and np.array_equal(m.index[:, 0] // n, slots) for m in made)
+    if not same or (sizes != n).any() or len(sizes) < 2:
+        return []
+    parts, kept = [], []
+    for member in made:
+        single = Grain("block", (1, grain.block[1])).table(tensors[member.weight]).numpy()
+        parts.append(single[member.index[:, 0]])
+        kept.append(single.shape[1] - removed(sparsity, single.shape[1]))
+    found = []
+    for start in (np.arange(len(slots)), ascending):
+        order = np.empty(len(slots), np.int64)
+        order[places] = exchange(parts, kept, start[places].reshape(-1, n)).reshape(-1)
+        found.append(order)
+    return found
+
+
+def exchange(parts: Sequence[np.ndarray], kept: Sequence[int], groups: np.ndarray) -> np.ndarray:
+    """Exchange members between groups while the retained mass grows: the best exchange of each pair of groups in turn.
+
+    parts: for each layer the norms [filters, columns]. kept: for each layer, the columns that a group keeps. groups:
+    [groups, n] numbers of filters. Returns groups of the same shape; a local maximum, or where the time for it is up.
+    """
+    groups = groups.copy()
+    count, n = groups.shape
+    work = count * (count - 1) * n * n * sum(p.shape[1] for p in parts)
+    for _ in range(max(1, min(SWEEPS, EXCHANGE_WORK // max(1, work)))):
+        changed = False
+        for g in range(count):
+            for h in range(g + 1, count):
+                gain = np.zeros((n, n))
+                for part, k in zip(parts, kept, strict=True):
+                    first, second = part[groups[g]], part[groups[h]]
+                    sums = np.stack([first.sum(0), second.sum(0)])
+                    moved = second[None] - first[:, None]  # [member of g, member of h, columns]
+                    after = _largest(sums[0] + moved, k) + _largest(sums[1] - moved, k)
+                    gain += after - _largest(sums, k).sum()
+                i, j = np.unravel_index(int(gain.argmax()), gain.shape)
+                if gain[i, j] > 1e-9:
+                    groups[g, i], groups[h, j] = groups[h, j], groups[g, i]
+                    changed = True
+        if not changed:
+            break
+    return groups
+
+
+def _largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Sum of the k largest along the last axis."""
+    rest = values.shape[-1] - k
+    return values.sum(-1) if rest <= 0 else np.partition(values, rest, axis=-1)[..., rest:].sum(-1)
 
 
 def _gain(

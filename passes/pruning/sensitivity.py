@@ -91,10 +91,7 @@ def scan(
 
     mask_of(layer, rate): the masks, by weight path, that prune this layer alone. A rate of 0 costs nothing.
     """
-    return {
-        layer: [judge(mask_of(layer, rate)) if rate > 0 else 0.0 for rate in rates]
-        for layer in layers
-    }
+    return {layer: [judge(mask_of(layer, rate)) if rate > 0 else 0.0 for rate in rates] for layer in layers}
 
 
 def _reads(module: fx.GraphModule) -> list[fx.Node]:

@@ -27,8 +27,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from torch import fx
 
+from edgec import tokenops as tokenops
 from edgec.passes.quantization.operators import (
     CONV2D,
     CURVED,
@@ -47,9 +49,13 @@ from edgec.passes.quantization.operators import (
 )
 from edgec.program import is_call, layer_of, shape_of
 
+edgec = torch.ops.edgec
 NORMS = (aten.layer_norm.default, aten.group_norm.default, aten.instance_norm.default, aten.rms_norm.default)
 # What norms that are written out begin with.
 NORM_PARTS = (aten.pow.Tensor_Scalar, aten.var.correction, aten.var.dim, aten.var_mean.correction, aten.std.correction)
+
+# Operators that compare numbers: codes would make ties, and the layers in front would round for nobody else.
+CHOOSING = (edgec.tome_merge.default, edgec.token_reduce.default, edgec.token_keep.default, edgec.class_score.default)
 
 
 @dataclass
@@ -171,6 +177,8 @@ def _candidates(
             kind, reason = None, "is normalised afterwards: one scale does not serve a residual stream"
         if kind is Kind.TABLE and _stays_curved(node, nonlinear):
             kind, reason = None, "is computed in float before the result is rounded"
+        if kind is not None and node.users and all(is_call(u, *CHOOSING) for u in node.users):
+            kind, reason = None, "tokens are chosen by it, in float"
         if node in held:
             kind, reason = None, held[node]
         moves = is_call(node, *MOVES, *IDENTITIES, *SPLITTERS)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from edgec.data import Dataset
 from edgec.errors import EdgecError
+from edgec.origin import first_line
 from edgec.program import Program
+from edgec.training import is_classifier
 
 BATCH = 32
 
@@ -71,6 +74,76 @@ class _Runner(fx.Interpreter):
         for observer in self.watched.get(n, ()):
             observer.update(value)
         return value
+
+
+class WeightedWatcher(Protocol):
+    """Anything that sees a tensor and, in the same shape, how much its elements matter."""
+
+    def update(self, values: torch.Tensor, weights: torch.Tensor) -> None: ...
+
+
+class _GradientRunner(fx.Interpreter):
+    """Keeps the values of watched nodes, from which gradients are taken."""
+
+    def __init__(self, module: fx.GraphModule, watched: Iterable[fx.Node]) -> None:
+        super().__init__(module)
+        self.watched = set(watched)
+        self.values: dict[fx.Node, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.watched:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.values[n] = value
+        return value
+
+
+def calibrate_by_gradients(
+    module: fx.GraphModule,
+    inputs: Iterable[tuple[torch.Tensor, ...]],
+    watched: Mapping[fx.Node, WeightedWatcher],
+    seed: int,
+) -> None:
+    """Run `module` on every batch and update the watchers with values and squared gradients, element by element.
+
+    In expectation the squared gradients are the diagonal of the second derivative that the divergence of the
+    prediction from its present self has there (the divergence's own gradient is zero): for a classifier they are those
+    of the log-likelihood of a class drawn from the prediction; else, for the squared error, those of a normal random
+    sum of the outputs. Raises EdgecError for a graph with operators that have no gradient.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    runner = _GradientRunner(module, watched)
+    for batch in inputs:
+        with torch.enable_grad():
+            results = runner.run(*batch)
+            outputs = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
+            losses = [_drawn(y, generator) for y in outputs if y.requires_grad]
+            if not losses:
+                raise _no_gradient("no output depends smoothly on what is quantised")
+            nodes = list(runner.values)
+            try:
+                values = [runner.values[n] for n in nodes]
+                found = torch.autograd.grad(torch.stack(losses).sum(), values, allow_unused=True)
+            except (RuntimeError, NotImplementedError) as error:
+                raise _no_gradient(first_line(error)) from error
+        for node, gradient in zip(nodes, found, strict=True):
+            value = runner.values[node].detach()
+            watched[node].update(value, torch.zeros_like(value) if gradient is None else gradient.square())
+        runner.values.clear()
+
+
+def _no_gradient(reason: str) -> EdgecError:
+    return EdgecError(f"has an operator without gradient: {reason}", where="observer=hessian", hint="use observer=mse")
+
+
+def _drawn(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A random function of an output [B, ...] whose squared gradients have the wanted mean."""
+    if is_classifier([y]):
+        scores = torch.log_softmax(y.float(), -1)
+        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+        return scores.gather(1, drawn).sum()
+    return (y * torch.randn(y.shape, generator=generator)).sum()
 
 
 def calibrate(

@@ -28,26 +28,27 @@ GRIDDED = (Kind.LAYER, Kind.POOL, Kind.TABLE, Kind.PAIR, Kind.CONCAT)
 
 
 class _FakeQuantize(torch.autograd.Function):
+    """Arithmetic instead of `where`, which is ten times slower on a CPU."""
+
     @staticmethod
     def forward(ctx: Any, x, scale, zero, low: int, high: int, gain: float):  # type: ignore[override]
         steps = x / scale
-        ctx.save_for_backward(steps, scale, zero)
-        ctx.limits, ctx.gain = (low, high), gain
-        return (torch.clamp(torch.round(steps) + zero, low, high) - zero) * scale
+        lowest, highest = low - zero, high - zero
+        codes = steps.round().clamp_(lowest, highest)
+        ctx.save_for_backward(steps, codes, scale, lowest, highest)
+        ctx.gain = gain
+        return codes * scale
 
     @staticmethod
     def backward(ctx: Any, grad):  # type: ignore[override]
-        steps, scale, zero = ctx.saved_tensors
-        low, high = ctx.limits
-        shifted = steps + zero
-        below, above = shifted < low, shifted > high
-        outside = below | above
-        of_x = grad.masked_fill(outside, 0.0) if ctx.needs_input_grad[0] else None
+        steps, codes, scale, lowest, highest = ctx.saved_tensors
+        inside = (steps.clamp(lowest, highest) == steps).to(grad.dtype)
+        of_x = grad * inside if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_x, None, None, None, None, None
-        slope = torch.round(steps) - steps
-        slope = torch.where(below, low - zero, torch.where(above, high - zero, slope))
-        return of_x, (grad * slope).sum_to_size(scale.shape) * ctx.gain, None, None, None, None
+        # Outside, codes are the limits; inside, they are the rounded steps.
+        slope = torch.addcmul(codes, steps, inside, value=-1).mul_(grad)
+        return of_x, slope.sum_to_size(scale.shape) * ctx.gain, None, None, None, None
 
 
 def fake_quantize(

@@ -44,6 +44,9 @@ def solve(groups: Sequence[Group], budget: float, units: int = UNITS) -> list[tu
     least = sum(min(sum(min(o.cost for o in item) for item in case) for case in group.cases) for group in groups)
     if least > budget * (1 + 1e-9):
         raise EdgecError(f"even the cheapest options cost {least:.6g}, more than {budget:.6g}")
+    free = [_best(group) for group in groups]
+    if _cost(groups, free) <= budget * (1 + 1e-9):
+        return free  # which rounding up could miss
     unit = budget / units if budget > 0 else 1.0
     # best[u]: least penalty with costs of at most u units; the trace of decisions lies beside it.
     best = np.zeros(units + 1)
@@ -88,6 +91,23 @@ def _add(table: np.ndarray, item: Sequence[Choice], unit: float, units: int) -> 
 
 def _units(cost: float, unit: float) -> int:
     return math.ceil(cost / unit - 1e-9)
+
+
+def _best(group: Group) -> tuple[int, tuple[int, ...]]:
+    """What a group takes when cost does not matter."""
+    harm = [
+        p + sum(min(o.penalty for o in item) for item in c) for c, p in zip(group.cases, group.penalties, strict=True)
+    ]
+    case = min(range(len(harm)), key=harm.__getitem__)
+    return case, tuple(min(range(len(item)), key=lambda i: item[i].penalty) for item in group.cases[case])
+
+
+def _cost(groups: Sequence[Group], answer: Sequence[tuple[int, tuple[int, ...]]]) -> float:
+    return sum(
+        item[option].cost
+        for group, (case, options) in zip(groups, answer, strict=True)
+        for item, option in zip(group.cases[case], options, strict=True)
+    )
 
 
 def _cheapest(group: Group) -> tuple[int, tuple[int, ...]]:

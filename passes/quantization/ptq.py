@@ -20,7 +20,7 @@ from edgec.data import Dataset
 from edgec.passbase import Context
 from edgec.passes.keep import check_patterns, fits
 from edgec.passes.quantization.annotate import Annotation, annotate, operand_nodes
-from edgec.passes.quantization.calibrate import Watcher, batches, calibrate
+from edgec.passes.quantization.calibrate import Watcher, batches, calibrate, calibrate_by_gradients
 from edgec.passes.quantization.convert import Converter, WeightRule
 from edgec.passes.quantization.operators import (
     CONV2D,
@@ -35,6 +35,7 @@ from edgec.passes.quantization.outliers import find_layers, find_outliers, separ
 from edgec.program import Program, is_call, layer_of, output_nodes, propagate, shape_of, weight_paths
 from edgec.quantparams import (
     ChannelMinMax,
+    Hessian,
     MinMax,
     Observer,
     QParams,
@@ -44,6 +45,8 @@ from edgec.quantparams import (
 )
 from edgec.sparsity import Carrier
 
+# Samples at a time where gradients are taken, which needs all values of a batch at once.
+GRADIENT_BATCH = 16
 # Range of a tensor that was zero for every calibration sample.
 DEAD_RANGE = (-1.0, 1.0)
 
@@ -220,7 +223,12 @@ def observe(
         limits = _useful_range(node, annotation)
         observers[node] = observer if limits is None else _Saturating(observer, *limits)
     watched: dict[fx.Node, list[Watcher]] = {n: [o] for n, o in {**observers, **channels}.items()}
-    calibrate(module, batches(program, samples), watched)
+    if finder.observer == Hessian.name:
+        weighed = {n: o for n, o in observers.items() if isinstance(o, (Hessian, _Saturating)) and o.weighs}
+        calibrate_by_gradients(module, batches(program, samples, GRADIENT_BATCH), weighed, context.seed)
+        watched = {n: each for n, each in watched.items() if n not in weighed}
+    if watched:
+        calibrate(module, batches(program, samples), watched)
     found = {node: _params(node, observer, context, count.get(node, 8)) for node, observer in observers.items()}
     for node, extremes in channels.items():
         source = f"{layer_of(node)}: min-max per channel"
@@ -244,8 +252,18 @@ class _Saturating(Observer):
         self.inner, self.low, self.high = inner, low, high
         self.name = inner.name
 
-    def update(self, values: torch.Tensor) -> None:
-        self.inner.update(values.clamp(self.low, self.high))
+    @property
+    def weighs(self) -> bool:
+        """Whether the other observer wants to know how much values matter."""
+        return isinstance(self.inner, Hessian)
+
+    def update(self, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        inside = values.clamp(self.low, self.high)
+        if weights is None:
+            self.inner.update(inside)
+        else:
+            assert isinstance(self.inner, Hessian)
+            self.inner.update(inside, weights)
 
     def range(self) -> tuple[float, float]:
         return self.inner.range()

@@ -114,28 +114,32 @@ class QuantizeMixed(Pass):
             object.__setattr__(self, key, values)
         if self.bitops and self.cost:
             raise EdgecError("two budgets", where=f"{self.name}{{bitops, cost}}", hint="give one of them")
-        if bool(self.cost) != bool(self.table):
-            raise EdgecError("cost and table go together", where=f"{self.name}{{cost}}", hint="give both")
 
     def run(self, program: Program, context: Context) -> Program:
         """Returns the integer Program; annotation `quantize-mixed` holds a MixedSummary, `reconstruct` a
         LowBitSummary.
 
-        Raises EdgecError when no choice meets the budget and when the table lacks a layer.
+        A budget below the least that is allowed is reported and the least is taken. Raises EdgecError for a cost
+        without a table, and for a table that lacks a layer.
         """
+        if bool(self.cost) != bool(self.table):
+            raise EdgecError("cost and table go together", where=f"{self.name}{{cost}}", hint="give both or none")
         samples = context.training_data(self).limit(self.samples, context.seed)
         where = f"{self.name}{{keep_float}}"
         prepared = prepare(program, context, samples, keep_float=self.keep_float, nonlinear=self.nonlinear, where=where)
         if not prepared.layers:
             return program
         model, share, which = self._cost_model(prepared)
-        budget = share * sum(model(n, 8, 8) for n in prepared.layers)
+        whole = sum(model(n, 8, 8) for n in prepared.layers)
+        budget = share * whole
+        weights, inputs = self._widths(prepared)
         few = samples.limit(self.sensitivity_samples, context.seed)
-        found = measure_sensitivity(prepared, few, context, *self._widths(prepared))
-        try:
-            bits, predicted = choose_bits(found, model, budget)
-        except EdgecError as error:
-            raise EdgecError(error.what, where=f"{self.name}{{{which}}}", hint="raise the budget") from error
+        found = measure_sensitivity(prepared, few, context, weights, inputs)
+        least = least_cost(found, model)
+        if least > budget:
+            reason = f"{which}={share:g} cannot be met: with the fewest bits that are allowed it is {least / whole:.3g}"
+            context.skip(program.name, self.name, reason)
+        bits, predicted = choose_bits(found, model, max(budget, least))
         for layer in prepared.layers:
             context.log(f"{layer_of(layer)}: {bits[layer].weights} bits, input {bits[layer].activations}")
         spent = sum(model(n, b.weights, b.activations) for n, b in bits.items())
@@ -224,6 +228,10 @@ class Sensitivity:
     weights: Mapping[fx.Node, Mapping[int, float]]
     inputs: Mapping[fx.Node, Mapping[int, float]]
     source: Mapping[fx.Node, fx.Node]
+
+    def readers(self) -> dict[fx.Node, list[fx.Node]]:
+        """The layers that read each tensor."""
+        return {t: [n for n, source in self.source.items() if source is t] for t in self.inputs}
 
 
 def measure_sensitivity(
@@ -323,14 +331,21 @@ def divergence(original: Program, made: Program, samples: Dataset) -> float:
 # -- allocation --------------------------------------------------------------------------------------------------------
 
 
+def least_cost(found: Sensitivity, cost: CostModel) -> float:
+    """Cost of the cheapest bits."""
+    total = 0.0
+    for tensor, layers in found.readers().items():
+        widths = found.inputs[tensor]
+        total += min(sum(min(cost(n, b, a) for b in found.weights[n]) for n in layers) for a in widths)
+    return total
+
+
 def choose_bits(found: Sensitivity, cost: CostModel, budget: float) -> tuple[dict[fx.Node, LayerBits], float]:
     """Bits for every layer with the least sum of divergences at a cost of at most `budget`, and that sum.
 
-    Raises EdgecError when even the cheapest bits cost more.
+    Raises EdgecError when even the cheapest bits cost more, activations included.
     """
-    tensors = list(found.inputs)
-    readers = {t: [n for n, source in found.source.items() if source is t] for t in tensors}
-    groups = []
+    tensors, readers, groups = list(found.inputs), found.readers(), []
     for tensor in tensors:
         cases = [
             [[Choice(cost(n, b, a), loss) for b, loss in found.weights[n].items()] for n in readers[tensor]]

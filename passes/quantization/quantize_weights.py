@@ -24,7 +24,9 @@ aten = torch.ops.aten
 edgec = torch.ops.edgec
 
 # Ranges tried by the search, as shares of the extremes of a group.
-RATIOS = np.linspace(1.0, 0.35, 27)
+RATIOS = np.linspace(1.0, 0.35, 14)
+# Weights that the search looks at together: its work arrays then fit the cache.
+CHUNK = 1 << 16
 STORAGE = {2: "pack2", 3: "pack3", 4: "pack4"}
 
 
@@ -190,11 +192,13 @@ def quantize_groups(
     # outputs, groups, taps and channels of a group
     values = padded.reshape(outputs, -1, count, group).transpose(0, 2, 1, 3).reshape(outputs, count, -1)
     zero: NDArray[np.int8] | None = None
+    step = max(1, CHUNK // max(1, values[0].size))
+    parts = [values[first : first + step] for first in range(0, outputs, step)]
     if asymmetric:
-        scale, zero = _affine(values, bits, search)
+        found = [_affine(part, bits, search) for part in parts]
+        scale, zero = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     elif search:
-        whole = _symmetric(values.reshape(outputs, 1, -1), bits, None)
-        scale = whole if count == 1 else _symmetric(values, bits, whole)
+        scale = np.concatenate([_searched(part, bits) for part in parts])
     else:
         top = weight_range(bits)[1]
         scale = np.maximum(np.abs(values).max(-1) / np.float64(top), SMALLEST_SCALE).astype(np.float32)
@@ -214,13 +218,23 @@ def _codes(
     return np.clip(steps, *limits).astype(np.int8)
 
 
+def _searched(values: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Symmetric scales [outputs, groups] of least squared error, that of the whole output channel among them."""
+    whole = _symmetric(values.reshape(len(values), 1, -1), bits, None)
+    return whole if values.shape[1] == 1 else _symmetric(values, bits, whole)
+
+
 def _symmetric(values: NDArray[np.float32], bits: int, known: NDArray[np.float32] | None) -> NDArray[np.float32]:
-    """Scales of least squared error [outputs, groups]; negative ones give the largest positive weight the code -2^b."""
+    """Scales of least squared error, those of `known` among them.
+
+    Either extreme may have the code that its opposite lacks: where the positive one has it, the scale is negative.
+    """
     low, high = code_range(bits)
-    largest = np.abs(values).max(-1)
+    top, bottom = values.max(-1), values.min(-1)
+    largest, extreme = np.maximum(top, -bottom), np.where(top > -bottom, top, bottom)
     candidates = [largest * np.float32(ratio / high) for ratio in RATIOS]
     if bits < 8:
-        candidates += [sign * largest * np.float32(ratio / low) for ratio in RATIOS for sign in (1.0, -1.0)]
+        candidates += [extreme * np.float32(ratio / low) for ratio in RATIOS]
     if known is not None:
         candidates.append(np.broadcast_to(known, largest.shape))
     best, least = np.zeros_like(largest), np.full(largest.shape, np.inf, np.float32)

@@ -45,7 +45,6 @@ from edgec.passes.quantization.ptq import (
 from edgec.passes.quantization.units import GRANULARITY, Unit, find_units
 from edgec.program import Program, get_weight, layer_of
 from edgec.quantparams import mse_scales, quantize_weights, symmetric_scales
-from edgec.sparsity import Sparsity
 
 Weight = TypeVar("Weight", bound=WeightQuantizer)
 
@@ -242,8 +241,8 @@ def make_weight(kind: type[Weight], prepared: Prepared, layer: fx.Node, bits: La
     """A quantizer of a layer's weights with scales of least squared error; pruned elements stay zero."""
     stored = arguments(layer)["weight"]
     weight = get_weight(prepared.module, stored)
-    record = prepared.program.annotations.get(str(stored.target))
-    mask = record.mask if isinstance(record, Sparsity) else None
+    record = prepared.masks.records.get(str(stored.target))
+    mask = None if record is None else record.mask
     return kind(weight, mse_scales(weight.numpy(), True, bits.weights, full), bits.weights, full, mask)
 
 
@@ -254,10 +253,17 @@ def dropping(probability: float, generator: torch.Generator) -> Rounder:
     """Round each element with this probability, else leave it."""
 
     def rounder(value: torch.Tensor, quantizer: ActivationQuantizer) -> torch.Tensor:
-        taken = torch.rand(value.shape, generator=generator) < probability
-        return torch.where(taken, quantizer(value), value)
+        return torch.lerp(value, quantizer(value), _chosen(value, probability, generator))
 
     return rounder
+
+
+def _chosen(like: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """1.0 for each element with this probability, rounded to 1/256, else 0.0; `lerp` with it takes values unchanged."""
+    count = like.numel()
+    words = torch.empty(-(-count // 4), dtype=torch.int32).random_(-(1 << 31), (1 << 31) - 1, generator=generator)
+    below = words.view(torch.uint8)[:count].to(torch.int16) < round(256 * probability)
+    return below.view(like.shape).to(like.dtype)
 
 
 class Learner:
@@ -401,8 +407,7 @@ def _mixed(exact: Values, coded: Values, probability: float, generator: torch.Ge
     result = {}
     for node, value in coded.items():
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
-            taken = torch.rand(value.shape, generator=generator) < probability
-            value = torch.where(taken, value, exact[node])
+            value = torch.lerp(exact[node], value, _chosen(value, probability, generator))
         result[node] = value
     return result
 

@@ -22,7 +22,7 @@ from edgec.passes.tokens.axes import (
     tensors_of,
 )
 from edgec.passes.tokens.sites import canonicalise
-from edgec.program import Program, constant_of, is_call, layer_of, origin_of, propagate, weight_node
+from edgec.program import Program, constant_of, is_call, layer_of, propagate, weight_node
 from edgec.sparsity import Sparsity
 
 aten = torch.ops.aten
@@ -191,9 +191,7 @@ def _restrict(module: fx.GraphModule, node: fx.Node, restricted: dict[fx.Node, R
         with module.graph.inserting_before(node):
             part = module.graph.call_function(aten.slice.Tensor, (operand, place, 0, need.count))
         value = operand.meta["val"]
-        part.meta.update(
-            val=value.narrow(place, 0, need.count), edgec_layer=layer_of(node), edgec_origin=origin_of(node)
-        )
+        part.meta.update(val=value.narrow(place, 0, need.count), edgec_layer=layer_of(node))
         node.replace_input_with(operand, part)
     set_length(node, need.axis, need.count)
 

@@ -103,6 +103,7 @@ def fitted(prune: Sequence[float], merge: Sequence[float], ready: Prepared, targ
         return Counts(of(prune), of(merge)).clipped(found.tokens, found.prefix)
 
     low, high = 0.0, 1.0
+
     def above(strength: float) -> bool:
         return reduced_macs(ready, counts(strength)) > target
 
@@ -215,7 +216,7 @@ class MaskedTokens(fx.Interpreter):
 
     def _weights(self, n: fx.Node, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         """Softmax in which masked keys weigh nothing, except for themselves."""
-        scale = n.kwargs.get("scale")
+        scale: Any = n.kwargs.get("scale")
         logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)
         if self.proportional:
             logits = logits + self.size.log()[:, None, None, :, 0]
@@ -241,7 +242,7 @@ class MaskedTokens(fx.Interpreter):
         assert self.score is not None
         # Tokens that are gone already come last, whatever is left of their score.
         score = self.score.detach() + self.alive[:, prefix:].detach().round()
-        order = score.argsort(1, descending=True, stable=True) + prefix
+        order = score.argsort(dim=1, descending=True, stable=True) + prefix
         order = torch.cat([torch.arange(prefix).expand(len(x), prefix), order], 1)[..., None]
         x = x.gather(1, order.expand_as(x))
         self.size = self.size.gather(1, order)
@@ -325,7 +326,8 @@ def learn(
         optimizer.step()
         schedule.step()
         if (step + 1) % max(1, options.steps // 8) == 0:
-            log(f"step {step + 1}/{options.steps}: KL {float(distance):.4f}, {float(over):+.3f} of the MACs off")
+            now, off = float(distance.detach()), float(over.detach())
+            log(f"step {step + 1}/{options.steps}: KL {now:.4f}, {off:+.3f} of the MACs off")
     learned = rates.final()
     patches = found.tokens - found.prefix
     prune, merge = ([(n - found.prefix) / patches for n in kept] for kept in (learned.prune, learned.merge))

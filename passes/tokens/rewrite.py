@@ -34,7 +34,7 @@ ANNOTATION = "tokens"
 class SiteRecord:
     """One reduction. before, kept, after: tokens, prefix included, that came in, survived pruning, and went out.
 
-    size: the node that holds how many patches each token stands for.
+    size: the node that holds how many patches each token stands for, "" where nothing reads it.
     """
 
     block: int
@@ -249,6 +249,8 @@ def reduce_tokens(
     before = program_cost(program).macs
     kept_annotations = dict(program.annotations)
     made = program.replace(module)
+    alive = {node.name for node in made.graph.nodes}
+    records = [dataclasses.replace(r, size=r.size if r.size in alive else "") for r in records]
     meta = TokenMeta(scheme, found.prefix, found.tokens, tuple(records), before, program_cost(made).macs)
     return made.replace(annotations={**kept_annotations, ANNOTATION: meta})
 

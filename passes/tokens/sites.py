@@ -134,7 +134,12 @@ def find_sites(module: fx.GraphModule, context: Context, inputs: tuple[torch.Ten
     refused: dict[fx.Node, str] = {}
     prefix: int | None = None
     attentions = [n for n in module.graph.nodes if is_call(n, SDPA)]
-    if not attentions:
+    other = [n for n in module.graph.nodes if is_call(n, *SOFTMAXES[:2]) and len(shape_of(n)) >= 3]
+    for softmax in other:
+        context.skip(
+            layer_of(softmax), WHAT, "its softmax is in no attention of a known form (talking heads, windows?)"
+        )
+    if not attentions and not other:
         context.skip(name, WHAT, "it has no attention")
     for attention in attentions:
         try:
@@ -286,9 +291,10 @@ def _prefix(stream: fx.Node) -> int:
     shape = shape_of(stream)
     joins = []
     for node in stream.graph.nodes:
-        if node in before and is_call(node, aten.cat.default) and len(shape_of(node)) == 3:
-            if int(argument(node, 1, "dim", 0)) % 3 == 1 and shape_of(node)[1] == shape[1]:
-                joins.append(node)
+        if node not in before or not is_call(node, aten.cat.default) or len(shape_of(node)) != 3:
+            continue
+        if int(argument(node, 1, "dim", 0)) % 3 == 1 and shape_of(node)[1] == shape[1]:
+            joins.append(node)
     if not joins:
         return 0
     operands = list(joins[-1].args[0])

@@ -172,6 +172,10 @@ class Conv2D(Weighted):
             return Axis(1, 1, 1, 1, 1, 0), Axis(pixels, pixels, 1, 1, 1, 0)
         return self.axes
 
+    def prepared(self, x: Any, device: Device) -> Any:
+        """The input in the form that tiles read; emits what makes it."""
+        return x
+
     def expanded(self, device: Device) -> Conv2D:
         """The convolution that the tiles compute: of a padded copy, when input channels do not fill whole groups."""
         group = self.dot(device).group
@@ -208,7 +212,8 @@ class Conv2D(Weighted):
             if not self.divides(vectors * how.lanes):
                 continue
             for most in range(1, 29):
-                if not fits(how, device, most, vectors, inline is not None and vectors):
+                spare = 0 if packing is None else packing.spare(device, most, vectors)
+                if not fits(how, device, most, vectors, spare):
                     break
                 pixels = round_up(balanced(columns.out, most), how.pixels)
                 cost = rows.out * tile_cost(how, columns.out, pixels, outputs, vectors, depth, inline)
@@ -320,6 +325,7 @@ class Conv2D(Weighted):
             if inner is not self:
                 source = T.alloc_buffer((inner.h * inner.w * inner.ci,), self.dtype)
                 expand_copy(x, source, self, inner.ci)
+            source = inner.prepared(source, device)
             tile = self.tile(inner, device, shape, source, products, bias, factors, residual, y)
             runs = tiles(columns, shape.pixels)
             whole, rest = divmod(per_group, block)
@@ -354,14 +360,15 @@ class Conv2D(Weighted):
 
                 if rest:
                     last = lambda: body(whole, rest)  # noqa: E731
-                    parallel(whole + 1, lambda b: _either(b < whole, lambda: body(b, block), last))
+                    parallel(whole + 1, lambda b: either(b < whole, lambda: body(b, block), last))
                 else:
                     parallel(whole, lambda b: body(b, block))
 
             def unpacked_first(task: Any) -> None:
-                """All pixels of a block's channels, from a copy of its weights with a byte for each."""
+                """All pixels of a block's channels, from a copy of its weights, one by one."""
 
                 def body(b: Any, n: int) -> None:
+                    assert packing is not None
                     self.unpack(packing, products, b, tile.w, task, how.weight_elements)
                     loop(
                         rows.out,
@@ -370,7 +377,7 @@ class Conv2D(Weighted):
 
                 shares(task, tasks, whole, lambda b: body(b, block))
                 if rest:
-                    _either(task == tasks - 1, lambda: body(whole, rest), lambda: None)
+                    either(task == tasks - 1, lambda: body(whole, rest), lambda: None)
 
             if packing is not None and packing.hoisted:
                 tasks = max(1, min(TASKS, whole))
@@ -406,6 +413,9 @@ def fits(how: Dot, device: Device, pixels: int, vectors: int, spare: int = 0) ->
         return pixels * vectors <= 8 and vectors <= 2
     if isinstance(how, Smmla):
         return round_up(pixels, 2) * (vectors + 1) + 2 <= registers
+    if device.is_arm64 and how.wide == 1 and (type(how) is Dot or isinstance(how, Sdot)):
+        # Inputs are loaded one by one, the fewer ahead of their products the more products each has.
+        return pixels * vectors + vectors + (pixels if vectors in (2, 3) else 4) <= registers
     if isinstance(how, Lane | Sdot):
         return pixels * vectors + pixels + vectors < registers
     return pixels * vectors + vectors + 1 + (how.dtype == "int8") <= registers
@@ -695,10 +705,11 @@ def _pick(t: Any, runs: Sequence[Run], body: Callable[[Run, Any], None]) -> None
     if not others:
         body(first, t)
         return
-    _either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
+    either(t < first.repeat, lambda: body(first, t), lambda: _pick(t - first.repeat, others, body))
 
 
-def _either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+def either(condition: Any, then: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    """Code of `then` or of `otherwise`, by a condition that may be known now."""
     if isinstance(condition, bool):
         (then if condition else otherwise)()
         return

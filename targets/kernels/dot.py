@@ -133,12 +133,13 @@ class Pairs(Dot):
 class Vnni(Dot):
     """AVX-512 VPDPBUSD: four products of unsigned and signed bytes per lane.
 
-    Input codes become unsigned by flipping their top bit, which adds 128.
+    Input codes become unsigned by flipping their top bit, which adds 128. flipped: they are already.
     """
 
     group: int = 4
     offset: int = 128
     dtype: str = "int8"
+    flipped: bool = False
 
     @property
     def held(self) -> tuple[int, str]:
@@ -146,7 +147,7 @@ class Vnni(Dot):
 
     def hold(self, x: Any) -> Any:
         codes = tirx.reinterpret(f"int8x{4 * self.lanes}", splat(tirx.reinterpret("int32", x), self.lanes))
-        return tirx.bitwise_xor(codes, const(-128, "int8", 4 * self.lanes))
+        return codes if self.flipped else tirx.bitwise_xor(codes, const(-128, "int8", 4 * self.lanes))
 
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         return [intrinsic("llvm.x86.avx512.vpdpbusd.512", f"int32x{self.lanes}", acc[0], x, w)]
@@ -154,7 +155,7 @@ class Vnni(Dot):
 
 @dataclass(frozen=True)
 class Sdot(Dot):
-    """Armv8.2 SDOT by element: four signed products per lane, sixteen input channels per load."""
+    """Armv8.2 SDOT by element: four signed products per lane, sixteen input channels per load (or eight: `wide` 2)."""
 
     group: int = 4
     wide: int = 4
@@ -162,7 +163,7 @@ class Sdot(Dot):
 
     @property
     def held(self) -> tuple[int, str]:
-        return 16, "int8"
+        return 8 if self.wide == 2 else 16, "int8"
 
     def hold(self, x: Any) -> Any:
         return tirx.reinterpret("int8x16", splat(tirx.reinterpret("int32", x), 4))
@@ -170,7 +171,8 @@ class Sdot(Dot):
     def multiply(self, acc: list[Any], w: Any, x: Any, lane: int | None) -> list[Any]:
         value = x
         if lane is not None:
-            one = tirx.Shuffle([tirx.reinterpret("int32x4", x)], [const(lane, "int32")])
+            words = tirx.reinterpret(f"int32x{self.held[0] // 4}", x)
+            one = tirx.Shuffle([words], [const(lane, "int32")])
             value = tirx.reinterpret("int8x16", splat(one, 4))
         return [intrinsic("llvm.aarch64.neon.sdot.v4i32.v16i8", "int32x4", acc[0], w, value)]
 

@@ -19,14 +19,16 @@ import numpy as np
 
 from edgec.targets import sparsity
 from edgec.targets.device import Device
-from edgec.targets.kernels.common import param
+from edgec.targets.kernels.common import const, loop, parallel, param, pieces, ramp
 from edgec.targets.kernels.conv2d import Conv2D, Tile
-from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Widening, dot, pack_weights
+from edgec.targets.kernels.dot import Dot, Lane, Sdot, Smmla, Vnni, Widening, dot, pack_weights
 from edgec.targets.kernels.unpack import Packed
-from edgec.targets.tir import tirx
+from edgec.targets.tir import T, tirx
 
 # Where groups keep different numbers of blocks, zeros fill them up if this makes the layer larger by no more.
 FILLING = 1.03
+# Vectors of codes that one task of a parallel loop flips.
+FLIPPED = 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,28 @@ class SparseConv2D(Conv2D):
 
     def packed(self, device: Device) -> Packed | None:
         return None  # codes of few bits keep a byte each: the blocks that are gone have taken more
+
+    def prepared(self, x: Any, device: Device) -> Any:
+        """VNNI takes unsigned codes. One vector of sums uses an input once, so flipping it there would cost as much as
+        the product: all inputs are flipped before."""
+        how = self.dot(device)
+        if not (isinstance(how, Vnni) and how.flipped):
+            return x
+        size = self.h * self.w * self.ci
+        y = T.alloc_buffer((size,), self.dtype)
+
+        def flip(start: Any, count: int) -> None:
+            at = ramp(start, count)
+            T.buffer_store(y, tirx.bitwise_xor(x[at], const(-128, "int8", count)), [at])
+
+        vector, task = 4 * how.lanes, FLIPPED * 4 * how.lanes
+        parallel(size // task, lambda i: loop(FLIPPED, lambda j: flip(i * task + j * vector, vector)))
+        done = size // task * task
+        loop((size - done) // vector, lambda j: flip(done + j * vector, vector))
+        done += (size - done) // vector * vector
+        for start, count in pieces(size - done, vector):
+            flip(done + start, count)
+        return y
 
     def depth(self, device: Device) -> int:
         return self.kept * (self.block[1] // self.dot(device).group)
@@ -124,6 +148,8 @@ class SparseConv2D(Conv2D):
 class _SparseTile(Tile):
     """The tile of a convolution that walks blocks by their offsets."""
 
+    spec: SparseConv2D
+
     @property
     def whole_rows(self) -> bool:
         return True
@@ -154,18 +180,22 @@ def sparse_dot(device: Device, dtype: str, inputs: int, pixels: int) -> Dot:
         how = Sdot(4)
     if inputs % how.group:
         return Widening(device.lanes)
+    if isinstance(how, Vnni):
+        return replace(how, flipped=True)
     if inputs % (how.group * how.wide) == 0:
         return how
+    if isinstance(how, Sdot) and inputs % 8 == 0:
+        return replace(how, wide=2)
     return Dot(how.lanes, dtype=dtype) if isinstance(how, Lane) else replace(how, wide=1)
 
 
 def blocks_of(mask: np.ndarray, block: tuple[int, int]) -> np.ndarray:
     """[groups, blocks]: which blocks of `block` (outputs, inputs) have a kept element of mask [o, i, ...]."""
     outputs, inputs = block
-    flat = mask.reshape(*mask.shape[:2], -1).any(2)
+    flat: np.ndarray = mask.reshape(*mask.shape[:2], -1).max(2)
     full = np.zeros((-(-len(flat) // outputs) * outputs, flat.shape[1]), bool)
     full[: len(flat)] = flat
-    return full.reshape(-1, outputs, flat.shape[1] // inputs, inputs).any((1, 3))
+    return full.reshape(-1, outputs, flat.shape[1] // inputs, inputs).max((1, 3))
 
 
 def options(device: Device, outputs: int, inputs: int) -> Iterator[tuple[int, int]]:

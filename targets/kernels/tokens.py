@@ -331,7 +331,7 @@ class ReduceSlots(_Kernel):
         lanes, prefix = device.lanes, self.prefix
         free, kept, sources = self.tokens - prefix, self.merge - prefix, self.keep - self.merge
         with common.prim_func(self.name, self.inplace) as builder:
-            x = param("x", (self.batch, self.tokens, self.channels), "float32") if self.merges else None
+            x: Any = param("x", (self.batch, self.tokens, self.channels), "float32") if self.merges else None
             score = param("score", (self.batch, free), "float32")
             y = param("y", (self.batch, self.tokens), "int32")
             if free:
@@ -537,7 +537,7 @@ class MergeSizes(_Kernel):
             size = param("size", (self.batch, self.tokens), "float32")
             slots = param("slots", (self.batch, self.tokens), "int32")
             shape = (self.batch, self.tokens, self.channels)
-            x = param("x", shape, "float32") if self.channels else None
+            x: Any = param("x", shape, "float32") if self.channels else None
             y = param("y", (self.batch, self.rows), "float32")
             if self.channels:
                 owner = T.alloc_buffer((self.rows,), "int32")
@@ -625,7 +625,7 @@ class ClassScore(_Kernel):
         lanes, tokens = device.lanes, self.tokens
         with common.prim_func(self.name, self.inplace) as builder:
             q, k = (param(name, (view.size,), "float32") for name, view in (("q", self.q), ("k", self.k)))
-            size = param("size", (self.batch, tokens), "float32") if self.sized else None
+            size: Any = param("size", (self.batch, tokens), "float32") if self.sized else None
             y = param("y", (self.batch, tokens - self.prefix), "float32")
             query = T.alloc_buffer((self.depth,), "float32")
             key = T.alloc_buffer((self.depth,), "float32") if self.k.strides[3] != 1 else None
