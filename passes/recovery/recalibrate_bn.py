@@ -43,6 +43,8 @@ class RecalibrateBN(Pass):
 
     name: ClassVar[str] = "recalibrate-bn"
     needs: ClassVar[Needs] = Needs.CALIBRATION
+    # a model whose stored statistics are not those of the data becomes another one
+    faithful: ClassVar[bool] = False
 
     samples: int = option(2048, "at most this many samples are used", low=1)
     batch: int = option(128, "samples in a batch", low=64)

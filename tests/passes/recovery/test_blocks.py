@@ -80,4 +80,5 @@ def test_chunks_fill_batches() -> None:
         run_in.step(node)
         if node is last:
             torch.testing.assert_close(torch.cat(run_in.values[last]), free(x)[0])
-        assert len(run_in.values) < 9, "values are dropped"
+        read_later = {a for n in free.graph.nodes for a in n.all_input_nodes if n > node}
+        assert set(run_in.values) <= read_later | {last}

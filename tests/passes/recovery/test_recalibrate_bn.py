@@ -35,7 +35,7 @@ def test_the_statistics_are_those_of_pytorch_with_a_cumulative_average() -> None
             model(part)
     for path, want in model.state_dict().items():
         if "running" in path:
-            torch.testing.assert_close(got[path], want, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got[path], want, rtol=1e-3, atol=1e-4)
 
 
 def test_statistics_of_the_original_samples_change_nothing_and_only_they_change() -> None:

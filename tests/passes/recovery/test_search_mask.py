@@ -18,7 +18,7 @@ from edgec.sparsity import Sparsity, sparsities
 from tests.passes.recovery.cases import context, distance, network, run, samples
 
 pytestmark = pytest.mark.pure
-SHORT = SearchMask(steps=24, batch=32, lr=0.05)
+SHORT = SearchMask(steps=60, batch=32, lr=0.3)
 CONVS = [f"convs.{i}.weight" for i in range(4)]
 
 
