@@ -35,7 +35,6 @@ from edgec.passes.pruning.prune_channels import ChannelReport, PruneChannels
 from edgec.pipeline import Pipeline
 from edgec.program import Program, get_weight
 from edgec.registry import load_pass
-from edgec.training import Trainable
 
 PEERS = Path(__file__).resolve().parent.parent / ".venv-bench"
 # One network per family, at the least input that keeps its shape; a family is what shares a block structure.
@@ -199,6 +198,7 @@ def accuracy(names: list[str], steps: int, step: PruneChannels, seed: int) -> No
     from benchmarks.models import CASES, shared_folder
     from edgec.data import Preprocess, load_data
     from edgec.passes.recovery.finetune import Finetune
+    from edgec.passes.recovery.recalibrate_bn import RecalibrateBN
 
     print(f"{'network':20} {'left':>6} {'dense':>7} {'pruned':>7} {'statistics':>10} {'fine-tuned':>10}")
     for name in names:
@@ -217,7 +217,7 @@ def accuracy(names: list[str], steps: int, step: PruneChannels, seed: int) -> No
 
         context = Context(calibration=train.limit(256), training=train, teacher=program, seed=seed)
         pruned = step.run(program, context)
-        recalibrated = _statistics(pruned, train)
+        recalibrated = RecalibrateBN().run(pruned, context)
         tuned = Finetune(steps=steps).run(recalibrated, context) if steps else recalibrated
         left = program_cost(pruned).macs / program_cost(program).macs
         print(
@@ -225,21 +225,6 @@ def accuracy(names: list[str], steps: int, step: PruneChannels, seed: int) -> No
             f"{top1(tuned):10.2f}",
             flush=True,
         )
-
-
-def _statistics(program: Program, data: Dataset) -> Program:
-    """Batch norm statistics as the mean over batches of 250 samples."""
-    model = Trainable(program, momentum=1.0)
-    before, batches = model.state(), list(data.batches(250))
-    sums = {path: torch.zeros_like(w) for path, w in before.items()}
-    model.train(True)
-    with torch.no_grad():
-        for inputs, _ in batches:
-            model(*inputs)
-            for path, w in model.state().items():
-                sums[path] += w / len(batches)
-    model.load(sums)
-    return model.program()
 
 
 def main(arguments: list[str] | None = None) -> None:

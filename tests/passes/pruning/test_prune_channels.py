@@ -178,7 +178,7 @@ def test_taylor_needs_data() -> None:
         prune(structures.program("plain"), criterion="taylor")
 
 
-def test_it_keeps_more_accuracy_than_random_channels_of_a_real_network(tmp_path: object) -> None:
+def test_weak_channels_matter_less_than_strong_ones_in_a_real_network() -> None:
     """The digits network of the demo: pruned by l1 it follows the original more closely than the strongest removed."""
     from edgec import demo
     from edgec.data import load_data
