@@ -16,7 +16,7 @@ from edgec.passbase import Context
 from edgec.passes.graph.fold_bn import FoldBN
 from edgec.passes.quantization.quantize_int8 import QuantizeInt8
 from edgec.program import Program, get_weight
-from edgec.sparsity import Sparsity
+from edgec.sparsity import Sparsity, sparsities
 from edgec.targets.device import Device, load_device
 from edgec.targets.sparsity import best_block
 from tests.lowering.helpers import Compiled, compile_host, load
@@ -67,6 +67,18 @@ def prune(program: Program, block: tuple[int, int], density: float, pattern: str
     return program.replace(module, annotations)
 
 
+def prune_weights(program: Program, density: float) -> Program:
+    """Random single weights of the named layers."""
+    module, annotations = program.edit(), dict(program.annotations)
+    generator = torch.Generator().manual_seed(0)
+    for path in sparsities(program.annotations):
+        weight = module.get_parameter(path)
+        mask = torch.rand(weight.shape, generator=generator) < density
+        weight.data.mul_(mask)
+        annotations[path] = Sparsity("unstructured", (1, 1), mask)
+    return program.replace(module, annotations)
+
+
 def program(dtype: str, device: Device, density: float = 0.25, pattern: str = "block") -> Program:
     """The network, pruned in the blocks that are best on the device, then quantised where asked to."""
     block = best_block(device, dtype)
@@ -97,11 +109,25 @@ def test_pruned_layers_run_on_sparse_kernels(dtype: str, tmp_path: Path) -> None
 
 
 @pytest.mark.host
-@pytest.mark.parametrize(("density", "pattern"), [(1.0, "block"), (0.25, "unstructured")])
-def test_dense_kernels_where_nothing_is_won(density: float, pattern: str, tmp_path: Path) -> None:
-    compiled = compile_host(program("float32", load_device("host"), density, pattern), tmp_path)
+def test_blocks_are_found_under_any_name(tmp_path: Path) -> None:
+    compiled = compile_host(program("float32", load_device("host"), pattern="unstructured"), tmp_path)
+    assert kernels(compiled) == {"conv2d": 1, "conv2d_sparse": 4}
+    assert compiled.lowered.fallbacks == ()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_dense_kernels_where_nothing_is_won(density: float, tmp_path: Path) -> None:
+    """Everything is kept, or single weights without a pattern are pruned: then the zeros are reported."""
+    device = load_device("host")
+    made = (
+        program("float32", device, 1.0) if density == 1.0 else prune_weights(program("float32", device, 1.0), density)
+    )
+    compiled = compile_host(made, tmp_path)
     assert kernels(compiled) == {"conv2d": 5}
     assert compiled.error() <= 1e-5
+    reported = {skip.layer for skip in compiled.lowered.fallbacks if skip.what == "zeros multiplied"}
+    assert reported == (set() if density == 1.0 else PRUNED)
 
 
 @pytest.mark.pure
