@@ -61,7 +61,7 @@ def _rows() -> list[Row]:
         Row("W4A8", "min-max", "fold-bn, reconstruct{method=minmax activations=8}"),
         Row("W4A8", "MSE ranges", "fold-bn, reconstruct{method=mse activations=8}", "W4A8 min-max"),
         Row("W4A8", "reconstruct", "fold-bn, reconstruct{activations=8}", "W4A8 min-max"),
-        Row("W4A8", "qat", "fold-bn, qat{weights=4 activations=8}", "W4A8 min-max"),
+        Row("W4A8", "qat", "fold-bn, qat{weights=4 activations=8 steps=100}", "W4A8 min-max"),
     ]
     return rows
 
