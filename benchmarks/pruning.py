@@ -48,6 +48,7 @@ class Setting:
     ebft: str
     search: str
     recalibrate: str = "recalibrate-bn{samples=2048}"
+    longer: str = "finetune{steps=1500 batch=64 temperature=2}"
 
 
 SETTINGS = (
@@ -80,12 +81,13 @@ PATTERNS = {
     "1x4 random": "prune-1xn{{n=4 sparsity={p} criterion=random}}",
     "weight": "prune{{grain=weight sparsity={p}}}",
 }
-RECOVERIES = ("finetune", "recalibrate", "ebft", "search-mask")
+RECOVERIES = ("finetune", "finetune, longer", "recalibrate", "ebft", "search-mask")
 # What to do first: the comparisons at 50 % on the small network.
 ORDER = (
     (("cifar10_resnet20",), ("1x4", "filter", "1x4 random"), (0.5,), ("recalibrate", "finetune")),
     (("cifar10_resnet44",), ("1x4", "filter", "1x4 random"), (0.5,), ("recalibrate", "finetune")),
     (("imagenet_mobilenetv1_075_224",), ("1x4", "filter", "1x4 random"), (0.5,), ("recalibrate", "finetune")),
+    (("cifar10_resnet20",), ("1x4",), (0.5,), ("finetune, longer",)),
     (("cifar10_resnet20",), ("weight",), (0.5,), ("recalibrate", "finetune")),
     (("cifar10_resnet20",), ("1x4",), (0.5,), ("ebft", "search-mask")),
     (("cifar10_resnet20",), ("1x4", "filter", "1x4 random", "weight"), (0.75,), ("recalibrate", "finetune")),
@@ -119,6 +121,7 @@ class Cell:
         setting, prune = self.setting, PATTERNS[self.pattern].format(p=self.sparsity)
         steps = {
             "finetune": [setting.recalibrate, setting.finetune],
+            "finetune, longer": [setting.recalibrate, setting.longer],
             "recalibrate": [setting.recalibrate],
             "ebft": [setting.recalibrate, setting.ebft],
             "search-mask": [setting.recalibrate, setting.search, setting.recalibrate],
