@@ -29,7 +29,7 @@ from edgec.targets.tir import T, tirx
 FILLING = 1.03
 # Vectors of codes that one task of a parallel loop flips.
 FLIPPED = 64
-# Rows and columns of outputs from which a copy with a border pays on 64-bit Arm: 7 to 10 % fewer instructions at 16 and
+# Rows and columns of outputs from which a copy with a border pays on 64-bit Arm: 5 to 10 % fewer instructions at 16 and
 # 32, but 3 % more at 8, where products of the border weigh more than the loops that it saves.
 COPIED = 16
 
