@@ -92,6 +92,18 @@ def test_on_arm_cores(name: str) -> None:
     batch()
 
 
+@pytest.mark.qemu
+def test_copy_with_a_border() -> None:
+    device = load_device("cortex-a72")
+    drawn = []
+    for padding, dilation, balanced in (((1, 1, 1, 1), (1, 1), True), ((2, 0, 1, 2), (2, 1), False)):
+        dense = Conv2D(18, 19, 6, 20, kernel=(3, 3), padding=padding, dilation=dilation)
+        spec, _ = sparse(dense, block_mask(np.random.default_rng(3), dense, (16, 1), balanced), (16, 1))
+        assert spec.expanded(device).padding == (0, 0, 0, 0)
+        drawn.append((dense, (16, 1), balanced, 3))
+    check(drawn, device)
+
+
 @pytest.mark.pure
 def test_ways_of_multiplying() -> None:
     """Loads stay within a block; where a block fills them, they are those of the dense kernel."""
