@@ -37,10 +37,16 @@ FLOAT_TOLERANCE = 1e-4
 MIXED_SQNR_DB = 30.0
 # Code sums in float16 what PyTorch sums in float32, which leaves 32 dB on MobileNetV2; a mistake leaves next to none.
 HALF_SQNR_DB = 20.0
-FOLLOWS = {"mixed": MIXED_SQNR_DB, "half": HALF_SQNR_DB}
+# Where int8 numbers decide which tokens stay, such a code may decide otherwise, and what follows is computed for other
+# tokens: 17 to 27 dB on ViT-Tiny, where the same network in float32 has 113 dB. The accuracy gate holds all the same.
+CHOICES_SQNR_DB = 10.0
+# Share of samples for which float code must choose the tokens that PyTorch chooses.
+CHOSEN_ALIKE = 0.95
+FOLLOWS = {"mixed": MIXED_SQNR_DB, "half": HALF_SQNR_DB, "choices": CHOICES_SQNR_DB}
 # The self-test runs on hardware whose libm is not ours.
 SELFTEST_TOLERANCE = 1e-3
 HALF_SELFTEST_TOLERANCE = 0.1
+CHOICES_SELFTEST_TOLERANCE = 0.5
 # Samples for the checks when the user gives no data.
 RANDOM_SAMPLES = 16
 # Samples run through an emulator by default; natively all are run.
@@ -433,7 +439,8 @@ def _build(
         "model": {"original": original.fingerprint(), "final": program.fingerprint()},
         "tuning": {key: dataclasses.asdict(tile) for key, tile in lowered.tiles.items()},
     }
-    tolerance = {"integer": 0.0, "half": HALF_SELFTEST_TOLERANCE}.get(arithmetic(program), SELFTEST_TOLERANCE)
+    special = {"integer": 0.0, "half": HALF_SELFTEST_TOLERANCE, "choices": CHOICES_SELFTEST_TOLERANCE}
+    tolerance = special.get(arithmetic(program), SELFTEST_TOLERANCE)
     selftest = SelfTest(inputs, outputs, tolerance)
     return build_bundle(lowered, device, staged, selftest=selftest, meta=meta, threads=run.options.threads)
 
@@ -481,6 +488,11 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
     )
     kind = arithmetic(program)
     error = max(relative_error(a, b) for a, b in pairs)
+    if kind == "float" and chooses_tokens(program):
+        # Two tokens that are equal but for rounding may change places in a few samples.
+        scales = [float(np.abs(b).max(initial=0.0)) or 1.0 for _, b in pairs]
+        each = [max(float(np.abs(a[i] - b[i]).max()) / s for (a, b), s in zip(pairs, scales)) for i in range(len(rows))]
+        error = float(np.quantile(each, CHOSEN_ALIKE))
     if kind == "integer" and not exact:
         problem = f"is not bit-equal to the integer program (relative error {error:.2g})"
     elif kind == "float" and not error <= FLOAT_TOLERANCE:
@@ -503,7 +515,8 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
 
 def arithmetic(program: Program) -> str:
     """ "half" when anything is computed in float16; "integer" when all that is computed between quantised inputs and
-    dequantised outputs is on integers, "float" when nothing is quantised, else "mixed"."""
+    dequantised outputs is on integers, "float" when nothing is quantised, "choices" when tokens are chosen by quantised
+    numbers, else "mixed"."""
     import torch
 
     ops = torch.ops.edgec
@@ -514,8 +527,24 @@ def arithmetic(program: Program) -> str:
         return "half"
     if not any(n.target in edges for n in calls):
         return "float"
+    if any(
+        n.target in (ops.tome_merge.default, ops.token_reduce.default, ops.token_keep.default)
+        for n in program.graph.nodes
+    ):
+        return "choices"
     floats = [n for n in calls if n.meta["val"].dtype.is_floating_point and n.target not in edges]
     return "integer" if all(_only_moves(n) for n in floats) else "mixed"
+
+
+def chooses_tokens(program: Program) -> bool:
+    """Whether the program merges or drops tokens by what it computes."""
+    import torch
+
+    from edgec import tokenops as tokenops
+
+    ops = torch.ops.edgec
+    choices = (ops.tome_merge.default, ops.token_reduce.default, ops.token_keep.default)
+    return any(n.target in choices for n in program.graph.nodes)
 
 
 def _only_moves(node: Any) -> bool:
