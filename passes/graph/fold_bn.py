@@ -67,7 +67,7 @@ class FoldBN(Pass):
 def _fold_back(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> str | None:
     """Fold one batch norm into the layer before it; returns why not, or None when done."""
     layer = norm.args[0]
-    affine = _affine(module, norm)
+    affine = norm_affine(module, norm)
     if affine is None:
         return "its statistics are computed, not stored"
     if not isinstance(layer, fx.Node) or layer.target not in FOLDABLE:
@@ -91,7 +91,7 @@ def _fold_back(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> str | N
 
 def _fold_forward(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> bool:
     """Fold one batch norm into the layer after it, W (s x + t) = (W s) x + W t; returns whether that was possible."""
-    affine = _affine(module, norm)
+    affine = norm_affine(module, norm)
     layer = next(iter(norm.users))
     if affine is None or len(norm.users) > 1 or layer.target not in FORWARD or layer.args[0] is not norm:
         return False
@@ -112,7 +112,7 @@ def _fold_forward(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> bool
     return True
 
 
-def _affine(module: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
+def norm_affine(module: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(scale, shift) per channel in float64 of a batch norm, or None when it is not constant."""
     gamma, beta, mean, var = (constant_of(module, a) for a in norm.args[1:5])
     computed = any(

@@ -12,6 +12,7 @@ from torch import fx
 from edgec.cost import node_macs
 from edgec.errors import EdgecError
 from edgec.passbase import Context, Pass, option
+from edgec.passes.graph.fold_bn import norm_affine
 from edgec.passes.keep import check_patterns, fits, layer_names
 from edgec.passes.quantization.operators import IDENTITIES, arguments, make_functional
 from edgec.passes.reparam.fold_constants import fold_constants
@@ -218,7 +219,7 @@ class _Finder:
         if axes and AVERAGES.get(node.target) == axes:
             return self._average(node, axes, root)
         if axes and is_call(node, aten.batch_norm.default):
-            affine = _norm_affine(self.module, node)
+            affine = norm_affine(self.module, node)
             if affine is None:
                 return []
             inner = self._forms(node.args[0], axes, root)  # type: ignore[arg-type]
@@ -368,18 +369,6 @@ def _convolution(
     else:
         pads = tuple((p, p) for p in _tuple(0 if padding == "valid" else padding, axes))
     return convolution(weight, bias, stride, pads, dilation, int(given["groups"]))
-
-
-def _norm_affine(module: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(scale, shift) per channel in float64 of a batch norm in evaluation mode with stored statistics."""
-    given = arguments(norm)
-    gamma, beta, mean, var = (constant_of(module, given[k]) for k in ("weight", "bias", "running_mean", "running_var"))
-    if given["training"] or mean is None or var is None:
-        return None
-    factor = torch.rsqrt(var.double() + float(given["eps"]))
-    factor = factor if gamma is None else factor * gamma.double()
-    shift = -mean.double() * factor
-    return factor, shift if beta is None else shift + beta.double()
 
 
 def _per_channel(module: fx.GraphModule, value: Any, axes: int, channels: int, rank: int) -> torch.Tensor | None:
