@@ -9,6 +9,10 @@ need aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
 need arm-linux-gnueabihf-gcc gcc-arm-linux-gnueabihf
 need qemu-aarch64 qemu-user
 need qemu-arm qemu-user
+need arm-none-eabi-gcc "gcc-arm-none-eabi libnewlib-arm-none-eabi"
+need qemu-system-arm qemu-system-arm
+need riscv64-unknown-elf-gcc "gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf"
+need qemu-system-riscv32 qemu-system-misc
 need cmake cmake
 need chromium chromium
 # What some tests can do without, and some distributions do not have.

@@ -5,7 +5,8 @@ accumulators int32. Nothing here is tuned: the torch operators (`edgec.qops`) an
 forms, and tests compare them with these functions. The arithmetic is that of Jacob et al., "Quantization and Training
 of Neural Networks for Efficient Integer-Arithmetic-Only Inference". Layers scale their accumulators to codes by one of
 two roundings: RQ1, a 64-bit product and a shift, when their multipliers `m` are int32; RQF, a float32 product, which
-devices with float vectors compute in fewer instructions, when they are float32. All other scaling is RQ1.
+devices with float vectors compute in fewer instructions, when they are float32. All other scaling is RQ1. RQH is RQ1
+with a shift of 32 everywhere: the upper half of the product, one instruction (SMMULR, VRMULH) on microcontrollers.
 
 Conventions: `padding` is [top, bottom, left, right]; weights are [out, in / groups, kh, kw]; `layout` is "NCHW" or
 "NHWC" and concerns activations only; a real number is `scale * (code - zero_point)`.
@@ -30,7 +31,9 @@ CODE_SPAN = 255
 MIN_SHIFT, MAX_SHIFT = 1, 62
 MAX_ADD_SHIFT = 22
 
-REQUANTS = ("RQ1", "RQF")
+REQUANTS = ("RQ1", "RQF", "RQH")
+# The shift of RQH, which is what says that a layer rounds so.
+HALF_SHIFT = 32
 # No int32 accumulator times a smaller multiplier reaches half a code.
 SMALLEST_MULTIPLIER = 2.0**-32
 
@@ -44,7 +47,7 @@ Integers = NDArray[np.int64]
 def rq1(accumulator: ArrayLike, m: ArrayLike, shift: ArrayLike) -> Integers:
     """Requantise: (accumulator * m + 2^(shift-1)) >> shift, one rounding, half up.
 
-    accumulator: int32 values; m: 0 or 2^30..2^31-1; shift: 1..62. Arrays broadcast. The 64-bit product cannot overflow.
+    accumulator: int32 values; m: 0..2^31-1; shift: 1..62. Arrays broadcast. The 64-bit product cannot overflow.
     """
     wide, factor, bits = (np.asarray(v, np.int64) for v in (accumulator, m, shift))
     return (wide * factor + (np.int64(1) << (bits - 1))) >> bits
@@ -66,8 +69,17 @@ def requantize(accumulator: ArrayLike, m: ArrayLike, shift: ArrayLike) -> Intege
 
 
 def multipliers(scales: ArrayLike, requant: str) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    """(m, shift) of positive real multipliers for a rounding of REQUANTS."""
-    return float_multipliers(scales) if requant == "RQF" else quantize_multipliers(scales)
+    """(m, shift) of positive real multipliers for a rounding of REQUANTS.
+
+    RQH: m = rne(scale * 2^32) and a shift of 32, when all of a layer's are below one half; else as for RQ1.
+    """
+    if requant == "RQF":
+        return float_multipliers(scales)
+    if requant == "RQH":
+        m = np.rint(_checked_multipliers(scales) * 2.0**HALF_SHIFT)
+        if np.all(m < 2.0**31):
+            return m.astype(np.int32), np.full(m.shape, HALF_SHIFT, np.int32)
+    return quantize_multipliers(scales)
 
 
 def quantize_multipliers(scales: ArrayLike) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -86,7 +86,7 @@ def lower_kernels(module: tvm.IRModule, device: Device, min_scratch: int = 256) 
 
     Internal buffers of `min_scratch` bytes or more become scratch parameters, smaller ones stay on the C stack.
     """
-    target = tvm.target.Target(device.llvm_target())
+    target = tvm.target.Target(device.tvm_target())
     functions = {
         var.name_hint: schedule(_plain(f), device).with_attr("global_symbol", var.name_hint)
         for var, f in module.functions.items()
@@ -129,7 +129,7 @@ def build_objects(
     objects = {key: store.get(key) for key in keys.values()}
     missing = {keys[symbol]: functions[symbol] for symbol in symbols if objects[keys[symbol]] is None}
     if missing:
-        target = tvm.target.Target(device.llvm_target())
+        target = tvm.target.Target(device.tvm_target())
         # TVM lets go of the interpreter while it works, so threads are enough.
         with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
             try:
@@ -156,7 +156,7 @@ def build_objects(
 def _key(function: Any, device: Device) -> str:
     """The name in the cache of what `_compile` makes of a lowered kernel. TIR prints with all digits of its numbers."""
     llvm = tvm.get_global_func("target.llvm_version_major")()
-    parts = (GENERATION, tvm.__version__, llvm, repr(UNWANTED_IR), device.llvm_target(), function.script())
+    parts = (GENERATION, tvm.__version__, llvm, repr(UNWANTED_IR), device.tvm_target(), function.script())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

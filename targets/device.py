@@ -40,6 +40,9 @@ class Device:
     provide them. requant: how int8 layers round here, see `edgec.integer`: RQF
     on cores whose vector units follow IEEE 754, RQ1 (integers only) on all others. tuning: measured register tiles by
     `tuning_key` of a kernel, which go before modelled ones (see `edgec.tune`); no property of the device.
+    Microcontrollers (family "mcu"): isa is "c" (portable C), "dsp" or "mve" (with "dsp"); core: the row of the core,
+    for a board; flash_kb, sram_kb: memory in KiB, None for a core, which has as much as its maker gave it; machine:
+    QEMU's `-M`.
     """
 
     name: str
@@ -64,16 +67,27 @@ class Device:
     has_i8mm: bool = False
     has_fp16: bool = False
     has_vnni: bool = False
+    isa: str = ""
+    core: str = ""
+    flash_kb: int | None = None
+    sram_kb: int | None = None
+    machine: str = ""
     tuning: Mapping[str, Blocking] = field(default_factory=dict, repr=False, compare=False)
 
-    def llvm_target(self) -> dict[str, Any]:
-        """The target description for TVM."""
+    def tvm_target(self) -> dict[str, Any]:
+        """The target description for TVM: LLVM, or C for a microcontroller."""
+        if self.is_mcu:
+            return {"kind": "c"}
         target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
         if self.features:
             target["mattr"] = list(self.features)
         if self.float_abi:
             target["mfloat-abi"] = self.float_abi
         return target
+
+    @property
+    def is_mcu(self) -> bool:
+        return self.family == "mcu"
 
     @property
     def is_arm32(self) -> bool:
@@ -117,6 +131,8 @@ def load_device(name: str) -> Device:
         hint = f"did you mean '{close[0]}'?" if close else f"use one of {', '.join(table)}"
         raise EdgecError(f"unknown target '{name}'", where="--target", hint=hint)
     row = dict(table[name])
+    if "core" in row:
+        row = {**table[row["core"]], **row}
     if name == "host":
         row.update(host_row())
     for key in ("features", "cflags"):

@@ -179,7 +179,7 @@ def bindings_of(
 def legalize_relax(imported: Imported, device: Device) -> Imported:
     """Turn Relax operators into TIR kernels, fuse element-wise chains and fold constants."""
     transform, sequential = relax.transform, tvm.ir.transform.Sequential
-    with tvm.target.Target(device.llvm_target()):
+    with tvm.target.Target(device.tvm_target()):
         simple = transform.DecomposeOpsForInference()(imported.module)
         kernels = sequential(
             [

@@ -37,7 +37,7 @@ def test_llvm_accepts_the_cpu_and_its_features(name: str) -> None:
     import tvm
 
     device = load_device(name)
-    target = tvm.target.Target(device.llvm_target())
+    target = tvm.target.Target(device.tvm_target())
     check = tvm.get_global_func("target.llvm_cpu_has_feature")
     for feature in device.features:
         assert check(feature[1:], target) == feature.startswith("+")

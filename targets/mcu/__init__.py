@@ -1,0 +1,1 @@
+"""Microcontrollers: a model as plain C with one kernel header, inside stated flash and SRAM."""

@@ -1,0 +1,59 @@
+/*
+ * Kernels of edgec for int8 networks on microcontrollers: portable C99, with forms for the DSP extension of Armv7E-M
+ * and Armv8-M and for Helium (MVE) where the compiler has them. Define EK_PORTABLE to leave those out.
+ *
+ * Activations are int8, NHWC. A kernel takes its parameters, then pointers: activations, weights as the compiler packed
+ * them, further activations, the result, scratch memory. All pointers are 4-byte aligned unless said otherwise.
+ */
+#ifndef EDGEC_NN_H
+#define EDGEC_NN_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__ARM_FEATURE_DSP) && !defined(EK_PORTABLE)
+#define EK_DSP 1
+#include <arm_acle.h>
+#else
+#define EK_DSP 0
+#endif
+
+#if defined(__ARM_FEATURE_MVE) && !defined(EK_PORTABLE)
+#define EK_MVE 1
+#include <arm_mve.h>
+#else
+#define EK_MVE 0
+#endif
+
+#define EK_RESTRICT __restrict
+#define EK_INLINE static inline __attribute__((always_inline))
+/* A kernel: unused ones leave no code and no warning. */
+#define EK_KERNEL static inline __attribute__((noinline))
+
+typedef uint32_t __attribute__((may_alias)) ek_u32;
+
+EK_INLINE int32_t ek_clamp(int32_t v, int32_t lo, int32_t hi) { return v < lo ? lo : v > hi ? hi : v; }
+
+/* (acc * m + 2^31) >> 32: what layers do whose multipliers are below one half. */
+EK_INLINE int32_t ek_rqh(int32_t acc, int32_t m) {
+#if EK_DSP
+    int32_t r;
+    __asm__("smmulr %0, %1, %2" : "=r"(r) : "r"(acc), "r"(m));
+    return r;
+#else
+    return (int32_t)(((int64_t)acc * m + ((int64_t)1 << 31)) >> 32);
+#endif
+}
+
+/* (acc * m + 2^(shift - 1)) >> shift, shift 1..62, as int64: large multipliers may leave int32. */
+EK_INLINE int64_t ek_rq1(int32_t acc, int32_t m, int32_t shift) {
+    return ((int64_t)acc * m + ((int64_t)1 << (shift - 1))) >> shift;
+}
+
+/* The code of an RQ1 result: zero point, clamp. */
+EK_INLINE int32_t ek_code(int64_t v, int32_t zero, int32_t lo, int32_t hi) {
+    v += zero;
+    return v < lo ? lo : v > hi ? hi : (int32_t)v;
+}
+
+#endif
