@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from edgec.targets.device import Device, load_device
-from edgec.targets.mcu.emit import parameters
 from edgec.targets.mcu.header import header
 from edgec.targets.mcu.kernels import implement
-from edgec.targets.mcu.kernels.base import McuKernel
+from edgec.targets.mcu.kernels.base import McuKernel, Value
 
 WARNINGS = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
 # Bytes around every buffer that a kernel must leave alone.
@@ -60,7 +59,8 @@ def run_on_host(
         if number == outputs and shared is not None:
             block, start, _ = blocks[shared]
         pointers.append(block.ctypes.data + start)
-    function((ctypes.c_void_p * len(pointers))(*pointers))
+    values = [float(v) for field in kernel.call().fields.values() for v in _values(field)]
+    function((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_double * len(values))(*values))
     for number, (block, start, size) in enumerate(blocks):
         inside = np.arange(len(block))
         outside = block[(inside < start) | (inside >= start + size)]
@@ -94,15 +94,26 @@ def memory(
 
 
 def c_text(kernel: McuKernel) -> str:
-    """C file with the header's parts and `kernel_under_test(void **pointers)`."""
-    call = kernel.call()
-    definition, first = parameters("P", call)
+    """C file with the header's parts and `kernel_under_test(void **pointers, const double *fields)`.
+
+    Fields of the parameters come in at run time, so that kernels of one function share a library.
+    """
+    call, fields, count = kernel.call(), [], 0
+    for name, value in call.fields.items():
+        places = [f"v[{count + i}]" for i in range(len(_values(value)))]
+        count += len(places)
+        fields.append(f".{name} = " + (f"{{{', '.join(places)}}}" if isinstance(value, Sequence) else places[0]))
+    definition = f"    const {call.struct} q = {{{', '.join(fields)}}};\n" if call.struct else "    (void)v;\n"
     pointers = [f"p[{i}]" for i in range(len(kernel.operands()) + len(call.scratch))]
-    arguments = ", ".join([*([first] if first else []), *pointers])
+    arguments = ", ".join([*(["&q"] if call.struct else []), *pointers])
     return (
-        f"{header([call.part])}\n{definition}\nvoid kernel_under_test(void **p);\n"
-        f"void kernel_under_test(void **p) {{ {call.function}({arguments}); }}\n"
+        f"{header([call.part])}\nvoid kernel_under_test(void **p, const double *v);\n"
+        f"void kernel_under_test(void **p, const double *v) {{\n{definition}    {call.function}({arguments});\n}}\n"
     )
+
+
+def _values(field: Value) -> Sequence[float]:
+    return field if isinstance(field, Sequence) else (field,)
 
 
 @functools.cache
