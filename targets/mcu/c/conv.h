@@ -67,7 +67,7 @@ EK_INLINE void ek_put(ek_u32 *d, uint32_t v) { d[0] = v; }
 #if EK_DSP
 /* One unit of 2 pixels by 2 channels. Sums: r3, r11 of the first channel, r12, lr of the second. */
 #define EK_MAC22 \
-    "ldmia r0!, {r4-r7}\n ldrd r8, r9, [r1], #8\n" \
+    "ldmia.w r0!, {r4-r7}\n ldrd r8, r9, [r1], #8\n" \
     "sxtb16 r10, r8\n smlad r3, r10, r4, r3\n smlad r11, r10, r6, r11\n" \
     "sxtb16 r8, r8, ror #8\n smlad r3, r8, r5, r3\n smlad r11, r8, r7, r11\n" \
     "sxtb16 r10, r9\n smlad r12, r10, r4, r12\n smlad lr, r10, r6, lr\n" \
@@ -309,11 +309,13 @@ EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
         int32_t at = s->pixel * p->co + s->group * p->outputs + first;
         int8_t codes[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, codes, codes + EK_CHUNK);
+        /* Copies, because what is stored might be the parameters. */
+        const ek_fused_add_t add = m->p->add;
+        int32_t lo = p->lo, hi = p->hi;
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
-            for (int32_t i = 0; i < n; ++i) {
-                int32_t v = ek_clamp(codes[j * EK_CHUNK + i], p->lo, p->hi);
-                m->y[at + i] = ek_fused_add(&m->p->add, v, m->r[at + i]);
-            }
+            const int8_t *v = codes + j * EK_CHUNK, *r = m->r + at;
+            int8_t *y = m->y + at;
+            for (int32_t i = 0; i < n; ++i) y[i] = ek_fused_add(&add, ek_clamp(v[i], lo, hi), r[i]);
         }
     }
 }
