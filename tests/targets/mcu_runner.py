@@ -38,16 +38,15 @@ def run_on_host(
     before: int | None = None,
     device: Device | None = None,
     inplace: bool = False,
+    function: Any = None,
 ) -> np.ndarray:
     """The flat output of a kernel in portable C. activations: `before` of them (default: all) stand before the weights.
 
     inplace: the output shares the memory of the operand that `kernel.inplace` names. Fails when a kernel writes beside
-    its output and its scratch memory.
+    its output and its scratch memory. function: of `compiled`, when many kernels are compiled at once.
     """
     arrays, outputs = memory(kernel, activations, weights or {}, before, device or load_device("cortex-m3"), inplace)
-    library = _library(c_text(kernel))
-    function = library.kernel_under_test
-    function.restype = None
+    function = function or compiled([kernel])[0]
     blocks = []
     for array in arrays:
         block = np.full(array.nbytes + 2 * GUARD + 8, 0x5A, np.uint8)
@@ -93,16 +92,28 @@ def memory(
     return arrays, len(given)
 
 
-def c_text(kernel: McuKernel) -> str:
-    """C file with the header's parts and `kernel_under_test(void **pointers)`."""
-    call = kernel.call()
-    definition, first = parameters("P", call)
-    pointers = [f"p[{i}]" for i in range(len(kernel.operands()) + len(call.scratch))]
-    arguments = ", ".join([*([first] if first else []), *pointers])
-    return (
-        f"{header([call.part])}\n{definition}\nvoid kernel_under_test(void **p);\n"
-        f"void kernel_under_test(void **p) {{ {call.function}({arguments}); }}\n"
-    )
+def compiled(kernels: Sequence[McuKernel]) -> list[Any]:
+    """Functions of one library, each for one kernel."""
+    library = _library(c_text(*kernels))
+    functions = [getattr(library, f"kernel_under_test{i or ''}") for i in range(len(kernels))]
+    for function in functions:
+        function.restype = None
+    return functions
+
+
+def c_text(*kernels: McuKernel) -> str:
+    """C file with the header's parts and `kernel_under_test<number>(void **pointers)` (no number for the first)."""
+    calls = [kernel.call() for kernel in kernels]
+    texts = [header(call.part for call in calls)]
+    for number, (kernel, call) in enumerate(zip(kernels, calls, strict=True)):
+        definition, first = parameters(f"P{number}", call)
+        pointers = [f"p[{i}]" for i in range(len(kernel.operands()) + len(call.scratch))]
+        arguments = ", ".join([*([first] if first else []), *pointers])
+        name = f"kernel_under_test{number or ''}"
+        texts.append(
+            f"{definition}\nvoid {name}(void **p);\nvoid {name}(void **p) {{ {call.function}({arguments}); }}\n"
+        )
+    return "\n".join(texts)
 
 
 @functools.cache

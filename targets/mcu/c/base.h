@@ -28,9 +28,10 @@
 #define EK_RESTRICT __restrict
 #define EK_INLINE static inline __attribute__((always_inline))
 /* A kernel: unused ones leave no code and no warning. */
-#define EK_KERNEL static inline __attribute__((noinline))
+#define EK_KERNEL static __attribute__((noinline, unused))
 
 typedef uint32_t __attribute__((may_alias)) ek_u32;
+typedef int16_t __attribute__((may_alias)) ek_i16;
 
 EK_INLINE int32_t ek_clamp(int32_t v, int32_t lo, int32_t hi) { return v < lo ? lo : v > hi ? hi : v; }
 
