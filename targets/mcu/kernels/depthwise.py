@@ -17,7 +17,7 @@ from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 # Channels that are computed together.
 GROUP = 4
 # Bytes of a pointer on the largest machine that runs the code, and of a run's parameters there.
-POINTER, RUN = 8, 48
+POINTER, RUN = 8, 56
 
 
 def add_fields(add: AddEpilogue) -> dict[str, Value]:
@@ -35,7 +35,11 @@ def add_fields(add: AddEpilogue) -> dict[str, Value]:
 
 @dataclass(frozen=True)
 class DepthwiseCodes(McuKernel):
-    """`Depthwise` on int8. half: all multipliers are below one half (RQH); else by 64-bit products, or to float32."""
+    """`Depthwise` on int8.
+
+    half: in groups of four channels, for multipliers below one half (RQH); else one by one, for any multipliers and
+    real results.
+    """
 
     spec: Depthwise
     half: bool
@@ -52,11 +56,6 @@ class DepthwiseCodes(McuKernel):
         return (2,) if self.spec.epilogue.add else ()
 
     @property
-    def groups(self) -> int:
-        """Groups of four channels; the other channels come one by one."""
-        return self.spec.c // GROUP if self.half else 0
-
-    @property
     def taps(self) -> int:
         return self.spec.kernel[0] * self.spec.kernel[1]
 
@@ -64,35 +63,30 @@ class DepthwiseCodes(McuKernel):
         spec = self.spec
         oh, ow = spec.out
         pairs, odd = divmod(self.taps, 2)
-        words = self.groups * (8 + 4 * pairs + 2 * odd)
-        words += (spec.c - GROUP * self.groups) * (3 + pairs + odd)
+        words = -(-spec.c // GROUP) * (8 + 4 * pairs + 2 * odd) if self.half else spec.c * (3 + pairs + odd)
         residual = (Operand(oh * ow * spec.c),) if spec.epilogue.add else ()
         out = Operand(oh * ow * spec.c, spec.out_type)
         return Operand(spec.h * spec.w * spec.c), Operand(words, "int32"), *residual, out
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """The stream of constants: see `c/depthwise.h`."""
-        spec, grouped = self.spec, GROUP * self.groups
+        spec = self.spec
         w, m = weights["w"], weights["m"]
         assert w is not None and m is not None
         taps = w.reshape(spec.c, self.taps).astype(np.int16)
-        bias = _column(weights.get("bias"), spec.c)
+        bias, shift = (_column(weights.get(name), spec.c) for name in ("bias", "shift"))
         factor = np.ascontiguousarray(m).view(np.int32)
-        shift = _column(weights.get("shift"), spec.c)
         even = self.taps // 2 * 2
-        parts: list[np.ndarray] = []
-        if self.groups:
-            first = [v[:grouped].reshape(-1, GROUP) for v in (bias, factor)]
-            inner = taps[:grouped].reshape(-1, GROUP, self.taps)
-            pairs = inner[:, :, :even].reshape(-1, GROUP, even // 2, 2).transpose(0, 2, 1, 3)
-            last = inner[:, [0, 2, 1, 3], even:]
-            words = [np.ascontiguousarray(v.reshape(len(v), -1)).view(np.int32) for v in (pairs, last)]
-            parts.append(np.concatenate([first[0], *words, first[1]], axis=1).reshape(-1))
-        if grouped < spec.c:
-            rest = np.pad(taps[grouped:], ((0, 0), (0, self.taps - even)))
-            columns = [v[grouped:, None] for v in (bias, factor, shift)]
-            parts.append(np.concatenate([*columns, rest.view(np.int32)], axis=1).reshape(-1))
-        return (np.concatenate(parts),)
+        if not self.half:
+            rows = np.pad(taps, ((0, 0), (0, self.taps - even))).view(np.int32)
+            return (np.concatenate([bias[:, None], factor[:, None], shift[:, None], rows], axis=1).reshape(-1),)
+        start = np.minimum(np.arange(0, spec.c, GROUP), spec.c - GROUP)
+        channels = start[:, None] + np.arange(GROUP)
+        groups = taps[channels]
+        pairs = groups[:, :, :even].reshape(-1, GROUP, even // 2, 2).transpose(0, 2, 1, 3)
+        last = groups[:, [0, 2, 1, 3], even:]
+        words = [np.ascontiguousarray(v.reshape(len(v), -1)).view(np.int32) for v in (pairs, last)]
+        return (np.concatenate([bias[channels], *words, factor[channels]], axis=1).reshape(-1),)
 
     def call(self) -> Call:
         spec, e = self.spec, self.spec.epilogue
@@ -108,6 +102,7 @@ class DepthwiseCodes(McuKernel):
         fields |= {"zero": e.y_zp, "lo": int(max(e.lo, -128)), "hi": int(min(e.hi, 127))}
         function = "ek_depthwise" if self.half else "ek_depthwise_any"
         if e.add is None:
+            function += "9" if self.half and self.taps == 9 else ""
             return Call(f"{function}_i8", "depthwise", "ek_depthwise_t", fields, (scratch,))
         fields = {f"conv.{k}": v for k, v in fields.items()} | {f"add.{k}": v for k, v in add_fields(e.add).items()}
         # The codes of a pixel before the addition.
@@ -127,7 +122,7 @@ def _depthwise(spec: Depthwise, weights: Mapping[str, np.ndarray | None], device
         plain = e.act == "none" and not e.residual and e.y_scale is None
         return DepthwiseCodes(spec, False) if plain else None
     shift: Any = weights["shift"]
-    return DepthwiseCodes(spec, bool(np.all(shift == HALF_SHIFT)))
+    return DepthwiseCodes(spec, spec.c >= GROUP and bool(np.all(shift == HALF_SHIFT)))
 
 
 RULES: dict[type, Callable[..., McuKernel | None]] = {Depthwise: _depthwise}
