@@ -31,6 +31,7 @@
 #define EK_KERNEL static __attribute__((noinline, unused))
 
 typedef uint32_t __attribute__((may_alias)) ek_u32;
+typedef int16_t __attribute__((may_alias)) ek_i16;
 
 EK_INLINE int32_t ek_clamp(int32_t v, int32_t lo, int32_t hi) { return v < lo ? lo : v > hi ? hi : v; }
 
