@@ -26,7 +26,7 @@ from edgec.targets.qemu import counter
 # Seconds that one run may take.
 TIMEOUT = 600
 STACK_BYTES = 64 << 10
-FLAGS = ("-std=c99", "-O2", "-ffunction-sections", "-fdata-sections", "-g1")
+FLAGS = ("-std=c99", "-O2", "-ffunction-sections", "-fdata-sections")
 # SEMIHOST_FAULT of semihost.h.
 FAULT = 125
 RUNTIME = ("semihost.h", "semihost.c", "marks.h")
@@ -45,13 +45,14 @@ class Board:
     options: tuple[str, ...] = ()
 
 
-# From QEMU's hw/arm/mps2.c, mps2-tz.c (addresses of the secure state, in which the core starts) and hw/riscv/virt.c.
+# From QEMU's hw/arm/mps2.c and mps2-tz.c, whose addresses are those of the secure state in which the core starts, and
+# hw/riscv/virt.c. Constants lie in the boards' PSRAM and DDR: code memory is too small for a large model.
 BOARDS = {
-    "mps2-an385": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20)),
-    "mps2-an386": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20)),
-    "mps2-an500": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20)),
-    "mps2-an505": Board((0x10000000, 4 << 20), (0x38000000, 4 << 20)),
-    "mps3-an547": Board((0x00000000, 512 << 10), (0x20000000, 512 << 10)),
+    "mps2-an385": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x21000000, 16 << 20)),
+    "mps2-an386": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x21000000, 16 << 20)),
+    "mps2-an500": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x60000000, 16 << 20)),
+    "mps2-an505": Board((0x10000000, 4 << 20), (0x38000000, 4 << 20), (0x80000000, 16 << 20)),
+    "mps3-an547": Board((0x00000000, 512 << 10), (0x31000000, 4 << 20), (0x70000000, 64 << 20)),
     "virt": Board((0x80000000, 64 << 20), (0x84000000, 64 << 20), options=("-bios", "none")),
 }
 
@@ -202,7 +203,20 @@ def _template(name: str) -> bytes:
 
 
 def _fault(text: str, elf: Path) -> str:
-    """The fault handler's line, with the name of the function."""
+    """The fault handler's line, with the name of the function if it was in one."""
     line = next((line for line in reversed(text.splitlines()) if line.startswith("fault: ")), "fault: no message")
     found = re.search(r"pc (0x[0-9a-f]+)", line)
-    return f"{line} in {counter.Symbols(elf).at(int(found[1], 16))}" if found else line
+    name = counter.Symbols(elf).at(int(found[1], 16)) if found else "."
+    return line if name.startswith(".") else f"{line} in {name}"
+
+
+def flash_bytes(elf: Path) -> int:
+    """Bytes of code, constants and initial values of data in a program."""
+    from elftools.elf.constants import SH_FLAGS
+    from elftools.elf.elffile import ELFFile
+
+    with elf.open("rb") as file:
+        sections = ELFFile(file).iter_sections()
+        return sum(
+            s["sh_size"] for s in sections if s["sh_flags"] & SH_FLAGS.SHF_ALLOC and s["sh_type"] != "SHT_NOBITS"
+        )

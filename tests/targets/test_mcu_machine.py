@@ -127,9 +127,8 @@ def test_a_program_runs_on_its_board(name: str, tmp_path: Path) -> None:
 )
 def test_a_fault_is_an_error(name: str, statement: str, reason: str, tmp_path: Path) -> None:
     device = load_device(name)
-    if device.machine == "mps3-an547":
-        # That board has something there.
-        statement = statement.replace("0xB0000004u", "0x1FFF0004u")
+    # There is something at that address of one board.
+    statement = statement.replace("0xB0000004u", "0x1FFF0004u") if device.machine == "mps3-an547" else statement
     text = PROGRAM[: PROGRAM.index("int main")] + f"int main(void) {{ deep(1); {statement} return (int)counted(1); }}"
     program = build(text, device, tmp_path, stack_bytes=8192)
     with pytest.raises(EdgecError, match=rf"program\.elf on {device.machine}: fault: .*{reason}"):

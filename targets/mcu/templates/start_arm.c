@@ -35,9 +35,10 @@ void edgec_start(void) {
     /* The core has no unaligned access, the board's may: let it fault here too. */
     CCR |= 1u << 3;
 #endif
+    /* volatile: as calls of memcpy and memset these would go into every program. */
     const uint32_t *from = edgec_data_load;
-    for (uint32_t *to = edgec_data_start; to < edgec_data_end;) *to++ = *from++;
-    for (uint32_t *to = edgec_bss_start; to < edgec_bss_end;) *to++ = 0;
+    for (volatile uint32_t *to = edgec_data_start; to < edgec_data_end;) *to++ = *from++;
+    for (volatile uint32_t *to = edgec_bss_start; to < edgec_bss_end;) *to++ = 0;
     semihost_paint_stack();
     semihost_exit(main());
 }

@@ -49,9 +49,10 @@ __asm__(
     ".text\n");
 
 void edgec_run(void) {
+    /* volatile: as calls of memcpy and memset these would go into every program. */
     const uint32_t *from = edgec_data_load;
-    for (uint32_t *to = edgec_data_start; to < edgec_data_end;) *to++ = *from++;
-    for (uint32_t *to = edgec_bss_start; to < edgec_bss_end;) *to++ = 0;
+    for (volatile uint32_t *to = edgec_data_start; to < edgec_data_end;) *to++ = *from++;
+    for (volatile uint32_t *to = edgec_bss_start; to < edgec_bss_end;) *to++ = 0;
     semihost_paint_stack();
     semihost_exit(main());
 }
