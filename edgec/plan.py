@@ -15,8 +15,9 @@ import numpy as np
 
 ALIGN = 64
 COPY = "edgec_copy"
-# Orders tried by the local search of `place`; a network of 100 buffers takes about a millisecond for each.
-SWAPS = 400
+# Orders tried by the local search of `place` for up to USUAL buffers, where each takes about a millisecond; the time
+# grows with the square of their number, so fewer are tried for more.
+SWAPS, USUAL = 400, 100
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def place(sizes: Mapping[str, tuple[int, int, int]], align: int = ALIGN) -> tupl
     found = [(_place_in_order(sizes, order, align), order) for order in (_by_size(sizes), _by_breadth(sizes))]
     best, order = min(found, key=lambda item: item[0][1])
     random = np.random.default_rng(0)
-    for _ in range(SWAPS):
+    for _ in range(SWAPS * USUAL**2 // max(len(order), USUAL) ** 2):
         if best[1] <= bound or len(order) < 2:
             break
         i, j = (int(k) for k in random.choice(len(order), 2, replace=False))

@@ -445,6 +445,20 @@ def part_bytes(stage: Stage, part: Part) -> int:
     return nbytes(part.node) // whole * own
 
 
+def copied_bytes(stage: Stage, parts: Sequence[Part], part: Part) -> int:
+    """Bytes that a crop or a place moves."""
+    if part.kind == "compute":
+        return 0
+    moved = part if part.kind == "crop" else parts[part.inputs[-1]]  # type: ignore[index]
+    return part_bytes(stage, moved)
+
+
+def on(part: Part, nodes: Mapping[fx.Node, fx.Node]) -> Part:
+    """The same part of a copy of the graph."""
+    inputs = tuple(i if isinstance(i, int) else nodes[i] for i in part.inputs)
+    return dataclasses.replace(part, node=nodes[part.node], inputs=inputs)
+
+
 def macs(stage: Stage, parts: Sequence[Part]) -> int:
     """Multiplications of a tiled stage."""
     computed = (p for p in parts if p.kind == "compute")
