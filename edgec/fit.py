@@ -27,7 +27,7 @@ PlanOf = Callable[[Program], Plan]
 # kernels on other sizes, so a plan may need more than it promised.
 ATTEMPTS = 5
 # Calls of one stage at most: each is about 30 bytes of code.
-MOST_PARTS = 1500
+MOST_CALLS = 1500
 MOST_PATCHES = 8
 # What a call, and a copied byte, cost in multiplications, to choose between ways to tile.
 CALL, COPIED = 200, 1
@@ -39,20 +39,30 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class Choice:
-    """How a stage is computed. cost: multiplications, calls and copies beyond those of the untiled stage."""
+    """A way to compute a stage. cost: multiplications, calls and copies beyond those of the untiled stage."""
 
     stage: Stage
-    parts: Sequence[Part]
+    method: str
+    height: int
+    width: int
     peak: int
     cost: int
-    text: str
+
+    def parts(self) -> list[Part]:
+        if self.method == "strips":
+            return tiles.strips(self.stage, self.height)
+        return tiles.patches(self.stage, self.height, self.width)
+
+    def text(self) -> str:
+        return f"strips of {self.height} rows" if self.method == "strips" else f"patches of {self.height}x{self.width}"
 
 
 @dataclass
 class _Network:
     """A graph in the order of its steps, with what is alive between them.
 
-    levels: bytes alive during each step. boundaries: steps before which at most one value is alive in the arena.
+    levels: bytes alive during each step. boundaries: steps before which at most one value is alive in the arena. ends:
+    those where that value is not larger than both of its neighbours; stages lie between them.
     """
 
     program: Program
@@ -61,6 +71,7 @@ class _Network:
     steps: list[fx.Node] = field(init=False)
     levels: list[int] = field(init=False)
     boundaries: list[int] = field(init=False)
+    ends: set[int] = field(init=False)
     returned: set[fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +88,10 @@ class _Network:
             open_until = [end for end in (*open_until, last[i - 1]) if end >= i]
             if len(open_until) <= 1:
                 self.boundaries.append(i)
+        sizes = [nbytes(self.steps[i - 1]) if i else 0 for i in self.boundaries]
+        around = zip(self.boundaries, sizes, [0, *sizes[:-1]], [*sizes[1:], 0], strict=True)
+        low = {i for i, size, before, behind in around if size < max(before, behind) or size == before == behind}
+        self.ends = low | {0, len(self.steps)}
 
     @property
     def peak(self) -> int:
@@ -106,6 +121,8 @@ class _Network:
                 if end in best and best[end][0] <= cost:
                     continue
                 if max(self.levels[first:end]) > budget:
+                    if not {first, end} <= self.ends:
+                        continue
                     if (first, end) not in known:
                         stage = self.stage(first, end)
                         known[first, end] = _Options(stage, self.scratch, stage is not None and stage.out in self.returned)
@@ -152,19 +169,17 @@ class _Options:
         if key not in self.made:
             self.made[key] = None
             try:
-                parts = tiles.strips(stage, height) if method == "strips" else tiles.patches(stage, height, width)
+                if method == "strips":
+                    found = tiles.estimate_strips(stage, height, self.scratch, self.returned)
+                else:
+                    found = tiles.estimate_patches(stage, height, width, self.scratch, self.returned)
             except NotTileable:
                 return None
-            if len(parts) <= MOST_PARTS:
-                text = f"strips of {height} rows" if method == "strips" else f"patches of {height}x{width}"
-                self.made[key] = self._measured(stage, parts, text)
+            if found.calls <= MOST_CALLS:
+                extra = found.macs - stage.whole_macs()
+                cost = extra + CALL * (found.calls - len(stage.nodes)) + COPIED * found.copied
+                self.made[key] = Choice(stage, method, height, width, found.peak, max(cost, 1))
         return self.made[key]
-
-    def _measured(self, stage: Stage, parts: Sequence[Part], text: str) -> Choice:
-        items, _ = tiles.items_of(stage, parts, self.scratch, self.returned)
-        moved = sum(tiles.copied_bytes(stage, parts, part) for part in parts)
-        cost = tiles.macs(stage, parts) - stage.whole_macs() + CALL * (len(parts) - len(stage.nodes)) + COPIED * moved
-        return Choice(stage, parts, max(memory.profile(items)), max(cost, 1), text)
 
 
 def _grids(method: str, rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -213,7 +228,9 @@ def fit_memory(
         if found.arena_bytes <= sram_bytes:
             return candidate, [*lines, *said]
         needs[", ".join(said)] = found.arena_bytes
-        budget -= max(found.arena_bytes - sram_bytes, sram_bytes // 100)
+        # Below what these stages and the other steps need, so that something else is chosen.
+        peak = max(memory.profile(memory.items_of(candidate.module, scratch)[1]))
+        budget = min(budget - (found.arena_bytes - sram_bytes), peak - 1)
     raise _too_large(plan, sram_bytes, _smallest(staged, plan_of, network, known, sram_bytes, needs, methods))
 
 
@@ -247,11 +264,12 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     # From the last one: the parts of a stage name the result of the stage before it.
     for choice in reversed(choices):
         stage = Stage(module, [twins[n] for n in choice.stage.nodes])
-        tiles.rewrite(stage, [tiles.on(part, twins) for part in choice.parts])
-        extra = tiles.macs(choice.stage, choice.parts) - choice.stage.whole_macs()
+        parts = choice.parts()
+        tiles.rewrite(stage, [tiles.on(part, twins) for part in parts])
+        extra = tiles.macs(choice.stage, parts) - choice.stage.whole_macs()
         share = "no more MACs" if extra <= 0 else f"{extra / max(total, 1):+.1%} MACs"
         names = [layer_of(n) for n in choice.stage.nodes]
-        lines.append(f"{names[0]} .. {names[-1]} in {choice.text}: {share}, {len(choice.parts)} calls")
+        lines.append(f"{names[0]} .. {names[-1]} in {choice.text()}: {share}, {len(parts)} calls")
     return _program(staged, module), lines[::-1]
 
 

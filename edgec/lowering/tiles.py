@@ -24,7 +24,7 @@ from torch import fx
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.lowering.graph import is_tensor
 from edgec.lowering.layout import BINARY, UNARY
-from edgec.lowering.memory import Item, aligned, best_order, inplace_operands, is_view, nbytes
+from edgec.lowering.memory import Item, aligned, best_order, inplace_operands, is_view, nbytes, profile
 from edgec.lowering.regions import TO_NHWC
 from edgec.program import constant_of, is_call, layer_of, origin_of, shape_of
 
@@ -55,6 +55,8 @@ CONVOLUTIONS = tuple(WINDOWS)[:4]
 NHWC, NCHW = (1, 2), (2, 3)
 # A row that no strip reads.
 NEVER = 1 << 62
+# Strips after which all are alike, in estimates.
+STEADY = 5
 
 
 class NotTileable(Exception):
@@ -115,6 +117,8 @@ class Stage:
     nodes: list[fx.Node]
     axes: dict[fx.Node, tuple[int, int]] = field(init=False)
     inputs: dict[fx.Node, list[tuple[int, fx.Node]]] = field(init=False)
+    extents: dict[fx.Node, tuple[int, int]] = field(init=False)
+    windows: dict[fx.Node, tuple[Window, Window]] = field(init=False)
 
     def __post_init__(self) -> None:
         inside = set(self.nodes)
@@ -126,6 +130,9 @@ class Stage:
             if node not in self.axes:
                 raise NotTileable(f"{layer_of(node)} has no reader")
             self.inputs[node] = self._local(node, self.axes[node])
+        self.extents = {n: (shape_of(n)[a], shape_of(n)[b]) for n, (a, b) in self.axes.items()}
+        windowed = [n for n in self.nodes if is_call(n, *WINDOWS)]
+        self.windows = {n: (self._window(n, 0), self._window(n, 1)) for n in windowed}
 
     @property
     def out(self) -> fx.Node:
@@ -184,9 +191,9 @@ class Stage:
 
     def extent(self, node: fx.Node, axis: int) -> int:
         """Rows (axis 0) or columns (axis 1) of a map."""
-        return shape_of(node)[self.axes[node][axis]]
+        return self.extents[node][axis]
 
-    def window(self, node: fx.Node, axis: int) -> Window:
+    def _window(self, node: fx.Node, axis: int) -> Window:
         kernel, stride, padding, dilation = WINDOWS[node.target]
         given: Any = node.args
         size = shape_of(given[kernel])[2 + axis] if is_call(node, *CONVOLUTIONS) else given[kernel][axis]
@@ -196,9 +203,9 @@ class Stage:
 
     def demand(self, node: fx.Node, number: int, operand: fx.Node, axis: int, span: Span) -> tuple[Span, Pads]:
         """Positions of an operand that positions `span` of a node need, and how much padding before and behind them."""
-        if number > 0 or not is_call(node, *WINDOWS):
+        if number > 0 or node not in self.windows:
             return span, (0, 0)
-        window, end = self.window(node, axis), self.extent(operand, axis)
+        window, end = self.windows[node][axis], self.extents[operand][axis]
         if span == (0, self.extent(node, axis)):
             # Nothing is cut off behind the last window.
             return (0, end), (window.before, window.after)
@@ -262,7 +269,7 @@ class _Writer:
         for number, operand in self.stage.inputs[node]:
             (own_rows, vertical), (own_columns, horizontal) = self.stage.demands(node, number, operand, rows, columns)
             inputs.append(self.cut(operand, held.get(operand, operand), own_rows, own_columns))
-            if number == 0 and is_call(node, *WINDOWS):
+            if number == 0 and node in self.stage.windows:
                 padding = (*vertical, *horizontal)
         return self.add("compute", node, rows, columns, tuple(inputs), padding=padding)
 
@@ -304,21 +311,23 @@ def _renumbered(part: Part, number: Callable[[int], int]) -> Part:
 
 
 def _patch(stage: Stage, rows: Span, columns: Span) -> list[Part]:
-    hulls: dict[fx.Node, tuple[Span, Span]] = {stage.out: (rows, columns)}
-    for node in reversed(stage.nodes):
-        for number, operand in stage.inputs[node]:
-            (rows, _), (columns, _) = stage.demands(node, number, operand, *hulls[node])
-            known = hulls.get(operand, (rows, columns))
-            hulls[operand] = _hull(rows, known[0]), _hull(columns, known[1])
+    hulls = _hulls(stage, 0, rows), _hulls(stage, 1, columns)
     writer = _Writer(stage)
     held: dict[fx.Node, int] = {}
     for node in stage.nodes:
-        held[node] = writer.compute(node, *hulls[node], held)
+        held[node] = writer.compute(node, hulls[0][node], hulls[1][node], held)
     return writer.parts
 
 
-def _hull(a: Span, b: Span) -> Span:
-    return min(a[0], b[0]), max(a[1], b[1])
+def _hulls(stage: Stage, axis: int, span: Span) -> dict[fx.Node, Span]:
+    """The positions of each map of a stage that `span` of its result is computed from, along one axis."""
+    hulls = {stage.out: span}
+    for node in reversed(stage.nodes):
+        for number, operand in stage.inputs[node]:
+            (low, high), _ = stage.demand(node, number, operand, axis, hulls[node])
+            known = hulls.get(operand, (low, high))
+            hulls[operand] = min(low, known[0]), max(high, known[1])
+    return hulls
 
 
 def _sorted(stage: Stage, tile: list[Part], orders: dict[Any, list[int]]) -> list[Part]:
@@ -334,10 +343,11 @@ def _sorted(stage: Stage, tile: list[Part], orders: dict[Any, list[int]]) -> lis
     return [_renumbered(tile[i], place.__getitem__) for i in order]
 
 
-def strips(stage: Stage, height: int) -> list[Part]:
+def strips(stage: Stage, height: int, most: int | None = None) -> list[Part]:
     """Compute the result in strips of `height` rows, and every row of an inner map once; the last part is the result.
 
     What a strip computed and a later one needs is kept (a copy of those rows alone), and put above the new rows.
+    most: only so many strips, for estimates.
     """
     whole = (0, stage.extent(stage.out, 0)), (0, stage.extent(stage.out, 1))
     spans = cuts(whole[0][1], height)
@@ -360,18 +370,19 @@ def strips(stage: Stage, height: int) -> list[Part]:
         fresh.append({node: (done[node], ends[node]) for node in stage.nodes if ends[node] > done[node]})
         first.append(lows)
         done = ends
+    # The first row that any later strip reads.
+    wanted = [dict.fromkeys(stage.nodes, NEVER)]
+    for lows in reversed(first[1:]):
+        wanted.append({node: min(low, lows.get(node, NEVER)) for node, low in wanted[-1].items()})
     writer = _Writer(stage)
     held: dict[fx.Node, int] = {}
     canvas: int | None = None
-    for number, rows in enumerate(spans):
-        kept = {}
-        for node in stage.nodes:
-            later = [lows[node] for lows in first[number + 1 :] if node in lows]
-            kept[node] = min(later, default=NEVER)
+    for number, rows in enumerate(spans[:most]):
+        kept = wanted[len(spans) - 1 - number]
         readers = {node: sum(node in (a for _, a in stage.inputs[n]) for n in fresh[number]) for node in stage.nodes}
         writer.crops.clear()
 
-        def keep(node: fx.Node, number: int = number, kept: dict[fx.Node, int] = kept) -> None:
+        def keep(node: fx.Node, kept: dict[fx.Node, int] = kept) -> None:
             part = writer.parts[held[node]]
             if kept[node] >= part.rows[1]:
                 del held[node]
@@ -403,6 +414,51 @@ def strips(stage: Stage, height: int) -> list[Part]:
 
 
 # -- cost --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of a tiled stage: bytes alive at its peak, multiplications, calls, and bytes that crops and places move."""
+
+    peak: int
+    macs: int
+    calls: int
+    copied: int
+
+
+def estimate_patches(
+    stage: Stage, height: int, width: int, scratch: Callable[[fx.Node], int], returned: bool = False
+) -> Estimate:
+    """Estimate of `patches` from its largest tile; see `items_of` for the arguments."""
+    spans = [cuts(stage.extent(stage.out, axis), size) for axis, size in enumerate((height, width))]
+    hulls = [[_hulls(stage, axis, span) for span in spans[axis]] for axis in (0, 1)]
+    sums = [{n: sum(h[n][1] - h[n][0] for h in hulls[axis]) for n in stage.nodes} for axis in (0, 1)]
+    largest = [
+        max(range(len(spans[axis])), key=lambda i, axis=axis: sum(b - a for a, b in hulls[axis][i].values()))
+        for axis in (0, 1)
+    ]
+    window = spans[0][largest[0]], spans[1][largest[1]]
+    tile = _sorted(stage, _patch(stage, *window), {})
+    whole = (0, stage.extent(stage.out, 0)), (0, stage.extent(stage.out, 1))
+    # Twice, with the canvas alive while the second one is computed.
+    parts = [*tile, Part("place", stage.out, *whole, (len(tile) - 1,), window=window)]
+    parts += [_renumbered(part, lambda i: i + len(tile) + 1) for part in tile]
+    parts.append(Part("place", stage.out, *whole, (len(tile), len(parts) - 1), window=window))
+    items, _ = items_of(stage, parts, scratch, returned)
+    count = len(spans[0]) * len(spans[1])
+    total = sum(stage.macs(n) * sums[0][n] * sums[1][n] for n in stage.nodes)
+    moved = sum(copied_bytes(stage, parts, part) for part in parts[: len(tile) + 1])
+    return Estimate(max(profile(items)), total, (len(tile) + 1) * count, moved * count)
+
+
+def estimate_strips(stage: Stage, height: int, scratch: Callable[[fx.Node], int], returned: bool = False) -> Estimate:
+    """Estimate of `strips` from its first strips; see `items_of` for the arguments."""
+    parts = strips(stage, height, STEADY)
+    items, _ = items_of(stage, parts, scratch, returned)
+    count = len(cuts(stage.extent(stage.out, 0), height))
+    factor = max(count, STEADY) / STEADY
+    moved = sum(copied_bytes(stage, parts, part) for part in parts)
+    return Estimate(max(profile(items)), stage.whole_macs(), round(len(parts) * factor), round(moved * factor))
 
 
 def items_of(
