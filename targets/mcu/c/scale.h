@@ -1,0 +1,15 @@
+/* needs: base */
+/*
+ * Rescaling of sums whose size is known when the model is compiled: RQ1 as
+ * clamp((upper half of (acc * unit * m) + add) >> post, lo, hi), with post >= 1. unit: a power of two that brings the
+ * shift to 33 or more. add: zero point and rounding, at 2^post.
+ */
+typedef struct {
+    int32_t m, unit, add;
+    int16_t post, lo, hi;
+} ek_scale_t;
+
+/* acc: multiplied by `unit` already. */
+EK_INLINE int32_t ek_scaled(const ek_scale_t *p, int32_t acc) {
+    return ek_clamp(ek_smmla(acc, p->m, p->add) >> p->post, p->lo, p->hi);
+}
