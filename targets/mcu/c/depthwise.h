@@ -1,4 +1,4 @@
-/* needs: base add */
+/* needs: base clamp add */
 /*
  * Depthwise convolution of codes. A pixel is computed from one pointer per kernel tap, four channels at a time; taps in
  * the padding point to a row of zero points, so borders and the inside run through the same code. The constants of a
@@ -186,10 +186,7 @@ EK_INLINE void ek_dw_half(ek_dw_t *r, ek_dw_run *groups) {
         groups(r);
         r->weights = weights;
     }
-#if EK_DSP
-    /* Assembly saturates to int8 only. */
-    if (r->lo > -128 || r->hi < 127) ek_clamp_codes(out, pixels * channels, r->lo, r->hi);
-#endif
+    ek_narrowed(out, pixels * channels, r->lo, r->hi);
 }
 
 EK_KERNEL void ek_dw_run_half(ek_dw_t *r) { ek_dw_half(r, ek_dw_groups); }

@@ -56,8 +56,9 @@ EK_KERNEL void ek_mul_row(const void *parameters, const int8_t *a, int32_t sa, c
                           int32_t n) {
     const ek_product_t p = *(const ek_product_t *)parameters;
     int32_t start = -p.zb * p.scale.unit;
-    for (int32_t i = 0; i < n; i++, a += sa, b += sb)
-        *y++ = (int8_t)ek_scaled(&p.scale, (*a - p.za) * (*b * p.scale.unit + start));
+    for (const int8_t *end = y + n; y != end; a += sa, b += sb)
+        *y++ = ek_narrow(ek_scaled(p.scale, (*a - p.za) * (*b * p.scale.unit + start)), p.scale.lo, p.scale.hi);
+    ek_narrowed(y - n, n, p.scale.lo, p.scale.hi);
 }
 
 EK_KERNEL void ek_qmul_i8(const ek_qmul_t *p, const int8_t *a, const int8_t *b, int8_t *y) {
@@ -74,9 +75,11 @@ typedef struct {
 } ek_qrescale_t;
 
 EK_KERNEL void ek_qrescale_i8(const ek_qrescale_t *p, const int8_t *x, int8_t *y) {
-    const ek_scale_t scale = p->scale;
-    int32_t start = -p->zero * scale.unit;
-    for (const int8_t *end = x + p->n; x != end;) *y++ = (int8_t)ek_scaled(&scale, *x++ * scale.unit + start);
+    const ek_scale_t s = p->scale;
+    int32_t start = -p->zero * s.unit;
+    for (const int8_t *end = x + p->n; x != end;)
+        *y++ = ek_narrow(ek_scaled(s, *x++ * s.unit + start), s.lo, s.hi);
+    ek_narrowed(y - p->n, p->n, s.lo, s.hi);
 }
 
 /* Tables of 256 codes, one for each of `channels`, each for `inner` elements in a row. */

@@ -52,7 +52,8 @@ typedef struct {
 
 EK_KERNEL void ek_avg_reduce_i8(const void *parameters, const ek_taps_t *t, int32_t c, void *y) {
     const ek_avg_pool_t *p = (const ek_avg_pool_t *)parameters;
-    int32_t start = -p->zero * (t->rows * t->columns), unit = p->scale.unit, k = 0;
+    const ek_scale_t s = p->scale;
+    int32_t start = -p->zero * (t->rows * t->columns), right = t->right, k = 0;
     int8_t *out = (int8_t *)y;
 #if EK_DSP
     for (; k + 4 <= c; k += 4) {
@@ -63,23 +64,32 @@ EK_KERNEL void ek_avg_reduce_i8(const void *parameters, const ek_taps_t *t, int3
             for (int32_t left = t->columns; left > 0;) {
                 /* 256 codes add up to 16 bits. */
                 int32_t n = left < 256 ? left : 256;
-                uint32_t even = 0, odd = 0, v;
+                uint32_t even = 0, odd = 0, v, u;
                 left -= n;
-                do {
+                if (n & 1) {
                     memcpy(&v, x, 4);
-                    x += t->right;
-                    __asm__("sxtab16 %0, %0, %2\n sxtab16 %1, %1, %2, ror #8" : "+r"(even), "+r"(odd) : "r"(v));
-                } while (--n);
+                    x += right;
+                    __asm__("sxtb16 %0, %2\n sxtb16 %1, %2, ror #8" : "=&r"(even), "=r"(odd) : "r"(v));
+                }
+                for (n >>= 1; n > 0; n--) {
+                    memcpy(&v, x, 4);
+                    memcpy(&u, x + right, 4);
+                    x += 2 * right;
+                    __asm__("sxtab16 %0, %0, %2\n sxtab16 %1, %1, %2, ror #8\n"
+                            "sxtab16 %0, %0, %3\n sxtab16 %1, %1, %3, ror #8"
+                            : "+&r"(even), "+&r"(odd)
+                            : "r"(v), "r"(u));
+                }
                 a0 += (int16_t)even;
                 a1 += (int16_t)odd;
                 a2 += (int32_t)even >> 16;
                 a3 += (int32_t)odd >> 16;
             }
         }
-        out[k] = (int8_t)ek_scaled(&p->scale, a0 * unit);
-        out[k + 1] = (int8_t)ek_scaled(&p->scale, a1 * unit);
-        out[k + 2] = (int8_t)ek_scaled(&p->scale, a2 * unit);
-        out[k + 3] = (int8_t)ek_scaled(&p->scale, a3 * unit);
+        out[k] = ek_narrow(ek_scaled(s, a0 * s.unit), s.lo, s.hi);
+        out[k + 1] = ek_narrow(ek_scaled(s, a1 * s.unit), s.lo, s.hi);
+        out[k + 2] = ek_narrow(ek_scaled(s, a2 * s.unit), s.lo, s.hi);
+        out[k + 3] = ek_narrow(ek_scaled(s, a3 * s.unit), s.lo, s.hi);
     }
 #endif
     for (; k < c; k++) {
@@ -87,10 +97,11 @@ EK_KERNEL void ek_avg_reduce_i8(const void *parameters, const ek_taps_t *t, int3
         const int8_t *row = (const int8_t *)t->x + k;
         for (int32_t i = 0; i < t->rows; i++, row += t->down) {
             const int8_t *x = row;
-            for (int32_t j = 0; j < t->columns; j++, x += t->right) acc += *x;
+            for (int32_t j = t->columns; j > 0; j--, x += right) acc += *x;
         }
-        out[k] = (int8_t)ek_scaled(&p->scale, acc * unit);
+        out[k] = ek_narrow(ek_scaled(s, acc * s.unit), s.lo, s.hi);
     }
+    ek_narrowed(out, c, s.lo, s.hi);
 }
 
 EK_KERNEL void ek_avg_pool_i8(const ek_avg_pool_t *p, const int8_t *x, int8_t *y) {

@@ -1,4 +1,4 @@
-/* needs: base */
+/* needs: base clamp */
 /*
  * Rescaling of sums whose size is known when the model is compiled: RQ1 as
  * clamp((upper half of (acc * unit * m) + add) >> post, lo, hi), with post >= 1. unit: a power of two that brings the
@@ -9,7 +9,5 @@ typedef struct {
     int16_t post, lo, hi;
 } ek_scale_t;
 
-/* acc: multiplied by `unit` already. */
-EK_INLINE int32_t ek_scaled(const ek_scale_t *p, int32_t acc) {
-    return ek_clamp(ek_smmla(acc, p->m, p->add) >> p->post, p->lo, p->hi);
-}
+/* acc: multiplied by `unit` already. To be limited: see `ek_narrow`. */
+EK_INLINE int32_t ek_scaled(ek_scale_t p, int32_t acc) { return ek_smmla(acc, p.m, p.add) >> p.post; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 from edgec.targets.mcu.kernels.elementwise import CODE_SPAN, nested
 from edgec.targets.mcu.kernels.scale import scale_fields
 
+# Of an int16 field.
+LARGEST = 2**15
 SUFFIXES = {"int8": "i8", "float32": "f32"}
 
 
@@ -41,6 +43,10 @@ class Pool(McuKernel):
 
     def call(self) -> Call:
         spec = self.spec
+        whole = spec.kernel == (spec.h, spec.w) and not any(spec.padding) and spec.dilation == (1, 1)
+        if whole and spec.taps < LARGEST:
+            # Over the whole map, which is one row of memory.
+            spec = replace(spec, h=1, w=spec.taps, kernel=(1, spec.taps), stride=(1, 1))
         oh, ow = spec.out
         window: dict[str, Value] = {"h": spec.h, "w": spec.w, "c": spec.c, "oh": oh, "ow": ow}
         sizes = (*spec.kernel, *spec.stride, *spec.dilation, spec.padding[0], spec.padding[2])
@@ -58,7 +64,7 @@ class Pool(McuKernel):
 def _pool(spec: AvgPool | MaxPool, weights: Any, device: Device) -> McuKernel | None:
     """None for other types, and for int8 averages whose sums 32 bits do not rescale."""
     kernel = Pool(spec)
-    if spec.dtype not in SUFFIXES or max(*spec.kernel, *spec.stride) >= 2**15:
+    if spec.dtype not in SUFFIXES or max(*spec.kernel, *spec.stride) >= LARGEST:
         return None
     scaled = isinstance(spec, AvgPool) and spec.dtype == "int8"
     return None if scaled and kernel.scale() is None else kernel
