@@ -9,10 +9,11 @@
  * is filled up with zeros. The zero point of the input is folded into the bias.
  */
 
-/* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column, see above. */
+/* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column, see above. flat: a
+ * column is the next `ci` inputs, whole units of them. */
 typedef struct {
     int32_t h, w, oh, ow;
-    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units;
+    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units, flat;
     int8_t x_zp, zero, lo, hi;
 } ek_conv_t;
 
@@ -46,6 +47,16 @@ typedef struct {
 
 /* Channels whose results wait on the stack. */
 #define EK_CHUNK 16
+
+EK_INLINE int32_t ek_saturate(int32_t v) {
+#if EK_DSP
+    int32_t r;
+    __asm__("ssat %0, #8, %1" : "=r"(r) : "r"(v));
+    return r;
+#else
+    return ek_clamp(v, -128, 127);
+#endif
+}
 
 #if EK_DSP
 /* Words of a unit of both columns: bytes 0 and 2 of the first, 1 and 3, those of the second; as 16 bits each. */
@@ -139,29 +150,41 @@ EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t u
 
 /* -- columns ------------------------------------------------------------------------------------------------------- */
 
-EK_INLINE ek_u32 *ek_fill(ek_u32 *d, uint32_t v, int32_t units) {
+EK_KERNEL ek_u32 *ek_fill(ek_u32 *d, int32_t code, int32_t units) {
+    uint32_t v = (uint8_t)code * 0x01010101u;
     for (; units > 0; --units, d += EK_UNIT) ek_put(d, v);
     return d;
 }
 
-EK_KERNEL ek_u32 *ek_spread(ek_u32 *d, const int8_t *s, int32_t units) {
-    uint32_t v[4];
-    for (; units >= 4; units -= 4, d += 4 * EK_UNIT, s += 16) {
-        memcpy(v, s, 4);
-        memcpy(v + 1, s + 4, 4);
-        memcpy(v + 2, s + 8, 4);
-        memcpy(v + 3, s + 12, 4);
-        ek_put(d, v[0]);
-        ek_put(d + EK_UNIT, v[1]);
-        ek_put(d + 2 * EK_UNIT, v[2]);
-        ek_put(d + 3 * EK_UNIT, v[3]);
-    }
-    for (; units > 0; --units, d += EK_UNIT, s += 4) {
-        memcpy(v, s, 4);
-        ek_put(d, v[0]);
-    }
-    return d;
+/* `rows` times `units` of inputs, `step` bytes from one row to the next. At least one row and one unit. */
+#if EK_DSP
+#define EK_SPREAD "ldr r6, [r4], #4\n sxtb16 r7, r6\n sxtb16 r8, r6, ror #8\n strd r7, r8, [r0], #16\n"
+EK_KERNEL __attribute__((naked)) ek_u32 *ek_spread(ek_u32 *d __attribute__((unused)),
+                                                   const int8_t *s __attribute__((unused)),
+                                                   int32_t units __attribute__((unused)),
+                                                   int32_t rows __attribute__((unused)),
+                                                   int32_t step __attribute__((unused))) {
+    __asm__ volatile(
+        "push {r4-r8, lr}\n ldr r12, [sp, #24]\n"
+        "1: mov r4, r1\n subs r5, r2, #4\n blt 3f\n"
+        "2:\n" EK_SPREAD EK_SPREAD EK_SPREAD EK_SPREAD "subs r5, #4\n bge 2b\n"
+        "3: adds r5, #4\n beq 5f\n"
+        "4:\n" EK_SPREAD "subs r5, #1\n bne 4b\n"
+        "5: add r1, r12\n subs r3, #1\n bne 1b\n"
+        "pop {r4-r8, pc}\n");
 }
+#else
+EK_KERNEL ek_u32 *ek_spread(ek_u32 *d, const int8_t *s, int32_t units, int32_t rows, int32_t step) {
+    for (;; s += step) {
+        for (int32_t i = 0; i < units; ++i, d += EK_UNIT) {
+            uint32_t v;
+            memcpy(&v, s + 4 * i, 4);
+            ek_put(d, v);
+        }
+        if (--rows == 0) return d;
+    }
+}
+#endif
 
 /* A row of the kernel byte by byte; `at` is where its first tap lies in x, in column `ix` of the input. */
 EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t at,
@@ -189,30 +212,36 @@ EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int3
 }
 
 /* The inputs of group `g` under the kernel at rows iy.., columns ix.. of the input. */
-EK_KERNEL void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy,
-                                                       int32_t ix, int32_t g) {
-    int32_t depth = p->depth, run = p->kw * depth, units = (run + 3) >> 2, line = p->w * p->ci;
-    int32_t size = p->h * line, at = iy * line + ix * p->ci + g * depth;
-    int32_t inside = depth == p->ci && p->dw == 1 && ix >= 0 && ix + p->kw <= p->w;
-    uint32_t border = (uint8_t)p->x_zp * 0x01010101u;
-    for (int32_t ky = 0; ky < p->kh; ++ky, iy += p->dh, at += p->dh * line) {
-        if (iy < 0 || iy >= p->h) {
-            d = ek_fill(d, border, units);
-        } else if (inside && ((run & 3) == 0 || at + 4 * units <= size)) {
-            d = ek_spread(d, x + at, units);
-        } else if ((depth & 3) == 0) {
-            for (int32_t kx = 0; kx < p->kw; ++kx) {
-                int32_t cx = ix + kx * p->dw;
-                if (cx < 0 || cx >= p->w) {
-                    d = ek_fill(d, border, depth >> 2);
-                } else {
-                    d = ek_spread(d, x + at + kx * p->dw * p->ci, depth >> 2);
-                }
+EK_KERNEL void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
+    int32_t depth = p->depth, run = p->kw * depth, units = (run + 3) >> 2, line = p->w * p->ci, step = p->dh * line;
+    int32_t first = 0, rows = p->kh, all = p->kh;
+    while (first < all && iy < 0) {
+        iy += p->dh;
+        ++first;
+    }
+    rows -= first;
+    while (rows > 0 && iy + (rows - 1) * p->dh >= p->h) --rows;
+    if (first) d = ek_fill(d, p->x_zp, first * units);
+    if (rows > 0) {
+        int32_t at = iy * line + ix * p->ci + g * depth, whole = 0;
+        if (depth == p->ci && p->dw == 1 && ix >= 0 && ix + p->kw <= p->w) {
+            /* The last unit of a row reads on, which the last row of the input must not. */
+            whole = rows - ((run & 3) != 0 && at + (rows - 1) * step + 4 * units > p->h * line);
+            if (whole > 0) d = ek_spread(d, x + at, units, whole, step);
+        }
+        for (; whole < rows; ++whole) {
+            int32_t tap = at + whole * step;
+            if (depth & 3) {
+                d = ek_gather(p, d, x, tap, ix);
+                continue;
             }
-        } else {
-            d = ek_gather(p, d, x, at, ix);
+            for (int32_t kx = 0; kx < p->kw; ++kx, tap += p->dw * p->ci) {
+                int32_t cx = ix + kx * p->dw;
+                d = cx < 0 || cx >= p->w ? ek_fill(d, p->x_zp, depth >> 2) : ek_spread(d, x + tap, depth >> 2, 1, 0);
+            }
         }
     }
+    ek_fill(d, p->x_zp, (all - first - rows) * units);
 }
 
 /* -- walks --------------------------------------------------------------------------------------------------------- */
@@ -236,8 +265,13 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
             ++ny;
         }
         for (int32_t g = 0; g < p->groups; ++g) {
-            ek_column(p, col, x, oy * p->sh - p->top, ox * p->sw - p->left, g);
-            if (count == 2) ek_column(p, col + EK_COLUMN, x, ny * p->sh - p->top, nx * p->sw - p->left, g);
+            if (p->flat) {
+                ek_spread(col, x + n * p->ci, p->units, 1, 0);
+                if (count == 2) ek_spread(col + EK_COLUMN, x + (n + 1) * p->ci, p->units, 1, 0);
+            } else {
+                ek_column(p, col, x, oy * p->sh - p->top, ox * p->sw - p->left, g);
+                if (count == 2) ek_column(p, col + EK_COLUMN, x, ny * p->sh - p->top, nx * p->sw - p->left, g);
+            }
             ek_step_t s = {col, w + g * blocks * p->units * 8, c + g * blocks * 4, g, n, count};
             finish(&s, more);
         }
@@ -255,6 +289,11 @@ EK_INLINE void ek_conv_tile(const ek_step_t *s, const ek_conv_t *p, int32_t firs
                             int8_t *y1) {
     ek_tile_t t = {s->c + 2 * first, y0, y1, (count + 1) >> 1, p->zero};
     ek_mm22(s->col, s->w + 4 * first * p->units, p->units, &t);
+}
+
+/* Clamps codes. */
+EK_KERNEL void ek_limit(int8_t *y, int32_t n, int32_t lo, int32_t hi) {
+    for (; n > 0; --n, ++y) *y = (int8_t)ek_clamp(*y, lo, hi);
 }
 
 typedef struct {
@@ -275,9 +314,8 @@ EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
         y0[even] = last[0];
     }
     if (p->lo > -128 || p->hi < 127) {
-        for (int32_t j = 0; j < s->count; ++j, y0 = y1) {
-            for (int32_t i = 0; i < n; ++i) y0[i] = (int8_t)ek_clamp(y0[i], p->lo, p->hi);
-        }
+        ek_limit(y0, n, p->lo, p->hi);
+        if (s->count == 2) ek_limit(y1, n, p->lo, p->hi);
     }
 }
 
@@ -289,10 +327,17 @@ EK_KERNEL void ek_conv_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, 
 
 /* -- with a residual ----------------------------------------------------------------------------------------------- */
 
-EK_INLINE int8_t ek_fused_add(const ek_fused_add_t *p, int32_t v, int32_t r) {
-    /* Modulo 2^32: parts of the sum may leave int32, the sum does not. */
-    uint32_t sum = (uint32_t)v * (uint32_t)p->self + (uint32_t)r * (uint32_t)p->other + (uint32_t)p->bias;
-    return (int8_t)ek_clamp(((int32_t)sum >> p->f) + p->zero, p->lo, p->hi);
+/* y may be r. */
+EK_KERNEL void ek_fused_add(const ek_fused_add_t *p, const int8_t *v, const int8_t *r, int8_t *y, int32_t n) {
+    /* Copies, because what is stored might be the parameters. */
+    uint32_t self = (uint32_t)p->self, other = (uint32_t)p->other, bias = (uint32_t)p->bias;
+    int32_t f = p->f, zero = p->zero;
+    for (int32_t i = 0; i < n; ++i) {
+        /* Modulo 2^32: parts of the sum may leave int32, the sum does not. */
+        uint32_t sum = (uint32_t)v[i] * self + (uint32_t)r[i] * other + bias;
+        y[i] = (int8_t)ek_saturate(((int32_t)sum >> f) + zero);
+    }
+    if (p->lo > -128 || p->hi < 127) ek_limit(y, n, p->lo, p->hi);
 }
 
 typedef struct {
@@ -309,14 +354,10 @@ EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
         int32_t at = s->pixel * p->co + s->group * p->outputs + first;
         int8_t codes[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, codes, codes + EK_CHUNK);
-        /* Copies, because what is stored might be the parameters. */
-        const ek_fused_add_t add = m->p->add;
-        int32_t lo = p->lo, hi = p->hi;
-        for (int32_t j = 0; j < s->count; ++j, at += p->co) {
-            const int8_t *v = codes + j * EK_CHUNK, *r = m->r + at;
-            int8_t *y = m->y + at;
-            for (int32_t i = 0; i < n; ++i) y[i] = ek_fused_add(&add, ek_clamp(v[i], lo, hi), r[i]);
-        }
+        if (p->lo > -128 || p->hi < 127) ek_limit(codes, 2 * EK_CHUNK, p->lo, p->hi);
+        ek_fused_add(&m->p->add, codes, m->r + at, m->y + at, n);
+        at += p->co;
+        if (s->count == 2) ek_fused_add(&m->p->add, codes + EK_CHUNK, m->r + at, m->y + at, n);
     }
 }
 
@@ -346,11 +387,12 @@ EK_KERNEL void ek_conv_rq1(const ek_step_t *s, const void *more) {
         int32_t sums[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, sums, 0);
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
+            int8_t codes[EK_CHUNK], *y = m->add ? codes : m->y + at;
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i, factor = s->c[(o >> 1) * 4 + 2 + (o & 1)];
-                int32_t v = ek_code(ek_rq1(sums[2 * i + j], factor, shift[o]), p->zero, p->lo, p->hi);
-                m->y[at + i] = m->add ? ek_fused_add(m->add, v, m->r[at + i]) : (int8_t)v;
+                y[i] = (int8_t)ek_code(ek_rq1(sums[2 * i + j], factor, shift[o]), p->zero, p->lo, p->hi);
             }
+            if (m->add) ek_fused_add(m->add, codes, m->r + at, m->y + at, n);
         }
     }
 }

@@ -64,6 +64,13 @@ class Conv(McuKernel):
         """Units of a column: each row of the kernel is filled up to whole ones."""
         return self.spec.kernel[0] * (round_up(self.spec.kernel[1] * self.depth, UNIT) // UNIT)
 
+    @property
+    def flat(self) -> bool:
+        """Whether each column is the next stretch of the input, in whole units."""
+        spec = self.spec
+        pointwise = spec.kernel == (1, 1) and spec.stride == (1, 1) and not any(spec.padding)
+        return pointwise and spec.groups == 1 and spec.ci % UNIT == 0
+
     def operands(self) -> tuple[Operand, ...]:
         spec = self.spec
         rows, columns = spec.out
@@ -151,6 +158,7 @@ class Conv(McuKernel):
             "top": spec.padding[0],
             "left": spec.padding[2],
             "units": self.units,
+            "flat": int(self.flat),
             "x_zp": spec.x_zp,
             "zero": epilogue.y_zp,
             "lo": int(max(epilogue.lo, -128)) if codes else -128,
