@@ -15,6 +15,7 @@ from edgec.targets.device import load_device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.mcu.kernels import implement
+from edgec.targets.mcu.kernels.conv import ROW_MACS, FullyConnected
 from tests.targets.mcu_runner import kernel_of, run_on_host
 
 Weights = dict[str, np.ndarray]
@@ -157,6 +158,25 @@ def test_matrix_products(rows: int, ci: int, co: int, rounding: str, residual: b
     """Pointwise and fully connected layers; more channels than wait on the stack at a time."""
     epilogue = some_epilogue(np.random.default_rng(seed), rounding, residual)
     check(Conv2D(1, rows, ci, co, dtype="int8", x_zp=-7, epilogue=epilogue), rounding, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([(1, 1), (1, 7), (2, 3)]),
+    st.integers(1, 7),
+    st.integers(1, 9),
+    st.sampled_from(ROUNDINGS),
+    st.integers(0, 99),
+)
+def test_fully_connected(size: tuple[int, int], quarter: int, co: int, rounding: str, seed: int) -> None:
+    """One row of enough products for the kernel of its own, which reads the input where it lies."""
+    ci = 4 * quarter
+    co += -(-ROW_MACS // (ci * math.prod(size)))
+    epilogue = some_epilogue(np.random.default_rng(seed), rounding, False)
+    spec = Conv2D(*size, ci, co, size, (2, 3), dtype="int8", x_zp=9, epilogue=epilogue)
+    kernel = kernel_of(spec, case(spec, rounding, seed)[1])
+    assert isinstance(kernel, FullyConnected) == (rounding != "RQ1")
+    check(spec, rounding, seed)
 
 
 def test_declines_what_it_cannot_do() -> None:

@@ -9,11 +9,12 @@
  * is filled up with zeros. The zero point of the input is folded into the bias.
  */
 
-/* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column, see above. flat: a
- * column is the next `ci` inputs, whole units of them. */
+/* Geometry and codes. depth, outputs: input and output channels of a group. units, row: of a column and of a row of the
+ * kernel in it. flat: a column is the next `ci` inputs, whole units of them. A kernel from row 0..inner_h - 1, column
+ * 0..inner_w - 1 of the input on lies inside and its rows are whole stretches; none does where inner_w is 0. */
 typedef struct {
-    int32_t h, w, oh, ow;
-    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units, flat;
+    int32_t h, w, oh, ow, inner_h, inner_w;
+    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units, row, flat;
     int8_t x_zp, zero, lo, hi;
 } ek_conv_t;
 
@@ -31,9 +32,13 @@ typedef struct {
 /* Real results. act, a set of bits: 1 takes v or slope v below 0, 2 and 4 clip to lo and to hi. scale: what real values
  * are multiplied with when their codes are stored. */
 typedef struct {
-    ek_conv_t conv;
     int32_t act;
     float slope, lo, hi, scale;
+} ek_real_t;
+
+typedef struct {
+    ek_conv_t conv;
+    ek_real_t real;
 } ek_conv_f32_t;
 
 /* What a tile function makes of blocks of channels: codes with this zero point, the second pixel's at y1; or, when y1
@@ -211,23 +216,22 @@ EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int3
     return d;
 }
 
-/* The inputs of group `g` under the kernel at rows iy.., columns ix.. of the input. */
-EK_KERNEL void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
-    int32_t depth = p->depth, run = p->kw * depth, units = (run + 3) >> 2, line = p->w * p->ci, step = p->dh * line;
-    int32_t first = 0, rows = p->kh, all = p->kh;
+/* A column that meets the border, or whose parts do not lie side by side. */
+EK_KERNEL void ek_border(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
+    int32_t depth = p->depth, row = p->row, step = p->dh * p->w * p->ci, first = 0, rows = p->kh, all = p->kh;
     while (first < all && iy < 0) {
         iy += p->dh;
         ++first;
     }
     rows -= first;
     while (rows > 0 && iy + (rows - 1) * p->dh >= p->h) --rows;
-    if (first) d = ek_fill(d, p->x_zp, first * units);
+    d = ek_fill(d, p->x_zp, first * row);
     if (rows > 0) {
-        int32_t at = iy * line + ix * p->ci + g * depth, whole = 0;
-        if (depth == p->ci && p->dw == 1 && ix >= 0 && ix + p->kw <= p->w) {
+        int32_t at = (iy * p->w + ix) * p->ci + g * depth, whole = 0;
+        if (ix >= 0 && ix < p->inner_w) {
             /* The last unit of a row reads on, which the last row of the input must not. */
-            whole = rows - ((run & 3) != 0 && at + (rows - 1) * step + 4 * units > p->h * line);
-            if (whole > 0) d = ek_spread(d, x + at, units, whole, step);
+            whole = rows - (at + (rows - 1) * step + 4 * row > p->h * p->w * p->ci);
+            if (whole > 0) d = ek_spread(d, x + at, row, whole, step);
         }
         for (; whole < rows; ++whole) {
             int32_t tap = at + whole * step;
@@ -241,46 +245,57 @@ EK_KERNEL void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t
             }
         }
     }
-    ek_fill(d, p->x_zp, (all - first - rows) * units);
+    ek_fill(d, p->x_zp, (all - first - rows) * row);
+}
+
+/* The inputs of group `g` under the kernel at row iy, column ix of the input. */
+EK_INLINE void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
+    if (iy >= 0 && ix >= 0 && iy < p->inner_h && ix < p->inner_w) {
+        ek_spread(d, x + (iy * p->w + ix) * p->ci, p->row, p->kh, p->dh * p->w * p->ci);
+    } else {
+        ek_border(p, d, x, iy, ix, g);
+    }
 }
 
 /* -- walks --------------------------------------------------------------------------------------------------------- */
 
-/* A step: group, first pixel, how many pixels (1 or 2), and where its weights and constants begin. */
+/* A step: columns of one or two pixels, weights and constants of the group, where results of the first pixel go. */
 typedef struct {
     const ek_u32 *col;
     const int8_t *w;
     const int32_t *c;
-    int32_t group, pixel, count;
+    int32_t at, count, group;
 } ek_step_t;
 
 /* Columns of all pixels by twos; `finish` gets each step and `more`. */
 EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c, ek_u32 *col,
                             void (*finish)(const ek_step_t *s, const void *more), const void *more) {
-    int32_t pixels = p->oh * p->ow, blocks = (p->outputs + 1) >> 1, oy = 0, ox = 0;
-    for (int32_t n = 0; n < pixels; n += 2) {
-        int32_t ny = oy, nx = ox + 1, count = n + 1 < pixels ? 2 : 1;
-        if (nx == p->ow) {
-            nx = 0;
-            ++ny;
-        }
-        for (int32_t g = 0; g < p->groups; ++g) {
-            if (p->flat) {
-                ek_spread(col, x + n * p->ci, p->units, 1, 0);
-                if (count == 2) ek_spread(col + EK_COLUMN, x + (n + 1) * p->ci, p->units, 1, 0);
-            } else {
-                ek_column(p, col, x, oy * p->sh - p->top, ox * p->sw - p->left, g);
-                if (count == 2) ek_column(p, col + EK_COLUMN, x, ny * p->sh - p->top, nx * p->sw - p->left, g);
+    int32_t blocks = (p->outputs + 1) >> 1;
+    for (int32_t g = 0; g < p->groups; ++g) {
+        ek_step_t s = {col, w, c, g * p->outputs, 2, g};
+        int32_t iy = -p->top, ix = -p->left, remaining = p->ow;
+        for (int32_t n = p->oh * p->ow; n > 0; n -= 2) {
+            if (n == 1) s.count = 1;
+            for (int32_t j = 0; j < s.count; ++j) {
+                ek_u32 *d = col + j * EK_COLUMN;
+                if (p->flat) {
+                    ek_spread(d, x, p->units, 1, 0);
+                    x += p->ci;
+                    continue;
+                }
+                ek_column(p, d, x, iy, ix, g);
+                ix += p->sw;
+                if (--remaining == 0) {
+                    remaining = p->ow;
+                    ix = -p->left;
+                    iy += p->sh;
+                }
             }
-            ek_step_t s = {col, w + g * blocks * p->units * 8, c + g * blocks * 4, g, n, count};
             finish(&s, more);
+            s.at += 2 * p->co;
         }
-        oy = ny;
-        ox = nx + 1;
-        if (ox == p->ow) {
-            ox = 0;
-            ++oy;
-        }
+        w += blocks * p->units * 8;
+        c += blocks * 4;
     }
 }
 
@@ -305,7 +320,7 @@ EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
     const ek_conv_codes_t *m = (const ek_conv_codes_t *)more;
     const ek_conv_t *p = m->p;
     int32_t n = p->outputs, even = n & ~1;
-    int8_t *y0 = m->y + s->pixel * p->co + s->group * n, *y1 = s->count == 2 ? y0 + p->co : y0;
+    int8_t *y0 = m->y + s->at, *y1 = s->count == 2 ? y0 + p->co : y0;
     if (even) ek_conv_tile(s, p, 0, even, y0, y1);
     if (n != even) {
         int8_t last[4];
@@ -351,7 +366,7 @@ EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
     const ek_conv_t *p = &m->p->conv;
     for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
         int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
-        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t at = s->at + first;
         int8_t codes[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, codes, codes + EK_CHUNK);
         if (p->lo > -128 || p->hi < 127) ek_limit(codes, 2 * EK_CHUNK, p->lo, p->hi);
@@ -383,7 +398,7 @@ EK_KERNEL void ek_conv_rq1(const ek_step_t *s, const void *more) {
     const int8_t *shift = m->shift + s->group * ((p->outputs + 1) & ~1);
     for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
         int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
-        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t at = s->at + first;
         int32_t sums[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, sums, 0);
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
@@ -418,6 +433,30 @@ EK_INLINE float ek_rounded(float v) {
     return v;
 }
 
+/* A sum times a factor, whose bits are given. */
+EK_INLINE float ek_scaled(int32_t sum, int32_t bits) {
+    float factor;
+    memcpy(&factor, &bits, 4);
+    return ek_rounded((float)sum * factor);
+}
+
+/* y[at], of float values or of codes, from a sum and the residual. */
+EK_KERNEL void ek_store_real(const ek_real_t *p, float v, int32_t coded, int32_t zero, void *y, int32_t at) {
+    if ((p->act & 1) && !(v > 0)) v *= p->slope;
+    if ((p->act & 2) && v < p->lo) v = p->lo;
+    if ((p->act & 4) && v > p->hi) v = p->hi;
+    if (!coded) {
+        ((float *)y)[at] = v;
+        return;
+    }
+    /* Adding 1.5 * 2^23 rounds to a whole number, half to even. What is not a number becomes -128. */
+    float low = (float)(-128 - zero), high = (float)(127 - zero), magic = 12582912.0f;
+    v = ek_rounded(ek_rounded(v) * p->scale);
+    v = v > low ? v < high ? v : high : low;
+    v = ek_rounded(v + magic) - magic;
+    ((int8_t *)y)[at] = (int8_t)((int32_t)v + zero);
+}
+
 typedef struct {
     const ek_conv_f32_t *p;
     const float *r;
@@ -430,29 +469,15 @@ EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
     const ek_conv_t *p = &m->p->conv;
     for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
         int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
-        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t at = s->at + first;
         int32_t sums[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, sums, 0);
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i;
-                float factor, v;
-                memcpy(&factor, s->c + (o >> 1) * 4 + 2 + (o & 1), 4);
-                v = ek_rounded((float)sums[2 * i + j] * factor);
+                float v = ek_scaled(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
                 if (m->r) v += m->r[at + i];
-                if ((m->p->act & 1) && !(v > 0)) v *= m->p->slope;
-                if ((m->p->act & 2) && v < m->p->lo) v = m->p->lo;
-                if ((m->p->act & 4) && v > m->p->hi) v = m->p->hi;
-                if (!m->coded) {
-                    ((float *)m->y)[at + i] = v;
-                    continue;
-                }
-                /* Adding 1.5 * 2^23 rounds to a whole number, half to even. What is not a number becomes -128. */
-                float low = (float)(-128 - p->zero), high = (float)(127 - p->zero), magic = 12582912.0f;
-                v = ek_rounded(ek_rounded(v) * m->p->scale);
-                v = v > low ? v < high ? v : high : low;
-                v = ek_rounded(v + magic) - magic;
-                ((int8_t *)m->y)[at + i] = (int8_t)((int32_t)v + p->zero);
+                ek_store_real(&m->p->real, v, m->coded, p->zero, m->y, at + i);
             }
         }
     }
