@@ -117,36 +117,35 @@ EK_KERNEL __attribute__((naked)) void ek_mm22(const ek_u32 *col __attribute__((u
         "3: stmia r5!, {r3, r11, r12, lr}\n b 4b\n");
 }
 #else
-EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t units,
-                                                     const ek_tile_t *t) {
+/* Spelt out, because compilers do not unroll at -O2. */
+#define EK_MAC22(k) \
+    x0 = x[k], x1 = x[k + 4], w0 = w[k], w1 = w[k + 4]; \
+    a00 += x0 * w0, a01 += x1 * w0, a10 += x0 * w1, a11 += x1 * w1;
+
+EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t units, const ek_tile_t *t) {
     const int32_t *c = t->c;
-    int32_t *sums = (int32_t *)t->y0;
+    int32_t *sums = (int32_t *)t->y0, zero = t->zero;
     int8_t *y0 = (int8_t *)t->y0, *y1 = t->y1;
     for (int32_t b = t->blocks; b > 0; --b, c += 4) {
-        const int8_t *EK_RESTRICT x = (const int8_t *)col;
+        const int8_t *EK_RESTRICT x = (const int8_t *)col, *end = x + 8 * units;
         int32_t a00 = c[0], a01 = c[0], a10 = c[1], a11 = c[1];
-        for (int32_t i = units; i > 0; --i, x += 8, w += 8) {
-            for (int32_t k = 0; k < 4; ++k) {
-                int32_t x0 = x[k], x1 = x[k + 4], w0 = w[k], w1 = w[k + 4];
-                a00 += x0 * w0;
-                a01 += x1 * w0;
-                a10 += x0 * w1;
-                a11 += x1 * w1;
-            }
+        for (; x != end; x += 8, w += 8) {
+            int32_t x0, x1, w0, w1;
+            EK_MAC22(0)
+            EK_MAC22(1)
+            EK_MAC22(2)
+            EK_MAC22(3)
         }
         if (!y1) {
-            sums[0] = a00;
-            sums[1] = a01;
-            sums[2] = a10;
-            sums[3] = a11;
+            sums[0] = a00, sums[1] = a01, sums[2] = a10, sums[3] = a11;
             sums += 4;
             continue;
         }
         /* The second pixel first: a lone pixel is both. */
-        y1[0] = (int8_t)ek_clamp(ek_rqh(a01, c[2]) + t->zero, -128, 127);
-        y1[1] = (int8_t)ek_clamp(ek_rqh(a11, c[3]) + t->zero, -128, 127);
-        y0[0] = (int8_t)ek_clamp(ek_rqh(a00, c[2]) + t->zero, -128, 127);
-        y0[1] = (int8_t)ek_clamp(ek_rqh(a10, c[3]) + t->zero, -128, 127);
+        y1[0] = (int8_t)ek_saturate(ek_rqh(a01, c[2]) + zero);
+        y1[1] = (int8_t)ek_saturate(ek_rqh(a11, c[3]) + zero);
+        y0[0] = (int8_t)ek_saturate(ek_rqh(a00, c[2]) + zero);
+        y0[1] = (int8_t)ek_saturate(ek_rqh(a10, c[3]) + zero);
         y0 += 2;
         y1 += 2;
     }

@@ -48,28 +48,34 @@ EK_KERNEL __attribute__((naked)) void ek_mm14(const int8_t *x __attribute__((unu
         "3: stmia r5!, {r3, r11, r12, lr}\n b 4b\n");
 }
 #else
+#define EK_MAC14(k) \
+    v = u[k]; \
+    a0 += v * w[k], a1 += v * w[k + 4], a2 += v * w[k + 8], a3 += v * w[k + 12];
+
 EK_KERNEL void ek_mm14(const int8_t *EK_RESTRICT x, const int8_t *EK_RESTRICT w, int32_t units, const ek_tile_t *t) {
     const int32_t *c = t->c;
-    int32_t *sums = (int32_t *)t->y0;
+    int32_t *sums = (int32_t *)t->y0, zero = t->zero;
     int8_t *y = (int8_t *)t->y0;
     for (int32_t b = t->blocks; b > 0; --b, c += 8) {
-        const int8_t *EK_RESTRICT u = x;
-        int32_t a[4] = {c[0], c[1], c[2], c[3]};
-        for (int32_t i = units; i > 0; --i, u += 4, w += 16) {
-            for (int32_t k = 0; k < 4; ++k) {
-                a[0] += u[k] * w[k];
-                a[1] += u[k] * w[k + 4];
-                a[2] += u[k] * w[k + 8];
-                a[3] += u[k] * w[k + 12];
-            }
+        const int8_t *EK_RESTRICT u = x, *end = x + 4 * units;
+        int32_t a0 = c[0], a1 = c[1], a2 = c[2], a3 = c[3];
+        for (; u != end; u += 4, w += 16) {
+            int32_t v;
+            EK_MAC14(0)
+            EK_MAC14(1)
+            EK_MAC14(2)
+            EK_MAC14(3)
         }
-        for (int32_t o = 0; o < 4; ++o) {
-            if (t->y1) {
-                *y++ = (int8_t)ek_clamp(ek_rqh(a[o], c[4 + o]) + t->zero, -128, 127);
-            } else {
-                *sums++ = a[o];
-            }
+        if (!t->y1) {
+            sums[0] = a0, sums[1] = a1, sums[2] = a2, sums[3] = a3;
+            sums += 4;
+            continue;
         }
+        y[0] = (int8_t)ek_saturate(ek_rqh(a0, c[4]) + zero);
+        y[1] = (int8_t)ek_saturate(ek_rqh(a1, c[5]) + zero);
+        y[2] = (int8_t)ek_saturate(ek_rqh(a2, c[6]) + zero);
+        y[3] = (int8_t)ek_saturate(ek_rqh(a3, c[7]) + zero);
+        y += 4;
     }
 }
 #endif

@@ -28,13 +28,13 @@ ACTIVATIONS = ("none", "clip", "leaky_relu")
 class Conv(McuKernel):
     """`Conv2D` on int8: pointers x, weights, constants, [shifts], [residual], y, columns.
 
-    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. wide: columns of 16 bits (DSP cores).
-    Weights of fewer than 8 bits have a byte each, too.
+    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. Weights of fewer than 8 bits have a byte
+    each, too. Packing and scratch memory are the same for all cores: the code chooses its instructions by the core that
+    it is compiled for, which need not be the one that it was generated for.
     """
 
     spec: Conv2D
     rounding: str
-    wide: bool
 
     name: ClassVar[str] = "conv2d"
     # Output channels that the inner loop computes at a time.
@@ -126,7 +126,8 @@ class Conv(McuKernel):
 
     def call(self) -> Call:
         add, residual = self.spec.epilogue.add, self.spec.residual
-        scratch = (2 * self.units * UNIT * (2 if self.wide else 1),)
+        # Two columns of 16 bits, which DSP instructions take.
+        scratch = (4 * self.units * UNIT,)
         plain = self._geometry()
         nested = {f"conv.{name}": value for name, value in plain.items()}
         infix = "_add" if residual else ""
@@ -252,7 +253,7 @@ def _conv(spec: Conv2D, weights: Mapping[str, np.ndarray | None], device: Device
     else:
         return None
     kind = FullyConnected if rounding != "RQ1" and _one_row(spec) else Conv
-    kernel = kind(spec, rounding, device.isa != "c")
+    kernel = kind(spec, rounding)
     return kernel if kernel.units < 2**15 else None
 
 
