@@ -28,9 +28,9 @@ ACTIVATIONS = ("none", "clip", "leaky_relu")
 class Conv(McuKernel):
     """`Conv2D` on int8: pointers x, weights, constants, [shifts], [residual], y, columns.
 
-    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. Weights of fewer than 8 bits have a byte
-    each, too. Packing and scratch memory are the same for all cores: the code chooses its instructions by the core that
-    it is compiled for, which need not be the one that it was generated for.
+    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. Weights of fewer than 8 bits have a
+    byte each, too. Packing and scratch memory are the same for all cores: the code chooses its instructions by the core
+    that it is compiled for, which need not be the one that it was generated for.
     """
 
     spec: Conv2D
