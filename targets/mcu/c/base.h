@@ -28,7 +28,7 @@
 #define EK_RESTRICT __restrict
 #define EK_INLINE static inline __attribute__((always_inline))
 /* A kernel: unused ones leave no code and no warning. */
-#define EK_KERNEL static inline __attribute__((noinline))
+#define EK_KERNEL static __attribute__((noinline, unused))
 
 typedef uint32_t __attribute__((may_alias)) ek_u32;
 

@@ -1,9 +1,115 @@
-"""Kernels (mve)."""
+"""Kernels for Helium (Armv8.1-M MVE): int8 layers whose multipliers are all below one half, and what goes with them.
+
+They are asked first and answer for devices of isa "mve" only; what they decline goes to the kernels for all cores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from edgec.targets.mcu.kernels.base import McuKernel
+import numpy as np
 
-RULES: dict[type, Callable[..., McuKernel | None]] = {}
+from edgec.integer import HALF_SHIFT
+from edgec.targets.device import Device
+from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
+
+Weights = Mapping[str, np.ndarray | None]
+
+# int8 elements in a vector.
+LANES = 16
+# Output channels that the matrix product takes at a time.
+BLOCK = 4
+
+
+def add_fields(add: AddEpilogue | None) -> tuple[int, ...]:
+    """Values of `ek_mve_add_t`: with rounding and zero points of both operands in one number, modulo 2^32."""
+    if add is None:
+        return (0,) * 7
+    start = (1 << (add.f - 1)) - add.m_self * add.z_self - add.m_other * add.z_other
+    wrapped = (start + 2**31) % 2**32 - 2**31
+    return add.m_self, add.m_other, wrapped, add.f, add.z_y, add.lo, add.hi
+
+
+@dataclass(frozen=True)
+class MveConv(McuKernel):
+    """A dense int8 convolution by columns of multiples of 16 bytes."""
+
+    spec: Conv2D
+
+    name = "conv2d"
+
+    @property
+    def macs(self) -> int:
+        return self.spec.macs
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (2,) if self.spec.epilogue.add else ()
+
+    @property
+    def depth(self) -> int:
+        """Products of one sum."""
+        return math.prod(self.spec.kernel) * self.spec.ci
+
+    @property
+    def steps(self) -> int:
+        """Vectors in a column."""
+        return -(-self.depth // LANES)
+
+    def operands(self) -> tuple[Operand, ...]:
+        s = self.spec
+        out = Operand(math.prod(s.out) * s.co)
+        packed = -(-s.co // BLOCK) * (2 * 4 * BLOCK + self.steps * LANES * BLOCK)
+        return (Operand(s.h * s.w * s.ci), Operand(packed), *([out] if s.epilogue.add else []), out)
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """Per 4 channels: biases, multipliers, and weights by 16 places of the column."""
+        w, m = weights["w"], weights["m"]
+        assert w is not None and m is not None
+        outputs, blocks = self.spec.co, -(-self.spec.co // BLOCK)
+        rows = np.zeros((blocks * BLOCK, self.steps * LANES), np.int8)
+        rows[:outputs, : self.depth] = w.transpose(0, 2, 3, 1).reshape(outputs, -1)
+        rows = rows.reshape(blocks, BLOCK, self.steps, LANES).transpose(0, 2, 1, 3).reshape(blocks, -1)
+        heads = np.zeros((2, blocks * BLOCK), np.int32)
+        heads[0, :outputs] = 0 if weights.get("bias") is None else weights["bias"]
+        heads[1, :outputs] = m
+        heads = heads.reshape(2, blocks, BLOCK).transpose(1, 0, 2).reshape(blocks, -1)
+        little = np.ascontiguousarray(heads, dtype="<i4").view(np.int8)
+        return (np.concatenate([little, rows], axis=1).reshape(-1),)
+
+    def call(self) -> Call:
+        s, e = self.spec, self.spec.epilogue
+        fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "ci": s.ci, "oh": s.out[0], "ow": s.out[1], "co": s.co}
+        fields |= {"kh": s.kernel[0], "kw": s.kernel[1], "sh": s.stride[0], "sw": s.stride[1]}
+        fields |= {"dh": s.dilation[0], "dw": s.dilation[1], "top": s.padding[0], "left": s.padding[2]}
+        fields |= {"steps": self.steps, "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
+        fields |= {"added": int(e.add is not None), "add": add_fields(e.add)}
+        function = "ek_mve_conv_add_s8" if e.add else "ek_mve_conv_s8"
+        return Call(function, "mve_conv", "ek_mve_conv_t", fields, (2 * self.steps * LANES,))
+
+
+def code_range(epilogue: Epilogue) -> tuple[int, int]:
+    """lo and hi of an int8 epilogue, whose defaults are infinite."""
+    return int(max(epilogue.lo, -128)), int(min(epilogue.hi, 127))
+
+
+def takes(epilogue: Epilogue, dtype: str, weights: Weights, device: Device) -> bool:
+    """Whether a layer is one of these kernels': int8 in and out, and all its multipliers below one half (RQH)."""
+    m, shift = weights.get("m"), weights.get("shift")
+    if device.isa != "mve" or dtype != "int8" or epilogue.requant != "RQ1" or m is None or shift is None:
+        return False
+    return m.dtype == np.int32 and bool(np.all(shift == HALF_SHIFT))
+
+
+def _conv(spec: Conv2D, weights: Weights, device: Device) -> McuKernel | None:
+    if spec.groups != 1 or not takes(spec.epilogue, spec.dtype, weights, device):
+        return None
+    return MveConv(spec)
+
+
+RULES: dict[type, Callable[..., McuKernel | None]] = {Conv2D: _conv}

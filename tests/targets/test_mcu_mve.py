@@ -1,0 +1,105 @@
+"""Helium kernels on QEMU's Cortex-M55, and their portable form on this machine, against `edgec.integer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from edgec.targets.device import load_device
+from edgec.targets.kernels.common import Epilogue
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.mcu.kernels import mve
+from tests.targets.kernel_cases import add_epilogue, convolutions, operands
+from tests.targets.mcu_runner import run_on_host
+from tests.targets.mve_runner import DEVICE, Case, run_cases
+
+ON_DEVICE = pytest.mark.qemu("cortex-m55")
+# One example is a whole program: shrinking would compile each time.
+BATCH = settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+def rule(spec: Any, weights: dict[str, Any], target: str = "cortex-m55") -> Any:
+    found = mve.RULES[type(spec)]
+    return found(spec, weights, load_device(target))
+
+
+def layer(spec: Any, seed: int, inplace: bool = False) -> tuple[Case, np.ndarray]:
+    """A convolution as integer layers have it (RQ1 with a shift of 32), with random operands, and its result."""
+    rng = np.random.default_rng(seed)
+    added = add_epilogue(rng) if spec.epilogue.add else None
+    spec = replace(spec, epilogue=replace(spec.epilogue, requant="RQ1", add=added))
+    values = operands(spec, seed)
+    values["m"] = (values["m"] >> rng.integers(3, 9)).astype(np.int32)
+    values["shift"][:] = 32
+    expected = spec.reference(**values)
+    weights = {k: values[k] for k in ("w", "bias", "m", "shift")}
+    after = [values["residual"].reshape(-1)] if spec.residual else []
+    kernel = rule(spec, weights)
+    return Case(kernel, [values["x"].reshape(-1), *after], weights, 1, inplace and spec.residual), expected.reshape(-1)
+
+
+def check(cases: Sequence[tuple[Case, np.ndarray]]) -> None:
+    results, _ = run_cases([case for case, _ in cases])
+    for (case, expected), got in zip(cases, results, strict=True):
+        np.testing.assert_array_equal(got, expected, err_msg=str(case.kernel))
+
+
+def check_on_host(cases: Sequence[tuple[Case, np.ndarray]]) -> None:
+    for case, expected in cases:
+        got = run_on_host(case.kernel, case.activations, case.weights, case.before, DEVICE, case.inplace)
+        np.testing.assert_array_equal(got, expected, err_msg=str(case.kernel))
+
+
+PLAIN: dict[str, Any] = {"dtype": "int8", "x_zp": -7, "epilogue": Epilogue(y_zp=3, lo=-100, hi=127)}
+ADDED: dict[str, Any] = {**PLAIN, "epilogue": replace(PLAIN["epilogue"], add=add_epilogue(np.random.default_rng(1)))}
+CONVOLUTIONS = [
+    Conv2D(1, 1, 640, 7, **PLAIN),
+    Conv2D(3, 5, 33, 18, **ADDED),
+    Conv2D(5, 3, 16, 16, **PLAIN),
+    Conv2D(1, 9, 7, 1, **PLAIN),
+    Conv2D(7, 6, 3, 16, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN),
+    Conv2D(9, 7, 16, 5, (3, 3), (2, 2), (0, 1, 0, 1), **ADDED),
+    Conv2D(25, 7, 1, 8, (10, 4), (2, 2), (4, 5, 1, 1), **PLAIN),
+    Conv2D(8, 8, 5, 6, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), **PLAIN),
+    # A window wider than the map, and one that sees nothing but padding.
+    Conv2D(2, 2, 4, 4, (5, 5), (1, 1), (3, 3, 3, 3), **PLAIN),
+    Conv2D(1, 1, 3, 4, (1, 1), (1, 1), (1, 1, 1, 1), **PLAIN),
+    Conv2D(6, 6, 20, 9, (1, 1), (2, 2), **PLAIN),
+]
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("inplace", (False, True))
+def test_convolutions(inplace: bool) -> None:
+    check([layer(spec, k, inplace) for k, spec in enumerate(CONVOLUTIONS)])
+
+
+@ON_DEVICE
+def test_random_convolutions() -> None:
+    @BATCH
+    @given(st.lists(convolutions("int8", 8), min_size=16, max_size=16))
+    def batch(specs: list[tuple[Conv2D, int]]) -> None:
+        check([layer(spec, seed, bool(seed % 2)) for spec, seed in specs if spec.groups == 1])
+
+    batch()
+
+
+def test_convolutions_in_portable_c() -> None:
+    check_on_host([layer(spec, k, bool(k % 2)) for k, spec in enumerate(CONVOLUTIONS[::2])])
+
+
+def test_what_is_left_to_other_kernels() -> None:
+    spec = CONVOLUTIONS[0]
+    case, _ = layer(spec, 0)
+    assert rule(spec, dict(case.weights)) is not None
+    assert rule(spec, dict(case.weights), "cortex-m4") is None
+    steep = {**case.weights, "shift": np.full(7, 31, np.int32)}
+    assert rule(spec, steep) is None
+    assert rule(replace(spec, epilogue=Epilogue(requant="float")), dict(case.weights)) is None
+    assert rule(replace(spec, ci=2, groups=2), dict(case.weights)) is None
