@@ -2,17 +2,22 @@
 /*
  * Convolutions and matrix products of int8 codes on Helium.
  *
- * Products are summed 16 at a time from a column (the window of one output pixel, kernel row by kernel row) and from
- * the weights of 4 output channels. Packed weights, per 4 channels: 4 int32 biases, 4 int32 multipliers, then for every
- * 16 places of the column 16 weights of each channel. Weights behind the end of a column are zero, so what a column
- * holds there does not matter.
+ * Products are summed 16 at a time from a column (the window of one output pixel: left to right, from top to bottom,
+ * channels) and from the weights of 4 output channels. Packed weights, per 4 channels: 4 int32 biases, 4 int32
+ * multipliers, then for every 16 places of the column 16 weights of each channel. Weights behind the end of a column
+ * are zero, so what is read there does not matter.
  */
 #ifndef EK_MVE_CONV_H
 #define EK_MVE_CONV_H
 
-/* steps: vectors of 16 places in a column. added: whether `add` follows. */
+/*
+ * steps: vectors of 16 places in a column. pixels: of a row, how many are worked on at a time. shared: whether columns
+ * of neighbours overlap in scratch memory. direct: with a 1 x 1 kernel, how many pixels have columns that may be read
+ * from the input, since no vector goes beyond its end; 0 with other kernels. added: whether `add` follows.
+ */
 typedef struct {
-    int32_t ih, iw, ci, oh, ow, co, kh, kw, sh, sw, dh, dw, top, left, steps, x_zero, y_zero, lo, hi, added;
+    int32_t ih, iw, ci, oh, ow, co, kh, kw, sh, sw, dh, dw, top, left, steps, pixels, shared, pointwise, direct;
+    int32_t x_zero, y_zero, lo, hi, added;
     ek_mve_add_t add;
 } ek_mve_conv_t;
 
@@ -169,100 +174,109 @@ __attribute__((naked, noinline, unused)) static void ek_mve_mm1(const ek_mve_mm_
 }
 #endif
 
-/* The column of output pixel (oy, ox). */
-EK_INLINE void ek_mve_column(const ek_mve_conv_t *p, const int8_t *x, int32_t oy, int32_t ox, int8_t *col) {
-    int32_t ci = p->ci, y = oy * p->sh - p->top, left = ox * p->sw - p->left;
-    /* Taps next to one another are one run of bytes. */
-    int32_t joined = p->dw == 1 ? p->kw : 1, run = joined * ci;
-    for (int32_t ky = 0; ky < p->kh; ky++, y += p->dh) {
-        int32_t at = left;
-        for (int32_t kx = 0; kx < p->kw; kx += joined, at += p->dw) {
-            int32_t before = at < 0 ? -at : 0, behind = at + joined - p->iw;
-            if (y < 0 || y >= p->ih || before >= joined || behind >= joined) {
-                ek_mve_fill(col, p->x_zero, run);
-            } else {
-                before *= ci;
-                behind = behind > 0 ? behind * ci : 0;
-                const int8_t *from = x + (y * p->iw + at) * ci;
-                if (before) ek_mve_fill(col, p->x_zero, before);
-                ek_mve_copy(col + before, from + before, run - before - behind);
-                if (behind) ek_mve_fill(col + run - behind, p->x_zero, behind);
-            }
-            col += run;
-        }
-    }
+#if EK_MVE
+/* kh pieces of n > 0 bytes, `apart` bytes from one another, in a row. */
+EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
+    int8_t *t;
+    const int8_t *f;
+    __asm__ volatile(
+        "1: mov %0, %2\n"
+        "mov %1, %3\n"
+        "wlstp.8 lr, %5, 3f\n"
+        "2: vldrb.8 q0, [%1], #16\n"
+        "vstrb.8 q0, [%0], #16\n"
+        "letp lr, 2b\n"
+        "3: add %2, %2, %5\n"
+        "add %3, %3, %6\n"
+        "subs %4, %4, #1\n"
+        "bne 1b\n"
+        : "=&r"(t), "=&r"(f), "+r"(to), "+r"(from), "+r"(kh)
+        : "r"(n), "r"(apart)
+        : "lr", "q0", "cc", "memory");
+}
+#else
+EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
+    for (; kh; kh--, to += n, from += apart) memcpy(to, from, (size_t)n);
 }
 
-#if !EK_MVE
 EK_INLINE int32_t ek_mve_int(const int8_t *from) {
     int32_t v;
     memcpy(&v, from, 4);
     return v;
 }
+#endif
 
-/* What ek_mve_mm1 does. depth: places of the column in use. */
-EK_INLINE void ek_mve_mm(const ek_mve_conv_t *p, const int8_t *col, int32_t depth, const int8_t *w, const int8_t *res,
-                         int8_t *y) {
-    for (int32_t o = 0; o < p->co; o++) {
-        const int8_t *block = w + (o >> 2) * (32 + 64 * p->steps), *row = block + 32 + (o & 3) * 16;
-        int32_t sum = ek_mve_int(block + (o & 3) * 4);
-        for (int32_t k = 0; k < depth; k++) sum += col[k] * row[(k >> 4) * 64 + (k & 15)];
-        int32_t code = ek_clamp(ek_rqh(sum, ek_mve_int(block + 16 + (o & 3) * 4)) + p->y_zero, p->lo, p->hi);
-        y[o] = (int8_t)(res ? ek_mve_add(&p->add, code, res[o]) : code);
+/* n pixels, whose columns lie `step` bytes apart. */
+__attribute__((noinline, unused)) static void ek_mve_pixels(const ek_mve_conv_t *p, const int8_t *col, int32_t step,
+                                                            int32_t n, const int8_t *w, const int8_t *res, int8_t *y) {
+#if EK_MVE
+    ek_mve_mm_t mm = {col,       col,   p->steps, p->co, p->added ? &p->add : 0, (int32_t)((uintptr_t)res - (uintptr_t)y), y, w,
+                      p->y_zero, p->lo, p->hi};
+    for (; n > 1; n -= 2) {
+        mm.x1 = mm.x0 + step;
+        ek_mve_mm2(&mm);
+        mm.x0 = mm.x1 + step;
+        mm.y += 2 * p->co;
+    }
+    if (n) ek_mve_mm1(&mm);
+#else
+    int32_t depth = p->kh * p->kw * p->ci;
+    for (; n; n--, col += step, y += p->co, res = p->added ? res + p->co : res) {
+        for (int32_t o = 0; o < p->co; o++) {
+            const int8_t *block = w + (o >> 2) * (32 + 64 * p->steps), *row = block + 32 + (o & 3) * 16;
+            int32_t sum = ek_mve_int(block + (o & 3) * 4);
+            for (int32_t k = 0; k < depth; k++) sum += col[k] * row[(k >> 4) * 64 + (k & 15)];
+            int32_t code = ek_clamp(ek_rqh(sum, ek_mve_int(block + 16 + (o & 3) * 4)) + p->y_zero, p->lo, p->hi);
+            y[o] = (int8_t)(p->added ? ek_mve_add(&p->add, code, res[o]) : code);
+        }
+    }
+#endif
+}
+
+/* Strips of kh pieces, from input columns next to one another or `dw` apart for every pixel: n pixels from (oy, ox). */
+EK_INLINE void ek_mve_columns(const ek_mve_conv_t *p, const int8_t *x, int32_t oy, int32_t ox, int32_t n, int8_t *to) {
+    int32_t ci = p->ci, strip = p->kh * ci, at = ox * p->sw - p->left, y = oy * p->sh - p->top;
+    int32_t once = p->shared ? (n - 1) * p->sw + p->kw : p->kw, across = p->shared ? 1 : p->dw;
+    /* Kernel rows above the input, and up to the end of those in it. */
+    int32_t above = 0, below;
+    while (above < p->kh && y + above * p->dh < 0) above++;
+    for (below = above; below < p->kh && y + below * p->dh < p->ih;) below++;
+    const int8_t *row = x + (y + above * p->dh) * p->iw * ci;
+    if (p->shared) n = 1;
+    for (; n; n--, at += p->sw) {
+        for (int32_t k = 0, ix = at; k < once; k++, ix += across, to += strip) {
+            if (ix < 0 || ix >= p->iw || above == below) {
+                ek_mve_fill(to, p->x_zero, strip);
+                continue;
+            }
+            if (above) ek_mve_fill(to, p->x_zero, above * ci);
+            ek_mve_strip(to + above * ci, row + ix * ci, ci, p->dh * p->iw * ci, below - above);
+            if (below < p->kh) ek_mve_fill(to + below * ci, p->x_zero, (p->kh - below) * ci);
+        }
     }
 }
-#endif
 
 EK_KERNEL void ek_mve_conv_add_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, const int8_t *res,
                                   int8_t *y, int8_t *scratch) {
-    int32_t pixels = p->oh * p->ow, depth = p->kh * p->kw * p->ci, oy = 0, ox = 0;
-    int pointwise = p->kh * p->kw * p->sh * p->sw == 1 && p->oh * p->ow == p->ih * p->iw && !(p->top | p->left);
-#if EK_MVE
-    int32_t width = p->steps * 16, end = p->ih * p->iw * p->ci;
-    ek_mve_mm_t mm = {0,       0,    p->steps, p->co, p->added ? &p->add : 0, res ? (int32_t)(res - y) : 0, y, w,
-                      p->y_zero, p->lo, p->hi};
-    for (int32_t i = 0; i < pixels; i += 2) {
-        int two = i + 1 < pixels;
-        for (int k = 0; k <= two; k++) {
-            const int8_t *at = x + (i + k) * p->ci;
-            /* The last columns would be read beyond the input where their length is no multiple of 16. */
-            if (!pointwise || (i + k) * p->ci + width > end) {
-                int8_t *col = scratch + k * width;
-                if (pointwise)
-                    ek_mve_copy(col, at, depth);
-                else
-                    ek_mve_column(p, x, oy, ox, col);
-                at = col;
-            }
-            if (k)
-                mm.x1 = at;
-            else
-                mm.x0 = at;
-            if (++ox == p->ow) {
-                ox = 0;
-                oy++;
-            }
-        }
-        mm.y = y + i * p->co;
-        if (two)
-            ek_mve_mm2(&mm);
-        else
-            ek_mve_mm1(&mm);
+    int32_t ci = p->ci, co = p->co;
+    if (p->pointwise) {
+        int32_t rest = p->oh * p->ow - p->direct, done = p->direct * co;
+        ek_mve_pixels(p, x, ci, p->direct, w, res, y);
+        if (!rest) return;
+        ek_mve_copy(scratch, x + p->direct * ci, rest * ci);
+        ek_mve_pixels(p, scratch, ci, rest, w, p->added ? res + done : res, y + done);
+        return;
     }
-#else
-    for (int32_t i = 0; i < pixels; i++) {
-        const int8_t *col = x + i * p->ci;
-        if (!pointwise) {
-            ek_mve_column(p, x, oy, ox, scratch);
-            col = scratch;
-        }
-        ek_mve_mm(p, col, depth, w, p->added ? res + i * p->co : 0, y + i * p->co);
-        if (++ox == p->ow) {
-            ox = 0;
-            oy++;
+    int32_t step = (p->shared ? p->sw : p->kw) * p->kh * ci;
+    for (int32_t oy = 0; oy < p->oh; oy++) {
+        for (int32_t ox = 0; ox < p->ow; ox += p->pixels) {
+            int32_t n = p->ow - ox < p->pixels ? p->ow - ox : p->pixels;
+            ek_mve_columns(p, x, oy, ox, n, scratch);
+            ek_mve_pixels(p, scratch, step, n, w, res, y);
+            y += n * co;
+            if (p->added) res += n * co;
         }
     }
-#endif
 }
 
 EK_KERNEL void ek_mve_conv_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, int8_t *y, int8_t *scratch) {

@@ -24,6 +24,8 @@ Weights = Mapping[str, np.ndarray | None]
 LANES = 16
 # Output channels that the matrix product takes at a time.
 BLOCK = 4
+# Scratch memory for columns, where two pixels do not need more.
+COLUMNS = 1024
 
 
 def add_fields(add: AddEpilogue | None) -> tuple[int, ...]:
@@ -73,7 +75,7 @@ class MveConv(McuKernel):
         assert w is not None and m is not None
         outputs, blocks = self.spec.co, -(-self.spec.co // BLOCK)
         rows = np.zeros((blocks * BLOCK, self.steps * LANES), np.int8)
-        rows[:outputs, : self.depth] = w.transpose(0, 2, 3, 1).reshape(outputs, -1)
+        rows[:outputs, : self.depth] = w.transpose(0, 3, 2, 1).reshape(outputs, -1)
         rows = rows.reshape(blocks, BLOCK, self.steps, LANES).transpose(0, 2, 1, 3).reshape(blocks, -1)
         heads = np.zeros((2, blocks * BLOCK), np.int32)
         heads[0, :outputs] = 0 if weights.get("bias") is None else weights["bias"]
@@ -82,15 +84,48 @@ class MveConv(McuKernel):
         little = np.ascontiguousarray(heads, dtype="<i4").view(np.int8)
         return (np.concatenate([little, rows], axis=1).reshape(-1),)
 
+    @property
+    def pointwise(self) -> bool:
+        """Whether columns are the pixels of the input themselves."""
+        s = self.spec
+        return s.kernel == (1, 1) and s.stride == (1, 1) and not any(s.padding)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the columns of neighbouring pixels overlap in memory."""
+        s = self.spec
+        return s.dilation[1] == 1 and s.stride[1] <= s.kernel[1]
+
+    @property
+    def direct(self) -> int:
+        """Pixels of a pointwise convolution whose columns end within the input, read in whole vectors."""
+        s = self.spec
+        spare = s.h * s.w * s.ci - self.steps * LANES
+        return spare // s.ci + 1 if self.pointwise and spare >= 0 else 0
+
+    def columns(self, pixels: int) -> int:
+        """Bytes read as columns of so many neighbours."""
+        s = self.spec
+        step = s.ci if self.pointwise else s.kernel[0] * s.ci * (s.stride[1] if self.shared else s.kernel[1])
+        return (pixels - 1) * step + self.steps * LANES
+
+    @property
+    def pixels(self) -> int:
+        """Pixels worked on at a time: pairs, as many as columns fit into `COLUMNS` bytes."""
+        most = range(2, max(self.spec.out[1], 2) + 1, 2)
+        return max([n for n in most if self.columns(n) <= COLUMNS], default=2)
+
     def call(self) -> Call:
         s, e = self.spec, self.spec.epilogue
+        rest = s.h * s.w - self.direct if self.pointwise else min(self.pixels, s.out[1])
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "ci": s.ci, "oh": s.out[0], "ow": s.out[1], "co": s.co}
         fields |= {"kh": s.kernel[0], "kw": s.kernel[1], "sh": s.stride[0], "sw": s.stride[1]}
         fields |= {"dh": s.dilation[0], "dw": s.dilation[1], "top": s.padding[0], "left": s.padding[2]}
-        fields |= {"steps": self.steps, "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
+        fields |= {"steps": self.steps, "pixels": self.pixels, "shared": int(self.shared)}
+        fields |= {"pointwise": int(self.pointwise), "direct": self.direct, "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
         fields |= {"added": int(e.add is not None), "add": add_fields(e.add)}
         function = "ek_mve_conv_add_s8" if e.add else "ek_mve_conv_s8"
-        return Call(function, "mve_conv", "ek_mve_conv_t", fields, (2 * self.steps * LANES,))
+        return Call(function, "mve_conv", "ek_mve_conv_t", fields, (max(LANES, self.columns(rest)),))
 
 
 def code_range(epilogue: Epilogue) -> tuple[int, int]:
