@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from edgec.targets.device import load_device
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.mcu.kernels import mve
-from tests.targets.kernel_cases import add_epilogue, convolutions, operands
+from tests.targets.kernel_cases import add_epilogue, convolutions, depthwise, operands
 from tests.targets.mcu_runner import run_on_host
 from tests.targets.mve_runner import DEVICE, Case, run_cases
 
@@ -72,6 +73,38 @@ CONVOLUTIONS = [
     Conv2D(1, 1, 3, 4, (1, 1), (1, 1), (1, 1, 1, 1), **PLAIN),
     Conv2D(6, 6, 20, 9, (1, 1), (2, 2), **PLAIN),
 ]
+DEPTHWISE = [
+    Depthwise(9, 5, 64, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN),
+    Depthwise(8, 7, 8, (3, 3), (2, 2), (0, 1, 0, 1), **PLAIN),
+    Depthwise(7, 9, 37, (5, 5), (1, 1), (2, 2, 2, 2), **PLAIN),
+    Depthwise(5, 5, 16, (3, 3), **PLAIN),
+    Depthwise(6, 7, 17, (2, 2), (2, 2), **PLAIN),
+    Depthwise(4, 4, 1, (1, 1), **PLAIN),
+    Depthwise(9, 9, 20, (3, 2), (1, 2), (2, 2, 3, 1), (2, 3), **PLAIN),
+    # A window larger than the map, and one that sees nothing but padding.
+    Depthwise(2, 3, 5, (7, 7), (1, 1), (3, 3, 3, 3), **PLAIN),
+    Depthwise(1, 1, 3, (1, 1), (1, 1), (1, 1, 1, 1), **PLAIN),
+]
+
+
+@ON_DEVICE
+def test_depthwise() -> None:
+    check([layer(spec, k) for k, spec in enumerate(DEPTHWISE)])
+
+
+@ON_DEVICE
+def test_depthwise_sums_of_extreme_products() -> None:
+    """Codes of -128 times weights of -127 and 127: sums of two products come close to the ends of 16 bits."""
+    cases = []
+    for sign in (-127, 127):
+        spec = Depthwise(5, 5, 18, (5, 5), **PLAIN)
+        case, _ = layer(spec, 0)
+        weights = {k: np.array(v) for k, v in case.weights.items()}
+        weights["w"][:] = sign
+        x = np.full((5, 5, 18), -128, np.int8)
+        expected = spec.reference(x=x, **weights)
+        cases.append((case._replace(activations=[x.reshape(-1)], weights=weights), expected.reshape(-1)))
+    check(cases)
 
 
 @ON_DEVICE
@@ -90,8 +123,20 @@ def test_random_convolutions() -> None:
     batch()
 
 
-def test_convolutions_in_portable_c() -> None:
-    check_on_host([layer(spec, k, bool(k % 2)) for k, spec in enumerate(CONVOLUTIONS[::2])])
+@ON_DEVICE
+def test_random_depthwise() -> None:
+    @BATCH
+    @given(st.lists(depthwise("int8", 8), min_size=16, max_size=16))
+    def batch(specs: list[tuple[Depthwise, int]]) -> None:
+        plain = [(replace(spec, epilogue=replace(spec.epilogue, add=None)), seed) for spec, seed in specs]
+        check([layer(spec, seed) for spec, seed in plain])
+
+    batch()
+
+
+@pytest.mark.parametrize("specs", (CONVOLUTIONS[::2], DEPTHWISE[1::2]))
+def test_in_portable_c(specs: list[Any]) -> None:
+    check_on_host([layer(spec, k, bool(k % 2)) for k, spec in enumerate(specs)])
 
 
 def test_what_is_left_to_other_kernels() -> None:

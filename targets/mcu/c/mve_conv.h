@@ -198,12 +198,6 @@ EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t a
 EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
     for (; kh; kh--, to += n, from += apart) memcpy(to, from, (size_t)n);
 }
-
-EK_INLINE int32_t ek_mve_int(const int8_t *from) {
-    int32_t v;
-    memcpy(&v, from, 4);
-    return v;
-}
 #endif
 
 /* n pixels, whose columns lie `step` bytes apart. */

@@ -16,6 +16,7 @@ from edgec.integer import HALF_SHIFT
 from edgec.targets.device import Device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
 from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 
 Weights = Mapping[str, np.ndarray | None]
@@ -81,8 +82,7 @@ class MveConv(McuKernel):
         heads[0, :outputs] = 0 if weights.get("bias") is None else weights["bias"]
         heads[1, :outputs] = m
         heads = heads.reshape(2, blocks, BLOCK).transpose(1, 0, 2).reshape(blocks, -1)
-        little = np.ascontiguousarray(heads, dtype="<i4").view(np.int8)
-        return (np.concatenate([little, rows], axis=1).reshape(-1),)
+        return (np.concatenate([little_endian(heads), rows], axis=1).reshape(-1),)
 
     @property
     def pointwise(self) -> bool:
@@ -119,13 +119,74 @@ class MveConv(McuKernel):
         s, e = self.spec, self.spec.epilogue
         rest = s.h * s.w - self.direct if self.pointwise else min(self.pixels, s.out[1])
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "ci": s.ci, "oh": s.out[0], "ow": s.out[1], "co": s.co}
-        fields |= {"kh": s.kernel[0], "kw": s.kernel[1], "sh": s.stride[0], "sw": s.stride[1]}
-        fields |= {"dh": s.dilation[0], "dw": s.dilation[1], "top": s.padding[0], "left": s.padding[2]}
-        fields |= {"steps": self.steps, "pixels": self.pixels, "shared": int(self.shared)}
+        fields |= window_fields(s) | {"steps": self.steps, "pixels": self.pixels, "shared": int(self.shared)}
         fields |= {"pointwise": int(self.pointwise), "direct": self.direct, "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
         fields |= {"added": int(e.add is not None), "add": add_fields(e.add)}
         function = "ek_mve_conv_add_s8" if e.add else "ek_mve_conv_s8"
         return Call(function, "mve_conv", "ek_mve_conv_t", fields, (max(LANES, self.columns(rest)),))
+
+
+@dataclass(frozen=True)
+class MveDepthwise(McuKernel):
+    """A depthwise int8 convolution, 16 channels of a pixel at a time."""
+
+    spec: Depthwise
+
+    name = "depthwise"
+
+    @property
+    def macs(self) -> int:
+        return self.spec.macs
+
+    @property
+    def taps(self) -> int:
+        """Taps of the window, made odd."""
+        return math.prod(self.spec.kernel) | 1
+
+    @property
+    def padded(self) -> bool:
+        """Whether a tap may lie beside the input, or is the one that makes their number odd."""
+        padding = any(p > 0 for p in self.spec.padding)
+        return padding or self.taps != math.prod(self.spec.kernel)
+
+    def operands(self) -> tuple[Operand, ...]:
+        s = self.spec
+        packed = -(-s.c // LANES) * LANES * (2 * 4 + self.taps)
+        return Operand(s.h * s.w * s.c), Operand(packed), Operand(math.prod(s.out) * s.c)
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """Per 16 channels: biases and multipliers in the order of the kernel's sums, then the weights of each tap."""
+        w, m = weights["w"], weights["m"]
+        assert w is not None and m is not None
+        c, blocks = self.spec.c, -(-self.spec.c // LANES)
+        filters = np.zeros((self.taps, blocks * LANES), np.int8)
+        filters[: math.prod(self.spec.kernel), :c] = w.reshape(c, -1).T
+        filters = filters.reshape(self.taps, blocks, LANES).transpose(1, 0, 2).reshape(blocks, -1)
+        heads = np.zeros((2, blocks * LANES), np.int32)
+        heads[0, :c] = 0 if weights.get("bias") is None else weights["bias"]
+        heads[1, :c] = m
+        # Lane k of sum 2 i + j holds channel 4 k + 2 j + i.
+        sums = heads.reshape(2, blocks, 4, 2, 2).transpose(1, 0, 4, 3, 2).reshape(blocks, -1)
+        return (np.concatenate([little_endian(sums), filters], axis=1).reshape(-1),)
+
+    def call(self) -> Call:
+        s, e = self.spec, self.spec.epilogue
+        fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "c": s.c, "oh": s.out[0], "ow": s.out[1]}
+        fields |= window_fields(s) | {"taps": self.taps, "padded": int(self.padded), "x_zero": s.x_zp}
+        fields |= {"y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
+        scratch = 4 * self.taps + (round_up(s.c, LANES) if self.padded else 0)
+        return Call("ek_mve_depthwise_s8", "mve_depthwise", "ek_mve_depthwise_t", fields, (scratch,))
+
+
+def little_endian(values: np.ndarray) -> np.ndarray:
+    """int32 [n, k] as bytes [n, 4 k]."""
+    return np.ascontiguousarray(values, dtype="<i4").view(np.int8)
+
+
+def window_fields(spec: Conv2D | Depthwise) -> dict[str, Value]:
+    """Kernel, stride, dilation, and padding above and on the left."""
+    names = ("kh", "kw", "sh", "sw", "dh", "dw", "top", "left")
+    return dict(zip(names, (*spec.kernel, *spec.stride, *spec.dilation, *spec.padding[::2]), strict=True))
 
 
 def code_range(epilogue: Epilogue) -> tuple[int, int]:
@@ -147,4 +208,10 @@ def _conv(spec: Conv2D, weights: Weights, device: Device) -> McuKernel | None:
     return MveConv(spec)
 
 
-RULES: dict[type, Callable[..., McuKernel | None]] = {Conv2D: _conv}
+def _depthwise(spec: Depthwise, weights: Weights, device: Device) -> McuKernel | None:
+    if spec.epilogue.add is not None or not takes(spec.epilogue, spec.dtype, weights, device):
+        return None
+    return MveDepthwise(spec)
+
+
+RULES: dict[type, Callable[..., McuKernel | None]] = {Conv2D: _conv, Depthwise: _depthwise}
