@@ -125,7 +125,17 @@ def run_cases(cases: Sequence[Case], plugin: Path | None = None) -> tuple[list[n
         (folder / "cases.c").write_text("\n".join(text))
         (folder / "script.ld").write_text(SCRIPT)
         (folder / "in.bin").write_bytes(data)
-        command = [DEVICE.cc, *DEVICE.cflags, *WARNINGS, "cases.c", "-nostartfiles", "-T", "script.ld", "-o", "cases.elf"]
+        command = [
+            DEVICE.cc,
+            *DEVICE.cflags,
+            *WARNINGS,
+            "cases.c",
+            "-nostartfiles",
+            "-T",
+            "script.ld",
+            "-o",
+            "cases.elf",
+        ]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         command = [DEVICE.runner, "-M", DEVICE.machine, "-nographic", "-monitor", "none", "-serial", "none"]

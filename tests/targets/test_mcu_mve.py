@@ -11,12 +11,15 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from edgec.integer import quantize_multiplier
 from edgec.targets.device import load_device
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Requant
 from edgec.targets.mcu.kernels import mve
-from tests.targets.kernel_cases import add_epilogue, convolutions, depthwise, operands
+from tests.targets.kernel_cases import add_epilogue, code_range, codes, convolutions, depthwise, operands
 from tests.targets.mcu_runner import run_on_host
 from tests.targets.mve_runner import DEVICE, Case, run_cases
 
@@ -132,6 +135,72 @@ def test_random_depthwise() -> None:
         check([layer(spec, seed) for spec, seed in plain])
 
     batch()
+
+
+def simple(spec: Any, *activations: np.ndarray, inplace: bool = False) -> tuple[Case, np.ndarray]:
+    """A template without weights."""
+    expected = spec.reference(*activations)
+    flat = [a.reshape(-1) for a in activations]
+    return Case(rule(spec, {}), flat, {}, None, inplace), expected.reshape(-1)
+
+
+def others(rng: np.random.Generator) -> list[tuple[Case, np.ndarray]]:
+    """Additions, pools and both ends of an integer region, with odd sizes."""
+    found = []
+    for n in (1, 3, 4, 37, 130):
+        spec = QAdd((1, n), (1, n), add_epilogue(rng))
+        found.append(simple(spec, codes(rng, 1, n), codes(rng, 1, n), inplace=bool(n % 2)))
+        scale, zero = float(np.float32(rng.uniform(0.001, 0.2))), int(rng.integers(-128, 128))
+        found.append(simple(Dequantize((n,), scale, zero), codes(rng, n)))
+        # Among them halves of codes, and values far beyond the range.
+        x = (rng.integers(-600, 600, n) / 2 * np.float32(scale)).astype(np.float32)
+        x[::3] *= rng.choice(np.array([1.0, 1.0 + 2.0**-23, 1.0 - 2.0**-24, 1e30, np.inf], np.float32), len(x[::3]))
+        found.append(simple(Quantize((n,), scale, zero), x))
+    for window in POOLS:
+        h, w, c, *_ = window
+        m, shift = quantize_multiplier(float(rng.uniform(0.3, 3.0)) / (window[3][0] * window[3][1]))
+        lo, hi = code_range(rng)
+        q = Requant(m, shift, int(rng.integers(-128, 128)), int(rng.integers(-128, 128)), lo, hi)
+        found.append(simple(AvgPool(*window, dtype="int8", requant=q), codes(rng, h, w, c)))
+        found.append(simple(MaxPool(*window, dtype="int8"), codes(rng, h, w, c)))
+    return found
+
+
+POOLS: list[Any] = [
+    (8, 8, 64, (8, 8), (1, 1)),
+    (25, 5, 7, (25, 5), (1, 1)),
+    (7, 9, 18, (3, 3), (2, 2), (1, 1, 1, 1)),
+    (6, 5, 33, (2, 2), (2, 2), (0, 0, 0, 1)),
+    (3, 3, 2, (2, 3), (1, 2), (1, 1, 2, 2)),
+    (1, 4, 16, (1, 1), (1, 3)),
+]
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("seed", (0, 1))
+def test_elementwise(seed: int) -> None:
+    check(others(np.random.default_rng(seed)))
+
+
+def test_elementwise_in_portable_c() -> None:
+    check_on_host(others(np.random.default_rng(2))[::4])
+
+
+@ON_DEVICE
+def test_dilated_maximum() -> None:
+    rng = np.random.default_rng(3)
+    spec = MaxPool(9, 7, 19, (3, 2), (1, 2), (2, 1, 1, 0), (2, 3), "int8")
+    check([simple(spec, codes(rng, 9, 7, 19))])
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("shift", (20, 31, 32, 33, 34, 45, 62))
+def test_every_shift_of_an_average(shift: int) -> None:
+    """Halves of a code are what roundings differ in."""
+    rng = np.random.default_rng(shift)
+    m = {20: 2**19, 31: 2**30, 32: 2**31 - 1, 33: 2**31 - 1}.get(shift, 2**30)
+    spec = AvgPool(2, 300, 5, (2, 2), (1, 1), dtype="int8", requant=Requant(m, shift, 3, -4, -128, 127))
+    check([simple(spec, codes(rng, 2, 300, 5))])
 
 
 @pytest.mark.parametrize("specs", (CONVOLUTIONS[::2], DEPTHWISE[1::2]))

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from edgec.integer import HALF_SHIFT
+from edgec.integer import ACCUMULATOR_LIMIT, CODE_SPAN, HALF_SHIFT
 from edgec.targets.device import Device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize
+from edgec.targets.kernels.pool import AvgPool, MaxPool
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 
 Weights = Mapping[str, np.ndarray | None]
@@ -120,7 +122,14 @@ class MveConv(McuKernel):
         rest = s.h * s.w - self.direct if self.pointwise else min(self.pixels, s.out[1])
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "ci": s.ci, "oh": s.out[0], "ow": s.out[1], "co": s.co}
         fields |= window_fields(s) | {"steps": self.steps, "pixels": self.pixels, "shared": int(self.shared)}
-        fields |= {"pointwise": int(self.pointwise), "direct": self.direct, "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
+        fields |= {
+            "pointwise": int(self.pointwise),
+            "direct": self.direct,
+            "x_zero": s.x_zp,
+            "y_zero": e.y_zp,
+            "lo": code_range(e)[0],
+            "hi": code_range(e)[1],
+        }
         fields |= {"added": int(e.add is not None), "add": add_fields(e.add)}
         function = "ek_mve_conv_add_s8" if e.add else "ek_mve_conv_s8"
         return Call(function, "mve_conv", "ek_mve_conv_t", fields, (max(LANES, self.columns(rest)),))
@@ -178,12 +187,110 @@ class MveDepthwise(McuKernel):
         return Call("ek_mve_depthwise_s8", "mve_depthwise", "ek_mve_depthwise_t", fields, (scratch,))
 
 
+@dataclass(frozen=True)
+class MveAdd(McuKernel):
+    """Addition of two int8 tensors of one shape."""
+
+    spec: QAdd
+
+    name = "qadd"
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (0, 1)
+
+    def operands(self) -> tuple[Operand, ...]:
+        return (Operand(math.prod(self.spec.a)),) * 3
+
+    def call(self) -> Call:
+        fields: dict[str, Value] = {"n": math.prod(self.spec.a), "add": add_fields(self.spec.add)}
+        return Call("ek_mve_qadd_s8", "mve_elementwise", "ek_mve_qadd_t", fields)
+
+
+@dataclass(frozen=True)
+class MvePool(McuKernel):
+    """Average or maximum of int8 windows."""
+
+    spec: AvgPool | MaxPool
+
+    name = "pool"
+
+    def operands(self) -> tuple[Operand, ...]:
+        s = self.spec
+        return Operand(s.h * s.w * s.c), Operand(math.prod(s.out) * s.c)
+
+    def call(self) -> Call:
+        s = self.spec
+        fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "c": s.c, "oh": s.out[0], "ow": s.out[1]}
+        fields |= window_fields(s)
+        if isinstance(s, MaxPool):
+            return Call("ek_mve_max_pool_s8", "mve_elementwise", "ek_mve_pool_t", fields)
+        q = s.requant
+        assert q is not None
+        grow = growth(q.shift)
+        fields |= {"x_zero": q.x_zp, "m": q.m, "grow": grow, "shrink": q.shift + grow - 32}
+        fields |= {"y_zero": q.y_zp, "lo": q.lo, "hi": q.hi}
+        return Call("ek_mve_avg_pool_s8", "mve_elementwise", "ek_mve_pool_t", fields)
+
+
+@dataclass(frozen=True)
+class MveQuantize(McuKernel):
+    """float32 to int8 codes."""
+
+    spec: Quantize
+
+    name = "quantize"
+
+    def operands(self) -> tuple[Operand, ...]:
+        n = math.prod(self.spec.shape)
+        return Operand(n, "float32"), Operand(n)
+
+    def call(self) -> Call:
+        fields = grid_fields(self.spec)
+        return Call("ek_mve_quantize_f32", "mve_elementwise", "ek_mve_grid_t", fields)
+
+
+@dataclass(frozen=True)
+class MveDequantize(McuKernel):
+    """int8 codes to float32."""
+
+    spec: Dequantize
+
+    name = "dequantize"
+
+    def operands(self) -> tuple[Operand, ...]:
+        n = math.prod(self.spec.shape)
+        return Operand(n), Operand(n, "float32")
+
+    def call(self) -> Call:
+        fields = grid_fields(self.spec)
+        return Call("ek_mve_dequantize_s8", "mve_elementwise", "ek_mve_grid_t", fields)
+
+
+def grid_fields(spec: Quantize | Dequantize) -> dict[str, Value]:
+    """Values of `ek_mve_grid_t`, all float32."""
+    scale = np.float32(spec.scale)
+    values = (scale, np.float32(1.0) / scale, np.float32(512.0) * scale)
+    fields: dict[str, Value] = {"n": math.prod(spec.shape)}
+    fields |= dict(zip(("scale", "inverse", "limit"), map(float, values), strict=True))
+    return fields | {"zero": spec.zero_point}
+
+
+def growth(shift: int) -> int:
+    """Bits that an accumulator of RQ1 is shifted left, so that more than 32 bits of its product are shifted out.
+
+    The upper half of a product is then all that decides: with k = shift - 32 > 0, (p + 2^(shift-1)) >> shift is
+    ((p >> 32) + 2^(k-1)) >> k.
+    """
+    return max(0, HALF_SHIFT + 1 - shift)
+
+
 def little_endian(values: np.ndarray) -> np.ndarray:
     """int32 [n, k] as bytes [n, 4 k]."""
     return np.ascontiguousarray(values, dtype="<i4").view(np.int8)
 
 
-def window_fields(spec: Conv2D | Depthwise) -> dict[str, Value]:
+def window_fields(spec: Conv2D | Depthwise | AvgPool | MaxPool) -> dict[str, Value]:
     """Kernel, stride, dilation, and padding above and on the left."""
     names = ("kh", "kw", "sh", "sw", "dh", "dw", "top", "left")
     return dict(zip(names, (*spec.kernel, *spec.stride, *spec.dilation, *spec.padding[::2]), strict=True))
@@ -214,4 +321,40 @@ def _depthwise(spec: Depthwise, weights: Weights, device: Device) -> McuKernel |
     return MveDepthwise(spec)
 
 
-RULES: dict[type, Callable[..., McuKernel | None]] = {Conv2D: _conv, Depthwise: _depthwise}
+def _add(spec: QAdd, weights: Weights, device: Device) -> McuKernel | None:
+    return MveAdd(spec) if device.isa == "mve" and spec.a == spec.b else None
+
+
+def _average(spec: AvgPool, weights: Weights, device: Device) -> McuKernel | None:
+    q = spec.requant
+    if device.isa != "mve" or spec.dtype != "int8" or q is None:
+        return None
+    return MvePool(spec) if CODE_SPAN * spec.taps << growth(q.shift) < ACCUMULATOR_LIMIT else None
+
+
+def _maximum(spec: MaxPool, weights: Weights, device: Device) -> McuKernel | None:
+    return MvePool(spec) if device.isa == "mve" and spec.dtype == "int8" else None
+
+
+def _exact(scale: float) -> bool:
+    """Whether no intermediate value of a step is subnormal, which vectors take for zero, or infinite."""
+    return 2.0**-60 <= scale <= 2.0**60
+
+
+def _quantize(spec: Quantize, weights: Weights, device: Device) -> McuKernel | None:
+    return MveQuantize(spec) if device.isa == "mve" and _exact(spec.scale) else None
+
+
+def _dequantize(spec: Dequantize, weights: Weights, device: Device) -> McuKernel | None:
+    return MveDequantize(spec) if device.isa == "mve" and _exact(spec.scale) else None
+
+
+RULES: dict[type, Callable[..., McuKernel | None]] = {
+    Conv2D: _conv,
+    Depthwise: _depthwise,
+    QAdd: _add,
+    AvgPool: _average,
+    MaxPool: _maximum,
+    Quantize: _quantize,
+    Dequantize: _dequantize,
+}
