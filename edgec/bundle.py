@@ -24,9 +24,10 @@ from edgec.errors import EdgecError
 
 if TYPE_CHECKING:
     from edgec.lowering.lower import Lowered
-    from edgec.plan import Plan, Port
+    from edgec.plan import Form, Plan, Port
     from edgec.targets.cpu.emit import Kernels, SelfTest
     from edgec.targets.device import Device
+    from edgec.targets.mcu.runner import Measurement
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -45,6 +46,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self.threads = int(manifest.get("threads", 1))
+        self.emulate = False
         self._function: Callable[..., int] | None = None
         self._library: ctypes.CDLL | None = None
         self._opening = threading.Lock()
@@ -91,6 +93,11 @@ class Bundle:
     def name(self) -> str:
         return self.manifest["name"]
 
+    @property
+    def is_mcu(self) -> bool:
+        """Whether it is C source for a microcontroller."""
+        return "flash_bytes" in self.manifest
+
     def use_threads(self, threads: int) -> None:
         """Run every sample on so many threads from now on; at first it is the number given to the compile.
 
@@ -107,13 +114,33 @@ class Bundle:
         """Run the model on a batch: one array [n, ...] per input; the result is an array, or a tuple of them.
 
         Native bundles run in this process, on the arrays' own memory where type and layout fit; others run in the
-        emulator named in the manifest. Each thread has an arena of its own, so threads may share a Bundle. Raises
-        EdgecError for wrong numbers, shapes or types; a type may differ in size only (float64 for float32).
+        emulator named in the manifest. Those of microcontrollers run in this process too, compiled from their sources
+        for this machine, unless `emulate` is set: integers are the same bits either way. Each thread has an arena of
+        its own, so threads may share a Bundle. Raises EdgecError for wrong numbers, shapes or types; a type may differ
+        in size only (float64 for float32).
         """
-        arrays = self._check(inputs)
-        results = self._run_native(arrays) if self.manifest["runner"] == "native" else self._run_emulated(arrays)
+        arrays = self._prepared(inputs)
+        here = self.manifest["runner"] == "native" or (self.is_mcu and not self.emulate)
+        results = self._run_native(arrays) if here else self._run_emulated(arrays)
+        results = [_converted(r, p, False) for r, p in zip(results, self.manifest["outputs"], strict=True)]
         results = [_joined(r, tuple(o["shape"])) for r, o in zip(results, self.manifest["outputs"], strict=True)]
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _prepared(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The inputs as the code takes them: [runs, *shape of one run on the device], aligned and contiguous."""
+        pairs = zip(self._check(inputs), self.manifest["inputs"], strict=True)
+        return [_converted(a, p, True) for a, p in pairs]
+
+    def measure(self, *inputs: np.ndarray) -> Measurement:
+        """Exact instruction counts and memory of one inference on QEMU's board, for a microcontroller.
+
+        inputs: as for `run`, of one sample. Raises EdgecError for other bundles, ToolchainMissing without emulator.
+        """
+        from edgec.targets.mcu.runner import measure
+
+        if not self.is_mcu:
+            raise EdgecError("is not for a microcontroller", where=f"bundle {self.name}")
+        return measure(self, [a[0] for a in self._prepared(inputs)], self.device())
 
     def selftest(self) -> bool:
         """Run the built-in sample and compare with the built-in result.
@@ -124,6 +151,10 @@ class Bundle:
 
         if self.manifest.get("selftest") is None:
             raise EdgecError("has no self-test", where=f"bundle {self.name}")
+        if self.is_mcu:
+            from edgec.targets.mcu.runner import program_of, selftest
+
+            return selftest(program_of(self), self.device())
         self._check_machine()
         program = (self.path / "bin" / "runner").absolute()
         command = [*self._prefix(), str(program), "--selftest"]
@@ -135,7 +166,7 @@ class Bundle:
         return status == 0
 
     def _check(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The inputs as the code takes them: [runs, *shape of one run], aligned and contiguous."""
+        """The inputs as the model has them: [runs, *shape of one run], aligned and contiguous."""
         specs = self.manifest["inputs"]
         if len(inputs) != len(specs):
             raise EdgecError(f"takes {len(specs)} inputs, got {len(inputs)}", where=f"bundle {self.name}")
@@ -164,7 +195,8 @@ class Bundle:
     def _run_native(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
         run = self._open()
         count = len(arrays[0])
-        outputs = [np.empty((count, *o["shape"]), o["dtype"]) for o in self.manifest["outputs"]]
+        ports = [o.get("device") or o for o in self.manifest["outputs"]]
+        outputs = [np.empty((count, *o["shape"]), o["dtype"]) for o in ports]
         arena = self._arena()
         memory = [(a.ctypes.data, a[:1].nbytes) for a in (*arrays, *outputs)]
         for i in range(count):
@@ -198,7 +230,12 @@ class Bundle:
             # that was compiled again in its old place is not the old one.
             with tempfile.TemporaryDirectory(prefix="edgec-load-") as folder:
                 link = Path(folder) / file.name
-                link.symlink_to(file)
+                if self.is_mcu:
+                    from edgec.targets.mcu.build import host_library
+
+                    link.write_bytes(host_library(self.path, self.name))
+                else:
+                    link.symlink_to(file)
                 library = ctypes.CDLL(str(link))
                 function = library[f"{self.name}_run"]
         except (OSError, AttributeError) as error:
@@ -234,7 +271,19 @@ class Bundle:
                 hint="compile the model on this machine",
             )
 
+    def device(self) -> Device:
+        """The target it was compiled for. Raises EdgecError when this edgec does not know it."""
+        from edgec.registry import get_device
+
+        return get_device(self.manifest["target"])
+
     def _run_emulated(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        if self.is_mcu:
+            from edgec.targets.mcu import runner
+
+            ports = [o.get("device") or o for o in self.manifest["outputs"]]
+            results = [(tuple(o["shape"]), o["dtype"]) for o in ports]
+            return runner.run_samples(runner.program_of(self), self.device(), arrays, results)
         from edgec.targets.cpu.runner import run_samples
 
         outputs = [(tuple(o["shape"]), o["dtype"]) for o in self.manifest["outputs"]]
@@ -269,6 +318,8 @@ def build_bundle(
     manifest. threads: what header and manifest advise, and `Bundle.run` uses. force: replace a bundle that is there.
     Raises EdgecError or ToolchainMissing; nothing is left behind then.
     """
+    if device.is_mcu:
+        return _assemble_mcu(lowered, device, directory, selftest, meta, force)
     from edgec.targets.codegen import build_objects
 
     objects = list(build_objects(lowered.kernels, device).values())
@@ -322,34 +373,87 @@ def assemble(
             (bundle / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(work / source, bundle / place)
         library = bundle / "lib" / f"lib{plan.name}.so"
-        manifest = {
-            "schema": SCHEMA,
-            "edgec": __version__,
-            "name": plan.name,
-            "target": device.name,
-            "triple": device.triple,
-            "cpu": device.mcpu,
-            "features": list(device.features),
-            "runner": device.runner,
-            "qemu_cpu": device.qemu_cpu,
-            "runner_package": device.runner_package,
-            "inputs": [_port(p) for p in plan.inputs],
-            "outputs": [_port(p) for p in plan.outputs],
-            "arena_bytes": plan.arena_bytes,
-            "arena_align": plan.arena_align,
-            "arena_lower_bound": plan.arena_lower_bound,
-            "weight_bytes": plan.weight_bytes,
+        facts = {
             "code_bytes": text_bytes(library),
-            "macs": plan.macs,
             "threads": threads,
-            "selftest": None if selftest is None else {"tolerance": float(selftest.tolerance)},
             "symbols": list(verify_freestanding(library)),
-            "meta": dict(meta or {}),
-            "files": {place: _digest(bundle / place) for place in sorted(places)},
         }
+        manifest = _manifest(plan, device, selftest, meta, bundle, facts)
         _write_manifest(bundle, manifest)
         install(bundle, target)
     return Bundle(target, manifest)
+
+
+def _assemble_mcu(
+    lowered: Lowered,
+    device: Device,
+    directory: str | Path,
+    selftest: SelfTest | None,
+    meta: Mapping[str, Any] | None,
+    force: bool,
+) -> Bundle:
+    """The bundle of a microcontroller: sources; `selftest` is in the model's own form."""
+    from edgec import __version__
+    from edgec.targets.mcu.build import build
+    from edgec.targets.mcu.lower import LoweredC
+
+    plan, target = lowered.plan, Path(directory)
+    assert isinstance(lowered.kernels, LoweredC)
+    refuse_existing(target, force)
+    if selftest is not None:
+        given = [_to_device(p, a) for p, a in zip(plan.inputs, selftest.inputs, strict=True)]
+        wanted = [_to_device(p, a) for p, a in zip(plan.outputs, selftest.outputs, strict=True)]
+        selftest = type(selftest)(given, wanted, selftest.tolerance)
+    with staging(target) as folder:
+        bundle = folder / "bundle"
+        bundle.mkdir()
+        flash = build(plan, lowered.kernels, device, bundle, selftest, __version__)
+        facts = {"code_bytes": flash - plan.weight_bytes, "flash_bytes": flash, "threads": 1}
+        manifest = _manifest(plan, device, selftest, meta, bundle, facts)
+        _write_manifest(bundle, manifest)
+        install(bundle, target)
+    return Bundle(target, manifest)
+
+
+def _to_device(port: Port, array: np.ndarray) -> np.ndarray:
+    return np.asarray(array) if port.form is None else np.ascontiguousarray(port.form.to_device(np.asarray(array)))
+
+
+def _manifest(
+    plan: Plan,
+    device: Device,
+    selftest: SelfTest | None,
+    meta: Mapping[str, Any] | None,
+    bundle: Path,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What is known of a bundle whose files lie in the folder `bundle`. facts: further entries."""
+    from edgec import __version__
+
+    files = sorted(str(p.relative_to(bundle)) for p in bundle.rglob("*") if p.is_file())
+    return {
+        "schema": SCHEMA,
+        "edgec": __version__,
+        "name": plan.name,
+        "target": device.name,
+        "triple": device.triple,
+        "cpu": device.mcpu,
+        "features": list(device.features),
+        "runner": device.runner,
+        "qemu_cpu": device.qemu_cpu,
+        "runner_package": device.runner_package,
+        "inputs": [_port(p) for p in plan.inputs],
+        "outputs": [_port(p) for p in plan.outputs],
+        "arena_bytes": plan.arena_bytes,
+        "arena_align": plan.arena_align,
+        "arena_lower_bound": plan.arena_lower_bound,
+        "weight_bytes": plan.weight_bytes,
+        "macs": plan.macs,
+        "selftest": None if selftest is None else {"tolerance": float(selftest.tolerance)},
+        **facts,
+        "meta": dict(meta or {}),
+        "files": {place: _digest(bundle / place) for place in files},
+    }
 
 
 def seal(path: str | Path, names: Sequence[str]) -> None:
@@ -461,6 +565,14 @@ def verify_freestanding(path: str | Path) -> tuple[str, ...]:
     return tuple(sorted(undefined))
 
 
+def _converted(array: np.ndarray, port: Mapping[str, Any], to_device: bool) -> np.ndarray:
+    """An array [runs, *shape] in the device's form of a port, or back in the model's."""
+    form = _form(port)
+    if form is None:
+        return array
+    return np.require(form.to_device(array), None, ("C", "A")) if to_device else form.to_model(array)
+
+
 def _joined(result: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """[runs, *shape] as one batch."""
     if not shape:
@@ -473,7 +585,30 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _port(port: Port) -> dict[str, Any]:
-    return {"name": port.name, "shape": list(port.shape), "dtype": port.dtype}
+    """The port as the model has it; what it is on the device goes under "device" where that is something else."""
+    own = {"name": port.name, "shape": list(port.shape), "dtype": port.dtype}
+    form = port.form
+    if form is None:
+        return own
+    device = {
+        "shape": list(port.shape),
+        "dtype": port.dtype,
+        "axes": None if form.axes is None else list(form.axes),
+        "scale": form.scale,
+        "zero_point": form.zero_point,
+    }
+    return {"name": port.name, "shape": list(form.shape), "dtype": form.dtype, "device": device}
+
+
+def _form(port: Mapping[str, Any]) -> Form | None:
+    """The form of a port of the manifest."""
+    from edgec.plan import Form
+
+    device = port.get("device")
+    if device is None:
+        return None
+    axes = None if device["axes"] is None else tuple(device["axes"])
+    return Form(tuple(port["shape"]), port["dtype"], axes, device["scale"], device["zero_point"])
 
 
 def _digest(path: Path) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from edgec.integer import dequantize, quantize
+
 ALIGN = 64
 COPY = "edgec_copy"
 # Orders tried by the local search of `place`; a network of 100 buffers takes about a millisecond for each.
@@ -20,12 +22,51 @@ SWAPS = 400
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a port of the model is laid out on a device that takes codes or another order of axes.
+
+    shape, dtype: the model's own. axes: its axes in the device's order, or None. scale, zero_point: the codes of the
+    device stand for scale * (code - zero_point); None: they are the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[int, ...] | None = None
+    scale: float | None = None
+    zero_point: int = 0
+
+    def permuted(self, axes: tuple[int, ...]) -> Form:
+        return replace(self, axes=axes)
+
+    def coded(self, scale: float, zero_point: int) -> Form:
+        return replace(self, scale=scale, zero_point=zero_point)
+
+    def to_device(self, array: np.ndarray) -> np.ndarray:
+        """The device's form of an array [..., *shape]; leading axes stay."""
+        if self.axes is not None:
+            lead = array.ndim - len(self.axes)
+            array = array.transpose(*range(lead), *(lead + a for a in self.axes))
+        return array if self.scale is None else quantize(array, self.scale, self.zero_point)
+
+    def to_model(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of `to_device`, for what the device gives."""
+        if self.scale is not None:
+            array = dequantize(array, self.scale, self.zero_point)
+        if self.axes is not None:
+            lead = array.ndim - len(self.axes)
+            back = np.argsort(self.axes)
+            array = array.transpose(*range(lead), *(lead + int(a) for a in back))
+        return np.ascontiguousarray(array)
+
+
+@dataclass(frozen=True)
 class Port:
-    """A graph input or output: a pointer of the caller's."""
+    """A graph input or output: a pointer of the caller's. form: None where it is as the model has it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    form: Form | None = None
 
     @property
     def nbytes(self) -> int:
@@ -229,6 +270,7 @@ class PlanBuilder:
     """Collects calls in execution order; `finish` decides lifetimes, sharing and offsets."""
 
     name: str
+    align: int = ALIGN
     _inputs: list[Port] = field(default_factory=list)
     _outputs: dict[str, Port] = field(default_factory=dict)
     _tensors: dict[str, tuple[str, tuple[int, ...], str]] = field(default_factory=dict)
@@ -238,9 +280,9 @@ class PlanBuilder:
     _steps: list[Step] = field(default_factory=list)
     _inplace: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
-    def add_input(self, name: str, shape: Sequence[int], dtype: str) -> str:
+    def add_input(self, name: str, shape: Sequence[int], dtype: str, form: Form | None = None) -> str:
         """Declare a graph input; returns its buffer name."""
-        self._inputs.append(Port(name, tuple(shape), dtype))
+        self._inputs.append(Port(name, tuple(shape), dtype, form))
         self._tensors[f"in_{name}"] = (dtype, tuple(shape), "input")
         return f"in_{name}"
 
@@ -295,10 +337,10 @@ class PlanBuilder:
             extra.append(name)
         self._steps.append(Step(symbol, (*args, *extra), layer, op or symbol, macs, tuned, outputs, origin))
 
-    def add_output(self, name: str, buffer: str, shape: Sequence[int], dtype: str) -> None:
+    def add_output(self, name: str, buffer: str, shape: Sequence[int], dtype: str, form: Form | None = None) -> None:
         """Declare that `buffer` is returned. A buffer that is an input, a constant, a view or already returned is
         copied; any other is computed in the caller's memory."""
-        port = Port(name, tuple(shape), dtype)
+        port = Port(name, tuple(shape), dtype, form)
         owned = buffer in self._tensors and self._tensors[buffer][2] == "temp"
         root = self._root(buffer)
         taken = {self._root(b) for b in self._outputs}
@@ -333,7 +375,7 @@ class PlanBuilder:
             for root in first
             if self._root(root) == root and root not in returned and self._tensors[root][2] != "input"
         }
-        offsets, peak = place(sizes)
+        offsets, peak = place(sizes, self.align)
         plan = Plan(
             name=self.name,
             inputs=tuple(self._inputs),
@@ -343,7 +385,8 @@ class PlanBuilder:
             steps=tuple(self._steps),
             pointers={f"in_{p.name}": p.name for p in self._inputs} | {r: p.name for r, p in returned.items()},
             arena_bytes=peak,
-            arena_lower_bound=lower_bound(sizes),
+            arena_lower_bound=lower_bound(sizes, self.align),
+            arena_align=self.align,
         )
         check(plan)
         return plan

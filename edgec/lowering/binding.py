@@ -35,6 +35,7 @@ from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, Merge
 from edgec.targets.kernels.transpose import Transpose
 from edgec.targets.kernels.unpack import weight_bits
 from edgec.targets.kernels.weight_only import CodedConv2D
+from edgec.targets.mcu.kernels import implement
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -70,7 +71,12 @@ class Binding:
         return self.spec.pack(device, **self.weights)
 
     def on(self, device: Device) -> Binding:
-        """The call that `device` makes: of the block-sparse kernel for a pruned layer where that is faster there."""
+        """The call that `device` makes: of the block-sparse kernel for a pruned layer where that is faster there, of
+        the kernel header on a microcontroller."""
+        if device.is_mcu:
+            dense = "no block-sparse kernel on microcontrollers" if self.mask is not None else self.dense
+            spec = implement(self.spec, self.weights, device) or self.spec
+            return dataclasses.replace(self, spec=spec, mask=None, dense=dense)
         if self.mask is None:
             return self
         spec, kept = fastest(self.spec, self.mask, device)

@@ -11,29 +11,32 @@ import torch
 from edgec.errors import EdgecError
 from edgec.lowering import STEPS as STEPS
 from edgec.lowering.binding import Binding
+from edgec.lowering.device_io import device_io
 from edgec.lowering.importer import Imported, bindings_of, import_graph, legalize_relax
 from edgec.lowering.layout import channels_last
 from edgec.lowering.legalize import legalize, unsupported
 from edgec.lowering.planner import make_plan
 from edgec.lowering.regions import fuse_regions
 from edgec.passbase import Skip
-from edgec.plan import Plan
+from edgec.plan import Form, Plan
 from edgec.program import Program, origin_of, propagate
 from edgec.targets.codegen import LoweredKernels
 from edgec.targets.device import Device
 from edgec.targets.kernels.conv2d import Blocking
+from edgec.targets.mcu.lower import LoweredC
 
 
 @dataclass(frozen=True)
 class Lowered:
     """What a target needs to emit code.
 
-    plan: calls, constants and arena. kernels: TIR, ready for LLVM. fallbacks: what runs on an untuned kernel, and why.
+    plan: calls, constants and arena. kernels: TIR, ready for LLVM, or C for a microcontroller. fallbacks: what runs on
+    an untuned kernel, and why.
     tiles: by `tuning_key`, the register tiles that came from the device's tuning table.
     """
 
     plan: Plan
-    kernels: LoweredKernels
+    kernels: LoweredKernels | LoweredC
     fallbacks: tuple[Skip, ...]
     tiles: Mapping[str, Blocking] = field(default_factory=dict)
 
@@ -45,9 +48,22 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
     be compiled, with its layer.
     """
     show = dump or (lambda step, text: None)
-    imported = import_graph(_legalized(program, show), device, program.annotations)
+    staged, forms = lower_torch(program, show), {}
+    if device.is_mcu:
+        staged, forms = device_io(staged)
+    return lower_staged(staged, forms, device, show)
+
+
+def lower_staged(
+    staged: Program,
+    forms: Mapping[str, Form],
+    device: Device,
+    show: Callable[[str, str], Any] = lambda step, text: None,
+) -> Lowered:
+    """The second half of `lower`: of a graph of region operators, whose inputs and outputs have these forms."""
+    imported = import_graph(_legalized(staged, show), device, staged.annotations)
     show("import", imported.module.script())
-    return _finish(program, legalize_relax(imported, device), device, show)
+    return _finish(staged, forms, legalize_relax(imported, device), device, show)
 
 
 def kernel_bindings(program: Program, device: Device | None = None) -> list[Binding]:
@@ -55,20 +71,20 @@ def kernel_bindings(program: Program, device: Device | None = None) -> list[Bind
 
     Without one, those of any device: pruned layers are bound to dense kernels.
     """
-    return bindings_of(_legalized(program), device, program.annotations)
+    return bindings_of(_legalized(lower_torch(program)), device, program.annotations)
 
 
 def _legalized(
-    program: Program, show: Callable[[str, str], Any] = lambda step, text: None
+    staged: Program, show: Callable[[str, str], Any] = lambda step, text: None
 ) -> torch.export.ExportedProgram:
     """The graph of operators that have a kernel or a converter. Raises EdgecError when one has neither."""
-    exported = legalize(lower_torch(program, show).export())
+    exported = legalize(staged.export())
     show("legalize", str(exported.graph))
     missing = unsupported(exported)
     if missing:
         raise EdgecError(
             "unsupported operators: " + ", ".join(str(m) for m in missing),
-            where=program.name,
+            where=staged.name,
             hint="rewrite these operations in the model or register a converter",
         )
     return exported
@@ -89,8 +105,10 @@ def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step,
     return staged
 
 
-def _finish(program: Program, imported: Imported, device: Device, show: Callable[[str, str], Any]) -> Lowered:
-    plan, kernels, fallbacks = make_plan(program, imported, device)
+def _finish(
+    staged: Program, forms: Mapping[str, Form], imported: Imported, device: Device, show: Callable[[str, str], Any]
+) -> Lowered:
+    plan, kernels, fallbacks = make_plan(staged, forms, imported, device)
     show("kernels", str(kernels.module))
     show("plan", plan.text())
     keys = {getattr(binding.spec, "tuning_key", None) for binding in imported.bindings.values()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import tvm
@@ -11,21 +12,31 @@ from tvm import relax, tirx
 from edgec.errors import EdgecError
 from edgec.lowering.importer import TAG, VIEWS, Imported
 from edgec.passbase import Skip
-from edgec.plan import Plan, PlanBuilder
+from edgec.plan import ALIGN, Form, Plan, PlanBuilder
 from edgec.program import Program
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
+from edgec.targets.mcu.lower import LoweredC, lower_to_c
+
+# Words of a microcontroller are aligned; nothing gains from more.
+MCU_ALIGN = 8
 
 
-def make_plan(program: Program, imported: Imported, device: Device) -> tuple[Plan, LoweredKernels, list[Skip]]:
-    """(plan, kernels, fallbacks). `imported.module` is legalised: `main` calls TIR and makes views, nothing else."""
+def make_plan(
+    program: Program, forms: Mapping[str, Form], imported: Imported, device: Device
+) -> tuple[Plan, LoweredKernels | LoweredC, list[Skip]]:
+    """(plan, kernels, fallbacks). `imported.module` is legalised: `main` calls TIR and makes views, nothing else.
+
+    forms: of inputs and outputs, by name.
+    """
     module = imported.module
     prefix = symbol_prefix(program.name)
     renamed = {
         var.name_hint: function for var, function in module.functions.items() if isinstance(function, tirx.PrimFunc)
     }
-    kernels = lower_kernels(tvm.IRModule({f"{prefix}_{n}": f for n, f in renamed.items()}), device)
-    reader = _Reader(program, imported, kernels, prefix)
+    lower = lower_to_c if device.is_mcu else lower_kernels
+    kernels = lower(tvm.IRModule({f"{prefix}_{n}": f for n, f in renamed.items()}), device)
+    reader = _Reader(program, forms, imported, kernels, prefix, MCU_ALIGN if device.is_mcu else ALIGN)
     plan = reader.read(module["main"])
     return plan, kernels, reader.fallbacks
 
@@ -39,12 +50,21 @@ def symbol_prefix(name: str) -> str:
 class _Reader:
     """Walks the bindings of `main` in order."""
 
-    def __init__(self, program: Program, imported: Imported, kernels: LoweredKernels, prefix: str) -> None:
+    def __init__(
+        self,
+        program: Program,
+        forms: Mapping[str, Form],
+        imported: Imported,
+        kernels: LoweredKernels | LoweredC,
+        prefix: str,
+        align: int,
+    ) -> None:
         self.program = program
+        self.forms = forms
         self.imported = imported
         self.kernels = kernels
         self.prefix = prefix
-        self.builder = PlanBuilder(symbol_prefix(program.name))
+        self.builder = PlanBuilder(symbol_prefix(program.name), align)
         # Relax variable names are not unique: the objects are the keys.
         self.names: dict[Any, Any] = {}
         self.fallbacks: list[Skip] = []
@@ -52,14 +72,14 @@ class _Reader:
 
     def read(self, main: Any) -> Plan:
         for spec, variable in zip(self.program.inputs, main.params, strict=True):
-            self.names[variable] = self.builder.add_input(spec.name, spec.shape, spec.dtype)
+            self.names[variable] = self.builder.add_input(spec.name, spec.shape, spec.dtype, self.forms.get(spec.name))
         for block in main.body.blocks:
             for binding in block.bindings:
                 self.names[binding.var] = self._value(binding.var, binding.value)
         result = self._operand(main.body.body)
         results = result if isinstance(result, tuple) else (result,)
         for spec, buffer in zip(self.program.outputs, results, strict=True):
-            self.builder.add_output(spec.name, buffer, spec.shape, spec.dtype)
+            self.builder.add_output(spec.name, buffer, spec.shape, spec.dtype, self.forms.get(spec.name))
         return self.builder.finish()
 
     def _operand(self, value: Any) -> Any:

@@ -115,8 +115,8 @@ def _separate_outliers(
                 f"{found.reach:.3g}, the others {found.rest:.3g}"
             )
             held[separate(module, layer, found.channels, masks)] = reason
-    if held:
-        propagate(module, program.example_inputs)
+            # The next layer may read what this one made.
+            propagate(module, program.example_inputs)
     return held
 
 

@@ -179,7 +179,7 @@ def emit(
     run_arguments = [f"(const {p.ctype} *)(input + {o})" for p, o in zip(inputs, input_places, strict=True)]
     run_arguments += [f"({p.ctype} *)(output + {o})" for p, o in zip(outputs, output_places, strict=True)]
     addresses = _addresses(plan, offsets, inputs, outputs)
-    calls = [{"text": _call(plan, step, kernels, addresses), "layer": _comment(step.layer)} for step in plan.steps]
+    calls = [{"text": _call(plan, step, kernels, addresses), "layer": comment(step.layer)} for step in plan.steps]
     used = sorted({s.symbol for s in plan.steps if s.symbol != COPY})
     prototypes = [p for symbol in used for p in _prototypes(kernels, symbol)]
     large = sorted({s.symbol for s in plan.steps if _worth_sharing(plan, s, kernels)})
@@ -297,7 +297,7 @@ def _pointers(kernels: Kernels, symbol: str) -> list[str]:
     return [f"{'const ' if i in constant else ''}{CTYPES[t]} *" for i, t in enumerate(kernels.signature[symbol])]
 
 
-def _comment(text: str) -> str:
+def comment(text: str) -> str:
     """`text` as it may stand in a C comment."""
     return re.sub(r"[^ -~]|\\", "?", text).replace("*/", "* /").replace("/*", "/ *")
 

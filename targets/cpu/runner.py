@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,30 @@ def run_samples(
     inputs: one array [n, ...] per model input, in the model's dtype; outputs: (shape of one sample, dtype) of each.
     Returns one array [n, ...] per output. Raises EdgecError when the program or the emulator fails.
     """
+    name = " ".join([*prefix, program.name])
+
+    def run(source: Path, target: Path, count: int) -> None:
+        command = [*prefix, str(program.absolute()), str(source), str(target), str(count)]
+        if threads > 1:
+            command += ["1", str(threads)]
+        status, text = execute(command, package)
+        if status:
+            raise EdgecError(f"ended with status {status}: {text}", where=name)
+
+    return stream(run, inputs, outputs, name)
+
+
+def stream(
+    run: Callable[[Path, Path, int], None],
+    inputs: Sequence[np.ndarray],
+    outputs: Sequence[tuple[tuple[int, ...], str]],
+    name: str,
+) -> tuple[np.ndarray, ...]:
+    """Samples to a program and results back, by way of two files in one temporary folder.
+
+    run: reads so many samples from the first file and writes their results into the second; a sample is its inputs one
+    after the other, a result its outputs. name: the program, in messages. inputs, outputs, result: as in `run_samples`.
+    """
     count = len(inputs[0])
     # Records that look in memory like a sample in the file: the arrays one after the other.
     taken = np.dtype([(f"{i}", a.dtype, a.shape[1:]) for i, a in enumerate(inputs)])
@@ -47,32 +71,19 @@ def run_samples(
         samples = np.empty(len(chunk[0]), taken)
         for i, array in enumerate(chunk):
             samples[f"{i}"] = array
-        parts.append(_run_chunk(program, prefix, samples, given, package, threads))
+        try:
+            with tempfile.TemporaryDirectory(prefix="edgec-run-") as folder:
+                source, target = Path(folder) / "in.bin", Path(folder) / "out.bin"
+                source.write_bytes(samples.tobytes())
+                run(source, target, len(samples))
+                results = np.frombuffer(target.read_bytes(), given)
+        except OSError as error:
+            raise EdgecError(f"samples cannot be exchanged: {error.strerror or error}", where=name) from error
+        if len(results) != len(samples):
+            raise EdgecError(f"gave {len(results)} results for {len(samples)} samples", where=name)
+        parts.append(results)
     results = np.concatenate(parts)
     return tuple(np.ascontiguousarray(results[f"{i}"]) for i in range(len(outputs)))
-
-
-def _run_chunk(
-    program: Path, prefix: Sequence[str], samples: np.ndarray, given: np.dtype, package: str | None, threads: int
-) -> np.ndarray:
-    """Results, as records of type `given`, for sample records, by way of two temporary files."""
-    name = " ".join([*prefix, program.name])
-    try:
-        with tempfile.TemporaryDirectory(prefix="edgec-run-") as folder:
-            source, target = Path(folder) / "in.bin", Path(folder) / "out.bin"
-            source.write_bytes(samples.tobytes())
-            command = [*prefix, str(program.absolute()), str(source), str(target), str(len(samples))]
-            if threads > 1:
-                command += ["1", str(threads)]
-            status, text = execute(command, package)
-            if status:
-                raise EdgecError(f"ended with status {status}: {text}", where=name)
-            results = np.frombuffer(target.read_bytes(), given)
-    except OSError as error:
-        raise EdgecError(f"samples cannot be exchanged: {error.strerror or error}", where=name) from error
-    if len(results) != len(samples):
-        raise EdgecError(f"gave {len(results)} results for {len(samples)} samples", where=name)
-    return results
 
 
 def execute(command: Sequence[str], package: str | None = None) -> tuple[int, str]:

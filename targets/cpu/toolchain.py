@@ -18,8 +18,16 @@ TIMEOUT = 300
 FLAGS = ("-std=c99", "-O2", "-fPIC", "-Wall", "-Wextra")
 LINK = ("-Wl,--build-id=none", "-Wl,-z,noexecstack", "-Wl,--as-needed", "-s")
 # C libraries that Debian's compilers only recommend.
-LIBC = {"aarch64": "libc6-dev-arm64-cross", "arm": "libc6-dev-armhf-cross"}
-NO_LIBC = re.compile(r"fatal error: \w+\.h: No such file|cannot find (-lc|-lm|crt1\.o|Scrt1\.o|crti\.o)")
+LIBC = {
+    "aarch64": "libc6-dev-arm64-cross",
+    "arm-none": "libnewlib-arm-none-eabi",
+    "arm": "libc6-dev-armhf-cross",
+    "riscv64-unknown": "picolibc-riscv64-unknown-elf",
+}
+NO_LIBC = re.compile(
+    r"fatal error: \w+\.h: No such file|cannot find (-lc|-lm|crt1\.o|Scrt1\.o|crti\.o)|cannot read spec file"
+)
+REASON = re.compile(r"error(?!: ld returned)|undefined|will not fit|overflowed")
 
 
 def require_toolchain(device: Device) -> None:
@@ -53,22 +61,22 @@ def build_library(folder: Path, name: str, device: Device, members: Sequence[Mem
     for member in members:
         objects = [_compile(source, folder, device) for source in member.sources] + parts
         files.append(f"{member.name}.o")
-        _run([device.cc, *device.cflags, "-r", "-nostdlib", "-o", files[-1], *objects], folder)
+        run_tool([device.cc, *device.cflags, "-r", "-nostdlib", "-o", files[-1], *objects], folder)
         kept = [f"--keep-global-symbol={symbol}" for symbol in member.exports]
-        _run([binutil(device, "objcopy"), *kept, files[-1]], folder)
+        run_tool([binutil(device, "objcopy"), *kept, files[-1]], folder)
         parts = []
-    _run([binutil(device, "ar"), "rcsD", f"lib{name}.a", *files], folder)
+    run_tool([binutil(device, "ar"), "rcsD", f"lib{name}.a", *files], folder)
     shared = [device.cc, *device.cflags, "-shared", *LINK, "-Wl,-z,defs", f"-Wl,-soname,lib{name}.so"]
-    _run([*shared, "-o", f"lib{name}.so", *files, "-lm", "-pthread"], folder)
+    run_tool([*shared, "-o", f"lib{name}.so", *files, "-lm", "-pthread"], folder)
     static = [] if device.runner == "native" else ["-static"]
     flags = [*device.cflags, *FLAGS, *static, *LINK]
-    _run([device.cc, *flags, "runner.c", f"lib{name}.a", "-lm", "-pthread", "-o", "runner"], folder)
+    run_tool([device.cc, *flags, "runner.c", f"lib{name}.a", "-lm", "-pthread", "-o", "runner"], folder)
 
 
 def _compile(source: str, folder: Path, device: Device) -> str:
     """The object file of a C or assembler source."""
     target = f"obj/{Path(source).stem}.o"
-    _run([device.cc, *device.cflags, *FLAGS, "-c", source, "-o", target], folder)
+    run_tool([device.cc, *device.cflags, *FLAGS, "-c", source, "-o", target], folder)
     return target
 
 
@@ -85,7 +93,12 @@ def _programs(device: Device) -> list[tuple[str, str]]:
     return wanted
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
+def run_tool(command: Sequence[str], folder: Path) -> None:
+    """Run a compiler or another part of a tool chain in `folder`.
+
+    Raises EdgecError with its first error, ToolchainMissing when it or its C library is absent, OSError when the disk
+    is full.
+    """
     # The compiler's own temporary files go where they are cleaned up; messages are read below.
     environment = {**os.environ, "TMPDIR": str(folder.absolute()), "LC_ALL": "C"}
     try:
@@ -102,8 +115,8 @@ def _run(command: Sequence[str], folder: Path) -> None:
     if "No space left on device" in text:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
     if NO_LIBC.search(text):
-        package = LIBC.get(command[0].split("-")[0], "libc6-dev")
+        package = next((p for prefix, p in LIBC.items() if command[0].startswith(f"{prefix}-")), "libc6-dev")
         raise ToolchainMissing("has no C library", where=command[0], hint=f"apt-get install {package}")
     lines = text.splitlines()
-    reason = next((line for line in lines if "error" in line or "undefined" in line), lines[-1] if lines else "")
+    reason = next((line for line in lines if REASON.search(line)), lines[-1] if lines else "")
     raise EdgecError(f"failed with status {done.returncode}: {reason}", where=f"{command[0]} {command[-1]}")

@@ -1,7 +1,8 @@
 """Exact instruction counts of emulated code, by function and by address.
 
-QEMU's user-mode emulator runs the program with a plugin of ours (`insn_count.c`) that notes how often each block of
-guest code ran between a function's entry and its return. The same code and data always give the same counts.
+QEMU, which emulates a process or a whole board, runs the program with a plugin of ours (`insn_count.c`) that notes how
+often each block of guest code ran between a function's entry and its return. The same code and data always give the
+same counts.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ import hashlib
 import itertools
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from edgec.bundle import Bundle
 from edgec.errors import EdgecError, ToolchainMissing
 from edgec.targets.cpu.runner import command_prefix, execute, run_samples
 from edgec.targets.cpu.toolchain import require_toolchain
 from edgec.targets.device import Device
+
+if TYPE_CHECKING:
+    from edgec.bundle import Bundle
 
 SOURCE = "insn_count.c"
 VENEER = "call it directly: no tail call, no linker's veneer"
@@ -41,13 +46,33 @@ class Block:
     executions: int
 
 
+class Reading(NamedTuple):
+    """Instructions from a mark to the next, or to the end of the call. call: from 1. mark: -1 before the first."""
+
+    call: int
+    mark: int
+    instructions: int
+
+
 @dataclass(frozen=True)
 class Profile:
-    """What ran of the ELF file `program`. calls: how often the counted function was entered."""
+    """What ran of the ELF file `program`.
+
+    calls: how often the counted function was entered. readings: in the order of time, see `marks`.
+    """
 
     program: Path
     blocks: tuple[Block, ...]
     calls: int
+    readings: tuple[Reading, ...] = ()
+
+    @functools.cached_property
+    def by_mark(self) -> dict[int, int]:
+        """Instructions from each mark to whatever mark or return came next, all calls together; -1: before any."""
+        found: dict[int, int] = {}
+        for reading in self.readings:
+            found[reading.mark] = found.get(reading.mark, 0) + reading.instructions
+        return found
 
     @property
     def total(self) -> int:
@@ -184,18 +209,45 @@ def emulator(device: Device, report: Path, start: int | None) -> list[str]:
     """
     if device.runner == "native":
         raise EdgecError("has no emulator that counts", where=f"target {device.name}", hint="use valgrind on this one")
+    return [*command_prefix(device.runner, device.qemu_cpu), *plugin_options(device, report, start)]
+
+
+def plugin_options(device: Device, report: Path, start: int | None, marks: Sequence[tuple[int, int]] = ()) -> list[str]:
+    """QEMU's options for counting into `report`. marks: (address, number), see `marks`; they lie beside `report`."""
     plugin = build_plugin(device.runner, device.runner_package)
     # A comma separates options; two of them stand for one.
-    paths = [str(p.absolute()).replace(",", ",,") for p in (plugin, report)]
-    options = f"{paths[0]},out={paths[1]}" + ("" if start is None else f",start={start:#x}")
-    return [*command_prefix(device.runner, device.qemu_cpu), "-plugin", options]
+    options = f"{_quoted(plugin)},out={_quoted(report)}" + ("" if start is None else f",start={start:#x}")
+    if marks:
+        table = report.with_name(f"{report.name}.marks")
+        table.write_text("".join(f"{address} {number}\n" for address, number in marks))
+        options += f",marks={_quoted(table)}"
+    return ["-plugin", options]
+
+
+def _quoted(path: Path) -> str:
+    return str(path.absolute()).replace(",", ",,")
+
+
+def marks(program: Path) -> list[tuple[int, int]]:
+    """(address, number) of the places in the code that EDGEC_MARK marked: section `.edgec_marks` of an ELF file."""
+    from elftools.elf.elffile import ELFFile
+
+    with program.open("rb") as file:
+        elf = ELFFile(file)
+        section = elf.get_section_by_name(".edgec_marks")
+        data = section.data() if section is not None else b""
+        mask = ~1 if elf["e_machine"] == "EM_ARM" else ~0
+        pairs = struct.iter_unpack("<Ii", data)
+        return [(address & mask, number) for address, number in pairs]
 
 
 def read_report(report: Path, program: Path, *, whole: bool = False) -> Profile:
     """What the plugin wrote. whole: no function was named. Raises EdgecError when it is incomplete or without calls."""
     try:
         *rows, end = [line.split() for line in report.read_text().splitlines()]
-        blocks = tuple(Block(*map(int, row)) for row in sorted(rows, key=lambda row: int(row[0])))
+        readings = tuple(Reading(*map(int, row[1:])) for row in rows if row[0] == "reading")
+        counts = [row for row in rows if row[0] != "reading"]
+        blocks = tuple(Block(*map(int, row)) for row in sorted(counts, key=lambda row: int(row[0])))
         word, calls, active, stop = end
     except (OSError, ValueError) as error:
         raise EdgecError("has no complete instruction counts", where=program.name) from error
@@ -204,7 +256,7 @@ def read_report(report: Path, program: Path, *, whole: bool = False) -> Profile:
         raise EdgecError(f"counted function {what}", where=program.name, hint=VENEER)
     if not whole and not _follows_call(program, int(stop)):
         raise EdgecError("counted function was jumped to, not called", where=program.name, hint=VENEER)
-    return Profile(program, blocks, int(calls))
+    return Profile(program, blocks, int(calls), readings)
 
 
 def _follows_call(program: Path, address: int) -> bool:
@@ -222,6 +274,10 @@ def _follows_call(program: Path, address: int) -> bool:
     first, second = word & 0xFFFF, word >> 16
     if elf["e_machine"] == "EM_AARCH64":
         return word >> 26 == 0b100101 or word & 0xFFFFFC1F == 0xD63F0000
+    if elf["e_machine"] == "EM_RISCV":
+        # jal and jalr that link in ra, and their compressed forms (c.jal of RV32, c.jalr).
+        long = word & 0xFFF in (0x0EF, 0x0E7)
+        return long or second & 0xE003 == 0x2001 or (second & 0xF07F == 0x9002 and second & 0xF80 != 0)
     arm = (word >> 25 & 7 == 0b101 and (word >> 24 & 1 or word >> 28 == 15)) or word & 0x0FFFFFF0 == 0x012FFF30
     thumb = (first & 0xF800 == 0xF000 and second & 0xC000 == 0xC000) or second & 0xFF87 == 0x4780
     return bool(arm or thumb)

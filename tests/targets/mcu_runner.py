@@ -9,7 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from edgec.targets.mcu.emit import parameters
 from edgec.targets.mcu.header import header
 from edgec.targets.mcu.kernels import implement
 from edgec.targets.mcu.kernels.base import McuKernel
+from edgec.targets.mcu.machine import build_program, count_program
 
 WARNINGS = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
 # Bytes around every buffer that a kernel must leave alone.
@@ -48,27 +49,107 @@ def run_on_host(
     library = _library(c_text(kernel))
     function = library.kernel_under_test
     function.restype = None
-    blocks = []
-    for array in arrays:
-        block = np.full(array.nbytes + 2 * GUARD + 8, 0x5A, np.uint8)
-        start = GUARD + -(block.ctypes.data + GUARD) % 8
-        block[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
-        blocks.append((block, start, array.nbytes))
-    shared = kernel.inplace[0] if inplace else None
-    pointers = []
-    for number, (block, start, _) in enumerate(blocks):
-        if number == outputs and shared is not None:
-            block, start, _ = blocks[shared]
-        pointers.append(block.ctypes.data + start)
+    image = Image(arrays, kernel.inplace[0] if inplace else None, outputs)
+    room = np.zeros(len(image.data) + 16, np.uint8)
+    start = -room.ctypes.data % 16
+    room[start : start + len(image.data)] = image.data
+    pointers = [room.ctypes.data + start + offset for offset in image.offsets]
     function((ctypes.c_void_p * len(pointers))(*pointers))
-    for number, (block, start, size) in enumerate(blocks):
-        inside = np.arange(len(block))
-        outside = block[(inside < start) | (inside >= start + size)]
-        assert np.all(outside == 0x5A), f"operand {number}: wrote beside the buffer"
-        if number < outputs and number != shared:
-            assert block[start : start + size].tobytes() == arrays[number].tobytes(), f"operand {number} was changed"
-    block, start, size = blocks[outputs if shared is None else shared]
-    return np.frombuffer(block[start : start + size].tobytes(), kernel.operands()[outputs].dtype)
+    return image.result(room[start : start + len(image.data)], kernel.operands()[outputs].dtype)
+
+
+class Case(NamedTuple):
+    """A call of a kernel, as `run_on_host` takes it."""
+
+    kernel: McuKernel
+    activations: Sequence[np.ndarray]
+    weights: Mapping[str, np.ndarray | None] = {}
+    before: int | None = None
+    inplace: bool = False
+
+
+def run_on_device(
+    kernel: McuKernel,
+    activations: Sequence[np.ndarray],
+    weights: Mapping[str, np.ndarray | None] | None = None,
+    before: int | None = None,
+    device: Device | None = None,
+    inplace: bool = False,
+) -> tuple[np.ndarray, int]:
+    """(the flat output, instructions of the call) of a kernel on QEMU's board for a device; else as `run_on_host`."""
+    case = Case(kernel, activations, weights or {}, before, inplace)
+    return run_cases_on_device([case], device or load_device("cortex-m3"))[0]
+
+
+def run_cases_on_device(
+    cases: Sequence[Case], device: Device, flags: Sequence[str] = (), checked: bool = True
+) -> list[tuple[np.ndarray, int]]:
+    """`run_on_device` for many cases: one program, one start of the emulator.
+
+    flags: further ones for the compiler, like -DEK_PORTABLE. checked: compile with warnings as errors.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgec-mcu-test-") as name:
+        folder = Path(name)
+        images = []
+        outputs = []
+        for case in cases:
+            arrays, output = memory(case.kernel, case.activations, case.weights, case.before, device, case.inplace)
+            images.append(Image(arrays, case.kernel.inplace[0] if case.inplace else None, output))
+            outputs.append(output)
+        (folder / "in.bin").write_bytes(b"".join(image.data.tobytes() for image in images))
+        (folder / "cases.c").write_text(_device_text(cases, images))
+        warnings = WARNINGS[2:] if checked else ()
+        program = build_program([folder / "cases.c"], device, folder, name="cases", flags=[*warnings, *flags])
+        profile = count_program(program, device, ["in.bin", "out.bin"], folder, function="run_case")
+        data = np.frombuffer((folder / "out.bin").read_bytes(), np.uint8)
+        starts = np.cumsum([0, *(len(image.data) for image in images)])
+        assert len(data) == starts[-1], f"{len(data)} bytes for {starts[-1]}"
+        # Mark 1 stands before the call, 2 behind it.
+        counts = [reading.instructions for reading in profile.readings if reading.mark == 1]
+        found = []
+        for i, (case, image) in enumerate(zip(cases, images, strict=True)):
+            dtype = case.kernel.operands()[outputs[i]].dtype
+            try:
+                found.append((image.result(data[starts[i] : starts[i + 1]], dtype), counts[i]))
+            except AssertionError as error:
+                raise AssertionError(f"case {i}, {case.kernel}: {error}") from error
+        return found
+
+
+class Image:
+    """The memory of a call: its operands one after the other, with guards around them.
+
+    Memory that starts at a multiple of 16 gives each of them an address that is a multiple of 4 and not of 8: kernels
+    may rely on no more. data: the bytes. offsets: of each pointer; that of the output is that of operand `shared` if
+    there is one.
+    """
+
+    def __init__(self, arrays: Sequence[np.ndarray], shared: int | None, output: int) -> None:
+        self.arrays, self.shared, self.output = arrays, shared, output
+        self.offsets = []
+        end = GUARD + 4
+        for array in arrays:
+            self.offsets.append(end)
+            end += -(-array.nbytes // 16) * 16 + GUARD
+        end += -end % 16
+        self.data = np.full(end, 0x5A, np.uint8)
+        for offset, array in zip(self.offsets, arrays, strict=True):
+            self.data[offset : offset + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        if shared is not None:
+            self.offsets[output] = self.offsets[shared]
+
+    def result(self, data: np.ndarray, dtype: str) -> np.ndarray:
+        """The flat output in the memory after the call; fails when anything else but scratch memory changed."""
+        changed = data != self.data
+        for number, (offset, array) in enumerate(zip(self.offsets, self.arrays, strict=True)):
+            inside = changed[offset : offset + array.nbytes]
+            if number < self.output and number != self.shared:
+                assert not inside.any(), f"operand {number} was changed"
+            inside[:] = False
+        places = np.flatnonzero(changed)
+        assert not len(places), f"wrote beside the buffers, at {places[0]}; pointers at {self.offsets}"
+        offset = self.offsets[self.output]
+        return np.frombuffer(data[offset : offset + self.arrays[self.output].nbytes].tobytes(), dtype)
 
 
 def memory(
@@ -103,6 +184,66 @@ def c_text(kernel: McuKernel) -> str:
         f"{header([call.part])}\n{definition}\nvoid kernel_under_test(void **p);\n"
         f"void kernel_under_test(void **p) {{ {call.function}({arguments}); }}\n"
     )
+
+
+def _device_text(cases: Sequence[Case], images: Sequence[Image]) -> str:
+    """C program that reads the images one by one, does each call, and writes back what the memory holds then."""
+    calls = [case.kernel.call() for case in cases]
+    functions, rows = [], []
+    for i, (call, image) in enumerate(zip(calls, images, strict=True)):
+        definition, first = parameters(f"P{i}", call)
+        table = ", ".join(f"memory + {offset}" for offset in image.offsets)
+        # The compiler must not make a function of its own for these parameters: a bundle has many layers.
+        hidden = f"    const {call.struct} *parameters = {first};\n    HIDE(parameters);\n" if first else ""
+        arguments = ", ".join([*(["parameters"] if first else []), *(f"p[{k}]" for k in range(len(image.offsets)))])
+        functions.append(
+            f"{definition}static void *const pointers_{i}[] = {{{table}}};\n"
+            f"static void case_{i}(void) {{\n    void *const *p = pointers_{i};\n    HIDE(p);\n{hidden}"
+            f"    EDGEC_MARK(1);\n    {call.function}({arguments});\n    EDGEC_MARK(2);\n}}\n"
+        )
+        rows.append(f"    {{case_{i}, {len(image.data)}}},\n")
+    return DEVICE_PROGRAM.format(
+        header=header(call.part for call in calls),
+        room=max(len(image.data) for image in images),
+        functions="\n".join(functions),
+        rows="".join(rows),
+    )
+
+
+DEVICE_PROGRAM = """{header}
+#include "marks.h"
+#include "semihost.h"
+
+#define HIDE(pointer) __asm__ volatile("" : "+r"(pointer) : : "memory")
+static uint8_t memory[{room}] __attribute__((aligned(16)));
+
+{functions}
+static const struct {{
+    void (*call)(void);
+    size_t bytes;
+}} CASES[] = {{
+{rows}}};
+
+void run_case(size_t number);
+__attribute__((noinline)) void run_case(size_t number) {{
+    CASES[number].call();
+    __asm__ volatile("" ::: "memory");
+}}
+
+int main(void) {{
+    char line[64], *words[4];
+    if (semihost_arguments(line, sizeof line, words, 4) != 3) return 4;
+    const int in = semihost_open(words[1], 0), out = semihost_open(words[2], 1);
+    if (in < 0 || out < 0) return 5;
+    for (size_t i = 0; i < sizeof CASES / sizeof *CASES; i++) {{
+        if (semihost_read(in, memory, CASES[i].bytes)) return 6;
+        run_case(i);
+        if (semihost_write(out, memory, CASES[i].bytes)) return 7;
+    }}
+    semihost_close(out);
+    return 0;
+}}
+"""
 
 
 @functools.cache

@@ -31,8 +31,21 @@
 #define EK_KERNEL static __attribute__((noinline, unused))
 
 typedef uint32_t __attribute__((may_alias)) ek_u32;
+typedef int16_t __attribute__((may_alias)) ek_i16;
 
 EK_INLINE int32_t ek_clamp(int32_t v, int32_t lo, int32_t hi) { return v < lo ? lo : v > hi ? hi : v; }
+
+/* The bits of a number, and the number with these bits. */
+EK_INLINE int32_t ek_bits_of(float v) {
+    int32_t bits;
+    memcpy(&bits, &v, 4);
+    return bits;
+}
+EK_INLINE float ek_float_of(int32_t bits) {
+    float v;
+    memcpy(&v, &bits, 4);
+    return v;
+}
 
 /* (acc * m + 2^31) >> 32: what layers do whose multipliers are below one half. */
 EK_INLINE int32_t ek_rqh(int32_t acc, int32_t m) {

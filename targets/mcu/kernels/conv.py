@@ -1,9 +1,216 @@
-"""Kernels (conv)."""
+"""Convolutions, matrix products and fully connected layers on int8 (`c/conv.h`, `c/fc.h`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
-from edgec.targets.mcu.kernels.base import McuKernel
+import numpy as np
 
-RULES: dict[type, Callable[..., McuKernel | None]] = {}
+from edgec.integer import HALF_SHIFT
+from edgec.targets.device import Device
+from edgec.targets.kernels.common import AddEpilogue, round_up
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
+
+# Weights of a unit: what one step of the inner loop takes along a column.
+UNIT = 4
+# Bits of `act` in ek_conv_f32_t, by the epilogue's activation.
+SLOPE, LOWER, UPPER = 1, 2, 4
+ACTIVATIONS = ("none", "clip", "leaky_relu")
+
+
+@dataclass(frozen=True)
+class Conv(McuKernel):
+    """`Conv2D` on int8: pointers x, weights, constants, [shifts], [residual], y, columns.
+
+    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. wide: columns of 16 bits (DSP cores).
+    Weights of fewer than 8 bits have a byte each, too.
+    """
+
+    spec: Conv2D
+    rounding: str
+    wide: bool
+
+    name: ClassVar[str] = "conv2d"
+    # Output channels that the inner loop computes at a time.
+    block: ClassVar[int] = 2
+
+    @property
+    def macs(self) -> int:
+        return self.spec.macs
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (len(self.operands()) - 2,) if self.spec.inplace else ()
+
+    @property
+    def depth(self) -> int:
+        return self.spec.ci // self.spec.groups
+
+    @property
+    def outputs(self) -> int:
+        return self.spec.co // self.spec.groups
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of output channels in a group."""
+        return -(-self.outputs // self.block)
+
+    @property
+    def units(self) -> int:
+        """Units of a column: each row of the kernel is filled up to whole ones."""
+        return self.spec.kernel[0] * (round_up(self.spec.kernel[1] * self.depth, UNIT) // UNIT)
+
+    def operands(self) -> tuple[Operand, ...]:
+        spec = self.spec
+        rows, columns = spec.out
+        size, channels = rows * columns * spec.co, spec.groups * self.blocks * self.block
+        result = [
+            Operand(spec.h * spec.w * spec.ci),
+            Operand(channels * self.units * UNIT),
+            Operand(2 * channels, "int32"),
+        ]
+        if self.rounding == "RQ1":
+            result.append(Operand(channels))
+        if spec.residual:
+            result.append(Operand(size, spec.epilogue.residual_type("int8")))
+        return (*result, Operand(size, spec.out_type))
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """w: OIHW codes; bias: int32, with the zero point folded in; m: one per channel; shift: not with real results.
+
+        Bits of a float32 m stand in the int32 constants.
+        """
+        spec, w, m = self.spec, weights["w"], weights["m"]
+        assert w is not None and m is not None
+        kh, kw = spec.kernel
+        row = round_up(kw * self.depth, UNIT)
+        full = np.zeros((spec.groups, self.blocks * self.block, kh, row), np.int8)
+        shape = (spec.groups, self.outputs, self.depth, kh, kw)
+        full[:, : self.outputs, :, : kw * self.depth] = (
+            w.reshape(shape).transpose(0, 1, 3, 4, 2).reshape(spec.groups, self.outputs, kh, -1)
+        )
+        packed = full.reshape(spec.groups, self.blocks, self.block, self.units, UNIT).transpose(0, 1, 3, 2, 4)
+        factors = m.view(np.int32) if self.rounding == "float" else m.astype(np.int32)
+        bias = weights.get("bias")
+        columns = [np.zeros(spec.co, np.int32) if bias is None else bias.astype(np.int32), factors]
+        constants = np.stack([self._channels(c).reshape(spec.groups, self.blocks, self.block) for c in columns], 2)
+        result = [packed.ravel(), constants.ravel()]
+        if self.rounding == "RQ1":
+            shift = weights["shift"]
+            assert shift is not None
+            # Channels that fill up need a legal shift, too.
+            result.append(np.maximum(self._channels(shift), 1).astype(np.int8).ravel())
+        return tuple(np.ascontiguousarray(part) for part in result)
+
+    def _channels(self, values: np.ndarray) -> np.ndarray:
+        """[groups, channels filled up with zeros to whole blocks] of values [co]."""
+        full = np.zeros((self.spec.groups, self.blocks * self.block), values.dtype)
+        full[:, : self.outputs] = values.reshape(self.spec.groups, self.outputs)
+        return full
+
+    def call(self) -> Call:
+        add, residual = self.spec.epilogue.add, self.spec.residual
+        scratch = (2 * self.units * UNIT * (2 if self.wide else 1),)
+        plain = self._geometry()
+        nested = {f"conv.{name}": value for name, value in plain.items()}
+        infix = "_add" if residual else ""
+        if self.rounding == "float":
+            coded = "_s8" if self.spec.out_type == "int8" else ""
+            fields = {**nested, **self._real()}
+            return Call(f"ek_conv{infix}_f32{coded}", "conv", "ek_conv_f32_t", fields, scratch)
+        stem = "ek_conv" if self.rounding == "RQH" else "ek_conv_rq1"
+        if add is None:
+            return Call(f"{stem}_s8", "conv", "ek_conv_t", plain, scratch)
+        fields = {**nested, **{f"add.{name}": value for name, value in add_fields(add).items()}}
+        return Call(f"{stem}_add_s8", "conv", "ek_conv_add_t", fields, scratch)
+
+    def _geometry(self) -> dict[str, Value]:
+        spec, epilogue = self.spec, self.spec.epilogue
+        rows, columns = spec.out
+        codes = epilogue.requant != "float"
+        return {
+            "h": spec.h,
+            "w": spec.w,
+            "oh": rows,
+            "ow": columns,
+            "ci": spec.ci,
+            "co": spec.co,
+            "groups": spec.groups,
+            "depth": self.depth,
+            "outputs": self.outputs,
+            "kh": spec.kernel[0],
+            "kw": spec.kernel[1],
+            "sh": spec.stride[0],
+            "sw": spec.stride[1],
+            "dh": spec.dilation[0],
+            "dw": spec.dilation[1],
+            "top": spec.padding[0],
+            "left": spec.padding[2],
+            "units": self.units,
+            "x_zp": spec.x_zp,
+            "zero": epilogue.y_zp,
+            "lo": int(max(epilogue.lo, -128)) if codes else -128,
+            "hi": int(min(epilogue.hi, 127)) if codes else 127,
+        }
+
+    def _real(self) -> dict[str, Value]:
+        epilogue = self.spec.epilogue
+        act, slope, lo, hi = 0, 1.0, 0.0, 0.0
+        if epilogue.act == "leaky_relu":
+            act, slope = SLOPE, _float32(epilogue.lo)
+        elif epilogue.act == "clip":
+            # An infinity has no literal.
+            if math.isfinite(epilogue.lo):
+                act, lo = act | LOWER, _float32(epilogue.lo)
+            if math.isfinite(epilogue.hi):
+                act, hi = act | UPPER, _float32(epilogue.hi)
+        scale = 1.0 if epilogue.y_scale is None else _float32(1 / epilogue.y_scale)
+        return {"act": act, "slope": slope, "lo": lo, "hi": hi, "scale": scale}
+
+
+def add_fields(add: AddEpilogue) -> dict[str, Value]:
+    """Fields of `ek_fused_add_t`. Zero points and rounding are one constant, modulo 2^32."""
+    constant = (1 << (add.f - 1)) - add.m_self * add.z_self - add.m_other * add.z_other
+    return {
+        "self": add.m_self,
+        "other": add.m_other,
+        "bias": (constant + 2**31) % 2**32 - 2**31,
+        "f": add.f,
+        "zero": add.z_y,
+        "lo": int(add.lo),
+        "hi": int(add.hi),
+    }
+
+
+def _float32(value: float) -> float:
+    """The nearest float32, which repr() gives digits enough for."""
+    return float(np.float32(value))
+
+
+def _conv(spec: Conv2D, weights: Mapping[str, np.ndarray | None], device: Device) -> Conv | None:
+    m = weights.get("m")
+    if spec.dtype != "int8" or m is None:
+        return None
+    # Sizes that are int16 in the parameters.
+    if max(spec.ci, spec.co, *spec.kernel, *spec.stride, *spec.dilation, *spec.padding) >= 2**15:
+        return None
+    epilogue = spec.epilogue
+    if epilogue.requant == "float":
+        if epilogue.act not in ACTIVATIONS:
+            return None
+        rounding = "float"
+    elif epilogue.requant == "RQ1" and m.dtype != np.float32:
+        shift = weights["shift"]
+        assert shift is not None
+        rounding = "RQH" if np.all(shift == HALF_SHIFT) else "RQ1"
+    else:
+        return None
+    kernel = Conv(spec, rounding, device.isa != "c")
+    return kernel if kernel.units < 2**15 else None
+
+
+RULES: dict[type, Callable[..., McuKernel | None]] = {Conv2D: _conv}

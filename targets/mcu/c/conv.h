@@ -1,0 +1,442 @@
+/* needs: base */
+/*
+ * Convolutions, matrix products and fully connected layers on int8: any kernel, stride, padding, dilation and groups.
+ *
+ * The inputs under the kernel of two output pixels are gathered into two columns side by side; then each pair of output
+ * channels is multiplied with both. A column goes along (row of the kernel, its column, channel); each row of the
+ * kernel is filled up to a multiple of 4 with whatever is there, which weights of zero meet. Weights are packed
+ * [groups][pairs of channels][units of 4][2][4], constants [groups][pairs]{bias, bias, m, m}; an odd number of channels
+ * is filled up with zeros. The zero point of the input is folded into the bias.
+ */
+
+/* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column, see above. */
+typedef struct {
+    int32_t h, w, oh, ow;
+    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units;
+    int8_t x_zp, zero, lo, hi;
+} ek_conv_t;
+
+/* A residual r added to the layer's code v: ((self v + other r + bias) >> f) + zero in lo..hi. */
+typedef struct {
+    int32_t self, other, bias;
+    int8_t f, zero, lo, hi;
+} ek_fused_add_t;
+
+typedef struct {
+    ek_conv_t conv;
+    ek_fused_add_t add;
+} ek_conv_add_t;
+
+/* Real results. act, a set of bits: 1 takes v or slope v below 0, 2 and 4 clip to lo and to hi. scale: what real values
+ * are multiplied with when their codes are stored. */
+typedef struct {
+    ek_conv_t conv;
+    int32_t act;
+    float slope, lo, hi, scale;
+} ek_conv_f32_t;
+
+/* What a tile function makes of blocks of channels: codes with this zero point, the second pixel's at y1; or, when y1
+ * is null, the sums [channel][pixel] as int32. */
+typedef struct {
+    const int32_t *c;
+    void *y0;
+    int8_t *y1;
+    int32_t blocks, zero;
+} ek_tile_t;
+
+/* Channels whose results wait on the stack. */
+#define EK_CHUNK 16
+
+#if EK_DSP
+/* Words of a unit of both columns: bytes 0 and 2 of the first, 1 and 3, those of the second; as 16 bits each. */
+#define EK_UNIT 4
+EK_INLINE void ek_put(ek_u32 *d, uint32_t v) {
+    uint32_t even, odd;
+    __asm__("sxtb16 %0, %1" : "=r"(even) : "r"(v));
+    __asm__("sxtb16 %0, %1, ror #8" : "=r"(odd) : "r"(v));
+    d[0] = even;
+    d[1] = odd;
+}
+#else
+#define EK_UNIT 2
+EK_INLINE void ek_put(ek_u32 *d, uint32_t v) { d[0] = v; }
+#endif
+/* Words from the first column to the second. */
+#define EK_COLUMN (EK_UNIT / 2)
+
+#if EK_DSP
+/* One unit of 2 pixels by 2 channels. Sums: r3, r11 of the first channel, r12, lr of the second. */
+#define EK_MAC22 \
+    "ldmia.w r0!, {r4-r7}\n ldrd r8, r9, [r1], #8\n" \
+    "sxtb16 r10, r8\n smlad r3, r10, r4, r3\n smlad r11, r10, r6, r11\n" \
+    "sxtb16 r8, r8, ror #8\n smlad r3, r8, r5, r3\n smlad r11, r8, r7, r11\n" \
+    "sxtb16 r10, r9\n smlad r12, r10, r4, r12\n smlad lr, r10, r6, lr\n" \
+    "sxtb16 r9, r9, ror #8\n smlad r12, r9, r5, r12\n smlad lr, r9, r7, lr\n"
+
+/* Assembly, because all 14 registers are taken: GCC would spill. The frame: columns, rounds of 4 units, where the first
+ * round starts (56 bytes of code are a unit), c, y0, y1, end of the weights, zero. */
+EK_KERNEL __attribute__((naked)) void ek_mm22(const ek_u32 *col __attribute__((unused)),
+                                                             const int8_t *w __attribute__((unused)),
+                                                             int32_t units __attribute__((unused)),
+                                                             const ek_tile_t *t __attribute__((unused))) {
+    __asm__ volatile(
+        "push {r4-r11, lr}\n sub sp, #36\n"
+        "ldmia r3, {r4-r8}\n str r8, [sp, #28]\n"
+        "mul r7, r7, r2\n add r7, r1, r7, lsl #3\n"
+        "add r8, sp, #12\n stmia r8, {r4-r7}\n"
+        "rsb r4, r2, #0\n and r4, r4, #3\n movs r5, #56\n adr.w r6, 1f\n orr r6, r6, #1\n mla r4, r4, r5, r6\n"
+        "adds r2, #3\n lsrs r2, r2, #2\n stmia sp, {r0, r2, r4}\n"
+        "2: ldmia sp, {r0, r2, r4, r5}\n ldrd r3, r12, [r5]\n mov r11, r3\n mov lr, r12\n bx r4\n"
+        ".p2align 2\n"
+        "1:\n" EK_MAC22 EK_MAC22 EK_MAC22 EK_MAC22 "subs r2, #1\n bne 1b\n"
+        "add r0, sp, #12\n ldmia r0, {r4-r8}\n"
+        "cbz r6, 3f\n"
+        "ldrd r9, r10, [r4, #8]\n"
+        "smmlar r3, r3, r9, r8\n smmlar r11, r11, r9, r8\n smmlar r12, r12, r10, r8\n smmlar lr, lr, r10, r8\n"
+        "ssat r3, #8, r3\n ssat r11, #8, r11\n ssat r12, #8, r12\n ssat lr, #8, lr\n"
+        /* The second pixel first: a lone pixel is both. */
+        "strb r11, [r6], #1\n strb lr, [r6], #1\n strb r3, [r5], #1\n strb r12, [r5], #1\n"
+        "4: adds r4, #16\n stmia r0, {r4-r6}\n cmp r1, r7\n bne 2b\n"
+        "add sp, #36\n pop {r4-r11, pc}\n"
+        "3: stmia r5!, {r3, r11, r12, lr}\n b 4b\n");
+}
+#else
+EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t units,
+                                                     const ek_tile_t *t) {
+    const int32_t *c = t->c;
+    int32_t *sums = (int32_t *)t->y0;
+    int8_t *y0 = (int8_t *)t->y0, *y1 = t->y1;
+    for (int32_t b = t->blocks; b > 0; --b, c += 4) {
+        const int8_t *EK_RESTRICT x = (const int8_t *)col;
+        int32_t a00 = c[0], a01 = c[0], a10 = c[1], a11 = c[1];
+        for (int32_t i = units; i > 0; --i, x += 8, w += 8) {
+            for (int32_t k = 0; k < 4; ++k) {
+                int32_t x0 = x[k], x1 = x[k + 4], w0 = w[k], w1 = w[k + 4];
+                a00 += x0 * w0;
+                a01 += x1 * w0;
+                a10 += x0 * w1;
+                a11 += x1 * w1;
+            }
+        }
+        if (!y1) {
+            sums[0] = a00;
+            sums[1] = a01;
+            sums[2] = a10;
+            sums[3] = a11;
+            sums += 4;
+            continue;
+        }
+        /* The second pixel first: a lone pixel is both. */
+        y1[0] = (int8_t)ek_clamp(ek_rqh(a01, c[2]) + t->zero, -128, 127);
+        y1[1] = (int8_t)ek_clamp(ek_rqh(a11, c[3]) + t->zero, -128, 127);
+        y0[0] = (int8_t)ek_clamp(ek_rqh(a00, c[2]) + t->zero, -128, 127);
+        y0[1] = (int8_t)ek_clamp(ek_rqh(a10, c[3]) + t->zero, -128, 127);
+        y0 += 2;
+        y1 += 2;
+    }
+}
+#endif
+
+/* -- columns ------------------------------------------------------------------------------------------------------- */
+
+EK_INLINE ek_u32 *ek_fill(ek_u32 *d, uint32_t v, int32_t units) {
+    for (; units > 0; --units, d += EK_UNIT) ek_put(d, v);
+    return d;
+}
+
+EK_KERNEL ek_u32 *ek_spread(ek_u32 *d, const int8_t *s, int32_t units) {
+    uint32_t v[4];
+    for (; units >= 4; units -= 4, d += 4 * EK_UNIT, s += 16) {
+        memcpy(v, s, 4);
+        memcpy(v + 1, s + 4, 4);
+        memcpy(v + 2, s + 8, 4);
+        memcpy(v + 3, s + 12, 4);
+        ek_put(d, v[0]);
+        ek_put(d + EK_UNIT, v[1]);
+        ek_put(d + 2 * EK_UNIT, v[2]);
+        ek_put(d + 3 * EK_UNIT, v[3]);
+    }
+    for (; units > 0; --units, d += EK_UNIT, s += 4) {
+        memcpy(v, s, 4);
+        ek_put(d, v[0]);
+    }
+    return d;
+}
+
+/* A row of the kernel byte by byte; `at` is where its first tap lies in x, in column `ix` of the input. */
+EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t at,
+                                                          int32_t ix) {
+    uint32_t v = 0;
+    int32_t lane = 0;
+    for (int32_t kx = 0; kx < p->kw; ++kx, ix += p->dw, at += p->dw * p->ci) {
+        int32_t there = ix >= 0 && ix < p->w;
+        for (int32_t k = 0; k < p->depth; ++k) {
+            v |= (uint32_t)(uint8_t)(there ? x[at + k] : p->x_zp) << lane;
+            lane += 8;
+            if (lane == 32) {
+                ek_put(d, v);
+                d += EK_UNIT;
+                v = 0;
+                lane = 0;
+            }
+        }
+    }
+    if (lane) {
+        ek_put(d, v);
+        d += EK_UNIT;
+    }
+    return d;
+}
+
+/* The inputs of group `g` under the kernel at rows iy.., columns ix.. of the input. */
+EK_KERNEL void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy,
+                                                       int32_t ix, int32_t g) {
+    int32_t depth = p->depth, run = p->kw * depth, units = (run + 3) >> 2, line = p->w * p->ci;
+    int32_t size = p->h * line, at = iy * line + ix * p->ci + g * depth;
+    int32_t inside = depth == p->ci && p->dw == 1 && ix >= 0 && ix + p->kw <= p->w;
+    uint32_t border = (uint8_t)p->x_zp * 0x01010101u;
+    for (int32_t ky = 0; ky < p->kh; ++ky, iy += p->dh, at += p->dh * line) {
+        if (iy < 0 || iy >= p->h) {
+            d = ek_fill(d, border, units);
+        } else if (inside && ((run & 3) == 0 || at + 4 * units <= size)) {
+            d = ek_spread(d, x + at, units);
+        } else if ((depth & 3) == 0) {
+            for (int32_t kx = 0; kx < p->kw; ++kx) {
+                int32_t cx = ix + kx * p->dw;
+                if (cx < 0 || cx >= p->w) {
+                    d = ek_fill(d, border, depth >> 2);
+                } else {
+                    d = ek_spread(d, x + at + kx * p->dw * p->ci, depth >> 2);
+                }
+            }
+        } else {
+            d = ek_gather(p, d, x, at, ix);
+        }
+    }
+}
+
+/* -- walks --------------------------------------------------------------------------------------------------------- */
+
+/* A step: group, first pixel, how many pixels (1 or 2), and where its weights and constants begin. */
+typedef struct {
+    const ek_u32 *col;
+    const int8_t *w;
+    const int32_t *c;
+    int32_t group, pixel, count;
+} ek_step_t;
+
+/* Columns of all pixels by twos; `finish` gets each step and `more`. */
+EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c, ek_u32 *col,
+                            void (*finish)(const ek_step_t *s, const void *more), const void *more) {
+    int32_t pixels = p->oh * p->ow, blocks = (p->outputs + 1) >> 1, oy = 0, ox = 0;
+    for (int32_t n = 0; n < pixels; n += 2) {
+        int32_t ny = oy, nx = ox + 1, count = n + 1 < pixels ? 2 : 1;
+        if (nx == p->ow) {
+            nx = 0;
+            ++ny;
+        }
+        for (int32_t g = 0; g < p->groups; ++g) {
+            ek_column(p, col, x, oy * p->sh - p->top, ox * p->sw - p->left, g);
+            if (count == 2) ek_column(p, col + EK_COLUMN, x, ny * p->sh - p->top, nx * p->sw - p->left, g);
+            ek_step_t s = {col, w + g * blocks * p->units * 8, c + g * blocks * 4, g, n, count};
+            finish(&s, more);
+        }
+        oy = ny;
+        ox = nx + 1;
+        if (ox == p->ow) {
+            ox = 0;
+            ++oy;
+        }
+    }
+}
+
+/* Codes of `count` channels from the `first` of a step's, second pixel at y1; null: sums. Even channels, or room. */
+EK_INLINE void ek_conv_tile(const ek_step_t *s, const ek_conv_t *p, int32_t first, int32_t count, void *y0,
+                            int8_t *y1) {
+    ek_tile_t t = {s->c + 2 * first, y0, y1, (count + 1) >> 1, p->zero};
+    ek_mm22(s->col, s->w + 4 * first * p->units, p->units, &t);
+}
+
+typedef struct {
+    const ek_conv_t *p;
+    int8_t *y;
+} ek_conv_codes_t;
+
+EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
+    const ek_conv_codes_t *m = (const ek_conv_codes_t *)more;
+    const ek_conv_t *p = m->p;
+    int32_t n = p->outputs, even = n & ~1;
+    int8_t *y0 = m->y + s->pixel * p->co + s->group * n, *y1 = s->count == 2 ? y0 + p->co : y0;
+    if (even) ek_conv_tile(s, p, 0, even, y0, y1);
+    if (n != even) {
+        int8_t last[4];
+        ek_conv_tile(s, p, even, 1, last, last + 2);
+        if (s->count == 2) y1[even] = last[2];
+        y0[even] = last[0];
+    }
+    if (p->lo > -128 || p->hi < 127) {
+        for (int32_t j = 0; j < s->count; ++j, y0 = y1) {
+            for (int32_t i = 0; i < n; ++i) y0[i] = (int8_t)ek_clamp(y0[i], p->lo, p->hi);
+        }
+    }
+}
+
+EK_KERNEL void ek_conv_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c, int8_t *y,
+                          void *scratch) {
+    ek_conv_codes_t m = {p, y};
+    ek_conv_walk(p, x, w, c, (ek_u32 *)scratch, ek_conv_codes, &m);
+}
+
+/* -- with a residual ----------------------------------------------------------------------------------------------- */
+
+EK_INLINE int8_t ek_fused_add(const ek_fused_add_t *p, int32_t v, int32_t r) {
+    /* Modulo 2^32: parts of the sum may leave int32, the sum does not. */
+    uint32_t sum = (uint32_t)v * (uint32_t)p->self + (uint32_t)r * (uint32_t)p->other + (uint32_t)p->bias;
+    return (int8_t)ek_clamp(((int32_t)sum >> p->f) + p->zero, p->lo, p->hi);
+}
+
+typedef struct {
+    const ek_conv_add_t *p;
+    const int8_t *r;
+    int8_t *y;
+} ek_conv_sum_t;
+
+EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
+    const ek_conv_sum_t *m = (const ek_conv_sum_t *)more;
+    const ek_conv_t *p = &m->p->conv;
+    for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
+        int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
+        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int8_t codes[2 * EK_CHUNK];
+        ek_conv_tile(s, p, first, n, codes, codes + EK_CHUNK);
+        /* Copies, because what is stored might be the parameters. */
+        const ek_fused_add_t add = m->p->add;
+        int32_t lo = p->lo, hi = p->hi;
+        for (int32_t j = 0; j < s->count; ++j, at += p->co) {
+            const int8_t *v = codes + j * EK_CHUNK, *r = m->r + at;
+            int8_t *y = m->y + at;
+            for (int32_t i = 0; i < n; ++i) y[i] = ek_fused_add(&add, ek_clamp(v[i], lo, hi), r[i]);
+        }
+    }
+}
+
+/* y may be r. */
+EK_KERNEL void ek_conv_add_s8(const ek_conv_add_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
+                              const int8_t *r, int8_t *y, void *scratch) {
+    ek_conv_sum_t m = {p, r, y};
+    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_sum, &m);
+}
+
+/* -- multipliers of one half and more ------------------------------------------------------------------------------ */
+
+typedef struct {
+    const ek_conv_t *p;
+    const ek_fused_add_t *add;
+    const int8_t *shift, *r;
+    int8_t *y;
+} ek_conv_rq1_t;
+
+EK_KERNEL void ek_conv_rq1(const ek_step_t *s, const void *more) {
+    const ek_conv_rq1_t *m = (const ek_conv_rq1_t *)more;
+    const ek_conv_t *p = m->p;
+    const int8_t *shift = m->shift + s->group * ((p->outputs + 1) & ~1);
+    for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
+        int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
+        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t sums[2 * EK_CHUNK];
+        ek_conv_tile(s, p, first, n, sums, 0);
+        for (int32_t j = 0; j < s->count; ++j, at += p->co) {
+            for (int32_t i = 0; i < n; ++i) {
+                int32_t o = first + i, factor = s->c[(o >> 1) * 4 + 2 + (o & 1)];
+                int32_t v = ek_code(ek_rq1(sums[2 * i + j], factor, shift[o]), p->zero, p->lo, p->hi);
+                m->y[at + i] = m->add ? ek_fused_add(m->add, v, m->r[at + i]) : (int8_t)v;
+            }
+        }
+    }
+}
+
+EK_KERNEL void ek_conv_rq1_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
+                              const int8_t *shift, int8_t *y, void *scratch) {
+    ek_conv_rq1_t m = {p, 0, shift, 0, y};
+    ek_conv_walk(p, x, w, c, (ek_u32 *)scratch, ek_conv_rq1, &m);
+}
+
+/* y may be r. */
+EK_KERNEL void ek_conv_rq1_add_s8(const ek_conv_add_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
+                                  const int8_t *shift, const int8_t *r, int8_t *y, void *scratch) {
+    ek_conv_rq1_t m = {&p->conv, &p->add, shift, r, y};
+    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_rq1, &m);
+}
+
+/* -- real results -------------------------------------------------------------------------------------------------- */
+
+/* Rounds to float32 here: the compiler must not contract a product and a sum. */
+EK_INLINE float ek_rounded(float v) {
+    __asm__("" : "+m"(v));
+    return v;
+}
+
+typedef struct {
+    const ek_conv_f32_t *p;
+    const float *r;
+    void *y;
+    int32_t coded;
+} ek_conv_real_t;
+
+EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
+    const ek_conv_real_t *m = (const ek_conv_real_t *)more;
+    const ek_conv_t *p = &m->p->conv;
+    for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
+        int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
+        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t sums[2 * EK_CHUNK];
+        ek_conv_tile(s, p, first, n, sums, 0);
+        for (int32_t j = 0; j < s->count; ++j, at += p->co) {
+            for (int32_t i = 0; i < n; ++i) {
+                int32_t o = first + i;
+                float factor, v;
+                memcpy(&factor, s->c + (o >> 1) * 4 + 2 + (o & 1), 4);
+                v = ek_rounded((float)sums[2 * i + j] * factor);
+                if (m->r) v += m->r[at + i];
+                if ((m->p->act & 1) && !(v > 0)) v *= m->p->slope;
+                if ((m->p->act & 2) && v < m->p->lo) v = m->p->lo;
+                if ((m->p->act & 4) && v > m->p->hi) v = m->p->hi;
+                if (!m->coded) {
+                    ((float *)m->y)[at + i] = v;
+                    continue;
+                }
+                /* Adding 1.5 * 2^23 rounds to a whole number, half to even. What is not a number becomes -128. */
+                float low = (float)(-128 - p->zero), high = (float)(127 - p->zero), magic = 12582912.0f;
+                v = ek_rounded(ek_rounded(v) * m->p->scale);
+                v = v > low ? v < high ? v : high : low;
+                v = ek_rounded(v + magic) - magic;
+                ((int8_t *)m->y)[at + i] = (int8_t)((int32_t)v + p->zero);
+            }
+        }
+    }
+}
+
+EK_KERNEL void ek_conv_f32(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c, float *y,
+                           void *scratch) {
+    ek_conv_real_t m = {p, 0, y, 0};
+    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+}
+
+/* y may be r. */
+EK_KERNEL void ek_conv_add_f32(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
+                               const float *r, float *y, void *scratch) {
+    ek_conv_real_t m = {p, r, y, 0};
+    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+}
+
+EK_KERNEL void ek_conv_f32_s8(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c, int8_t *y,
+                              void *scratch) {
+    ek_conv_real_t m = {p, 0, y, 1};
+    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+}
+
+EK_KERNEL void ek_conv_add_f32_s8(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
+                                  const float *r, int8_t *y, void *scratch) {
+    ek_conv_real_t m = {p, r, y, 1};
+    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+}

@@ -1,0 +1,168 @@
+"""Microcontroller convolutions equal the definition of integer arithmetic bit for bit, for any geometry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from edgec import integer
+from edgec.targets.device import load_device
+from edgec.targets.kernels.common import AddEpilogue, Epilogue
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.mcu.kernels import implement
+from tests.targets.mcu_runner import kernel_of, run_on_host
+
+Weights = dict[str, np.ndarray]
+ROUNDINGS = ("RQH", "RQ1", "float", "codes")
+
+
+def codes(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.integers(-128, 128, shape).astype(np.int8)
+
+
+def weights_of(spec: Conv2D, rng: np.random.Generator, rounding: str) -> Weights:
+    """Weights, bias and multipliers whose results spread over the codes and a little beyond."""
+    depth = spec.ci // spec.groups
+    w = rng.integers(-127, 128, (spec.co, depth, *spec.kernel)).astype(np.int8)
+    folded = -spec.x_zp * w.astype(np.int64).reshape(spec.co, -1).sum(1)
+    bias = (folded + rng.integers(-20000, 20000, spec.co)).astype(np.int32)
+    scale = rng.uniform(0.2, 2.0, spec.co) / (73 * math.sqrt(depth * math.prod(spec.kernel)))
+    if rounding in ("float", "codes"):
+        return {"w": w, "bias": bias, "m": scale.astype(np.float32)}
+    if rounding == "RQ1":
+        scale[rng.integers(spec.co)] = rng.uniform(0.5, 40.0)
+    m, shift = integer.multipliers(scale, "RQH")
+    return {"w": w, "bias": bias, "m": m, "shift": shift}
+
+
+def definition(spec: Conv2D, x: np.ndarray, weights: Weights, residual: np.ndarray | None) -> np.ndarray:
+    """The output [pixels, channels] by `edgec.integer`."""
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.x_zp)
+    image, epilogue = x.reshape(1, spec.h, spec.w, spec.ci), spec.epilogue
+    w, bias, m = weights["w"], weights["bias"], weights["m"]
+    if epilogue.requant == "float":
+        real = integer.qconv2d_float(image, w, bias, m, *geometry, "NHWC").reshape(-1)
+        real = real if residual is None else real + residual
+        if epilogue.act == "clip":
+            real = np.clip(real, np.float32(epilogue.lo), np.float32(epilogue.hi))
+        elif epilogue.act == "leaky_relu":
+            real = np.where(real > 0, real, real * np.float32(epilogue.lo))
+        if epilogue.y_scale is None:
+            return real
+        return np.clip(np.rint(real * np.float32(1 / epilogue.y_scale)) + epilogue.y_zp, -128, 127).astype(np.int8)
+    lo, hi = int(max(epilogue.lo, -128)), int(min(epilogue.hi, 127))
+    y = integer.qconv2d(image, w, bias, m, weights["shift"], *geometry, epilogue.y_zp, lo, hi, "NHWC").reshape(-1)
+    add = epilogue.add
+    if add is None:
+        return y
+    assert residual is not None
+    return integer.qadd(y, residual, add.m_self, add.m_other, add.f, add.z_self, add.z_other, add.z_y, add.lo, add.hi)
+
+
+def some_epilogue(rng: np.random.Generator, rounding: str, residual: bool) -> Epilogue:
+    def span() -> tuple[int, int]:
+        lo, hi = sorted(int(v) for v in rng.integers(-128, 128, 2))
+        return (lo, hi) if rng.random() < 0.5 else (-128, 127)
+
+    zero = lambda: int(rng.integers(-128, 128))  # noqa: E731
+    if rounding in ("float", "codes"):
+        act = str(rng.choice(["none", "clip", "leaky_relu"]))
+        lo, hi = {"none": (-math.inf, math.inf), "clip": (-0.3, [0.9, math.inf][rng.integers(2)])}.get(act, (0.1, 0.0))
+        scale = 0.013 if rounding == "codes" else None
+        return Epilogue(act, lo, hi, zero(), residual, requant="float", y_scale=scale)
+    add = None
+    if residual:
+        m_self, m_other, f = integer.add_parameters(*rng.uniform(0.1, 1.0, 2), rng.uniform(0.1, 1.0))
+        if rng.random() < 0.3:
+            m_other = -m_other
+        add = AddEpilogue(m_self, m_other, f, zero(), zero(), zero(), *span())
+    lo, hi = span()
+    return Epilogue(lo=lo, hi=hi, y_zp=zero(), add=add)
+
+
+@st.composite
+def convolutions(draw: Any) -> tuple[Conv2D, str, int]:
+    """(spec, rounding, seed): any geometry with an output."""
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    depth, outputs = draw(st.integers(1, 9)), draw(st.integers(1, 7))
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
+    h = draw(st.integers(max(1, reach[0] - padding[0] - padding[1]), 9))
+    w = draw(st.integers(max(1, reach[1] - padding[2] - padding[3]), 12))
+    spec = Conv2D(
+        h,
+        w,
+        depth * groups,
+        outputs * groups,
+        kernel,
+        (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        padding,
+        dilation,
+        groups,
+        "int8",
+        draw(st.integers(-128, 127)),
+    )
+    rounding, seed = draw(st.sampled_from(ROUNDINGS)), draw(st.integers(0, 2**31))
+    residual = draw(st.booleans())
+    return replace(spec, epilogue=some_epilogue(np.random.default_rng(seed), rounding, residual)), rounding, seed
+
+
+def case(spec: Conv2D, rounding: str, seed: int) -> tuple[np.ndarray, Weights, np.ndarray | None]:
+    """(input, weights, residual) of a random layer."""
+    rng = np.random.default_rng(seed + 1)
+    size = math.prod(spec.out) * spec.co
+    residual = None
+    if spec.residual:
+        residual = codes(rng, size)
+        if spec.epilogue.requant == "float":
+            residual = rng.standard_normal(size).astype(np.float32)
+    return codes(rng, spec.h * spec.w * spec.ci), weights_of(spec, rng, rounding), residual
+
+
+def check(spec: Conv2D, rounding: str, seed: int, target: str = "cortex-m3") -> None:
+    x, weights, residual = case(spec, rounding, seed)
+    kernel = kernel_of(spec, weights, target)
+    given = [x] if residual is None else [x, residual]
+    expected = definition(spec, x, weights, residual)
+    for inplace in (False, True) if kernel.inplace else (False,):
+        actual = run_on_host(kernel, given, weights, 1, load_device(target), inplace)
+        np.testing.assert_array_equal(actual, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_any_geometry(drawn: tuple[Conv2D, str, int]) -> None:
+    check(*drawn)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.sampled_from(ROUNDINGS),
+    st.booleans(),
+    st.integers(0, 99),
+)
+@example(1, 1, 1, "RQH", False, 0)
+@example(1, 640, 17, "RQH", False, 0)
+def test_matrix_products(rows: int, ci: int, co: int, rounding: str, residual: bool, seed: int) -> None:
+    """Pointwise and fully connected layers; more channels than wait on the stack at a time."""
+    epilogue = some_epilogue(np.random.default_rng(seed), rounding, residual)
+    check(Conv2D(1, rows, ci, co, dtype="int8", x_zp=-7, epilogue=epilogue), rounding, seed)
+
+
+def test_declines_what_it_cannot_do() -> None:
+    spec = Conv2D(4, 4, 3, 5, dtype="int8", epilogue=Epilogue(act="gelu", requant="float"))
+    weights = weights_of(spec, np.random.default_rng(0), "float")
+    device = load_device("cortex-m4")
+    assert implement(spec, weights, device) is None
+    assert implement(replace(spec, dtype="float32"), {"w": weights["w"], "bias": None}, device) is None
+    assert implement(replace(spec, epilogue=Epilogue(requant="RQF")), weights, device) is None
