@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgec.plan import Form, Plan, Port
     from edgec.targets.cpu.emit import Kernels, SelfTest
     from edgec.targets.device import Device
+    from edgec.targets.mcu.runner import Measurement
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -118,12 +119,28 @@ class Bundle:
         its own, so threads may share a Bundle. Raises EdgecError for wrong numbers, shapes or types; a type may differ
         in size only (float64 for float32).
         """
-        arrays = [_converted(a, p, True) for a, p in zip(self._check(inputs), self.manifest["inputs"], strict=True)]
+        arrays = self._prepared(inputs)
         here = self.manifest["runner"] == "native" or (self.is_mcu and not self.emulate)
         results = self._run_native(arrays) if here else self._run_emulated(arrays)
         results = [_converted(r, p, False) for r, p in zip(results, self.manifest["outputs"], strict=True)]
         results = [_joined(r, tuple(o["shape"])) for r, o in zip(results, self.manifest["outputs"], strict=True)]
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _prepared(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The inputs as the code takes them: [runs, *shape of one run on the device], aligned and contiguous."""
+        pairs = zip(self._check(inputs), self.manifest["inputs"], strict=True)
+        return [_converted(a, p, True) for a, p in pairs]
+
+    def measure(self, *inputs: np.ndarray) -> Measurement:
+        """Exact instruction counts and memory of one inference on QEMU's board, for a microcontroller.
+
+        inputs: as for `run`, of one sample. Raises EdgecError for other bundles, ToolchainMissing without emulator.
+        """
+        from edgec.targets.mcu.runner import measure
+
+        if not self.is_mcu:
+            raise EdgecError("is not for a microcontroller", where=f"bundle {self.name}")
+        return measure(self, [a[0] for a in self._prepared(inputs)], self.device())
 
     def selftest(self) -> bool:
         """Run the built-in sample and compare with the built-in result.
@@ -134,6 +151,10 @@ class Bundle:
 
         if self.manifest.get("selftest") is None:
             raise EdgecError("has no self-test", where=f"bundle {self.name}")
+        if self.is_mcu:
+            from edgec.targets.mcu.runner import program_of, selftest
+
+            return selftest(program_of(self), self.device())
         self._check_machine()
         program = (self.path / "bin" / "runner").absolute()
         command = [*self._prefix(), str(program), "--selftest"]
@@ -145,7 +166,7 @@ class Bundle:
         return status == 0
 
     def _check(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The inputs as the code takes them: [runs, *shape of one run], aligned and contiguous."""
+        """The inputs as the model has them: [runs, *shape of one run], aligned and contiguous."""
         specs = self.manifest["inputs"]
         if len(inputs) != len(specs):
             raise EdgecError(f"takes {len(specs)} inputs, got {len(inputs)}", where=f"bundle {self.name}")
@@ -250,7 +271,19 @@ class Bundle:
                 hint="compile the model on this machine",
             )
 
+    def device(self) -> Device:
+        """The target it was compiled for. Raises EdgecError when this edgec does not know it."""
+        from edgec.registry import get_device
+
+        return get_device(self.manifest["target"])
+
     def _run_emulated(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        if self.is_mcu:
+            from edgec.targets.mcu import runner
+
+            ports = [o.get("device") or o for o in self.manifest["outputs"]]
+            results = [(tuple(o["shape"]), o["dtype"]) for o in ports]
+            return runner.run_samples(runner.program_of(self), self.device(), arrays, results)
         from edgec.targets.cpu.runner import run_samples
 
         outputs = [(tuple(o["shape"]), o["dtype"]) for o in self.manifest["outputs"]]
@@ -374,8 +407,8 @@ def _assemble_mcu(
     with staging(target) as folder:
         bundle = folder / "bundle"
         bundle.mkdir()
-        sizes = build(plan, lowered.kernels, device, bundle, selftest, __version__)
-        facts = {"code_bytes": sizes.code, "flash_bytes": sizes.flash, "threads": 1}
+        flash = build(plan, lowered.kernels, device, bundle, selftest, __version__)
+        facts = {"code_bytes": flash - plan.weight_bytes, "flash_bytes": flash, "threads": 1}
         manifest = _manifest(plan, device, selftest, meta, bundle, facts)
         _write_manifest(bundle, manifest)
         install(bundle, target)

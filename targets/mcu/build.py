@@ -8,9 +8,6 @@ import platform
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
-
-from elftools.elf.elffile import ELFFile
 
 from edgec.plan import Plan
 from edgec.targets.cache import ObjectCache
@@ -19,29 +16,14 @@ from edgec.targets.cpu.toolchain import require_toolchain, run_tool
 from edgec.targets.device import Device
 from edgec.targets.mcu.emit import emit
 from edgec.targets.mcu.lower import LoweredC
+from edgec.targets.mcu.runner import Tensor, build_runner, flash_bytes
 
 FLAGS = ("-std=c99", "-O2", "-ffunction-sections", "-fdata-sections", "-Wall", "-Wextra", "-Wpedantic")
 HOST = ("-shared", "-fPIC", "-Wl,--build-id=none", "-Wl,-z,noexecstack", "-s")
-# Section flags of ELF: takes memory; is executed; is written to.
-ALLOCATED, EXECUTED, WRITTEN = 0x2, 0x4, 0x1
 
 
-class Sizes(NamedTuple):
-    """Bytes of a model's object file on the chip: code, constants, and what is copied to SRAM at the start."""
-
-    code: int
-    constants: int
-    data: int
-
-    @property
-    def flash(self) -> int:
-        return self.code + self.constants + self.data
-
-
-def build(
-    plan: Plan, kernels: LoweredC, device: Device, folder: Path, selftest: SelfTest | None, version: str
-) -> Sizes:
-    """Write the sources to `folder`, and compile them for the device to see that they do and what they take.
+def build(plan: Plan, kernels: LoweredC, device: Device, folder: Path, selftest: SelfTest | None, version: str) -> int:
+    """Write the sources to `folder`, and make of them a program for QEMU; returns the bytes of flash that a model adds.
 
     Raises EdgecError when a compiler refuses them, ToolchainMissing without one.
     """
@@ -49,11 +31,9 @@ def build(
     for place, data in emit(plan, kernels, device, selftest, version).items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_bytes(data)
-    source, made = f"src/{plan.name}.c", f"{plan.name}.o"
-    run_tool([device.cc, *device.cflags, *FLAGS, *specs(device), "-c", source, "-o", made], folder)
-    sizes = object_sizes(folder / made)
-    (folder / made).unlink()
-    return sizes
+    inputs, outputs = ([Tensor(p.shape, p.dtype) for p in ports] for ports in (plan.inputs, plan.outputs))
+    build_runner(folder, plan.name, inputs, outputs, selftest is not None, device)
+    return flash_bytes(folder, plan.name, inputs, outputs, device)
 
 
 def host_library(bundle: Path, name: str, *, cache: ObjectCache | None = None) -> bytes:
@@ -76,25 +56,3 @@ def host_library(bundle: Path, name: str, *, cache: ObjectCache | None = None) -
         store.put(key, library)
         store.trim()
     return library
-
-
-def specs(device: Device) -> tuple[str, ...]:
-    """What finds the C library."""
-    return ("--specs=picolibc.specs",) if device.triple.startswith("riscv") else ()
-
-
-def object_sizes(path: Path) -> Sizes:
-    """What an object file or a program takes in flash."""
-    code = constants = data = 0
-    with path.open("rb") as file:
-        for section in ELFFile(file).iter_sections():
-            flags, size = section["sh_flags"], section["sh_size"]
-            if not flags & ALLOCATED or section["sh_type"] == "SHT_NOBITS" or section["sh_type"] in ("SHT_ARM_EXIDX",):
-                continue
-            if flags & EXECUTED:
-                code += size
-            elif flags & WRITTEN:
-                data += size
-            else:
-                constants += size
-    return Sizes(code, constants, data)

@@ -116,18 +116,16 @@ def selftest(program: Path, device: Device) -> bool:
 def measure(bundle: Bundle, inputs: Sequence[np.ndarray], device: Device) -> Measurement:
     """Exact counts of one inference under QEMU, and the memory it used.
 
-    inputs: one array for each input of the model, with its shape and layout in the manifest. Raises EdgecError when
+    inputs: one array for each input, as the device takes it: see `edgec.bundle.Bundle.measure`. Raises EdgecError when
     there is no program or it fails, ToolchainMissing without emulator or host compiler.
     """
     name = bundle.name
-    specs = bundle.manifest["inputs"]
+    specs = [s.get("device") or s for s in bundle.manifest["inputs"]]
     arrays = [np.ascontiguousarray(a, np.dtype(s["dtype"])) for a, s in zip(inputs, specs, strict=True)]
     for array, spec in zip(arrays, specs, strict=True):
         if array.shape != tuple(spec["shape"]):
             expected = ", ".join(map(str, spec["shape"]))
-            raise EdgecError(
-                f"has shape {array.shape}, expected ({expected})", where=f"input '{spec['name']}' of bundle {name}"
-            )
+            raise EdgecError(f"has shape {array.shape}, expected ({expected})", where=f"input of bundle {name}")
     program = program_of(bundle)
     with tempfile.TemporaryDirectory(prefix="edgec-count-") as work:
         folder = Path(work)
