@@ -39,8 +39,8 @@ MODELS = (
 PASSES = "fold-bn, quantize-int8"
 SAMPLES = 64
 HEAD = "| model | core | MACs | instructions | per MAC | stack, bytes | arena, bytes | flash, bytes | of it weights |"
-# What others take for ResNet-8. CMSIS-NN (commit 99f736a6, -Ofast): its convolutions and additions only, counted in the
-# same way (`shared/notes/mcu.md`, section 3). ST: published for STM32Cube.AI 3.0.0 in ST's model zoo at commit 7f3764d5,
+# What others take for ResNet-8. CMSIS-NN (commit 99f736a6, -Ofast): convolutions and additions only, counted the same
+# way (`shared/notes/mcu.md`, section 3). ST: published for STM32Cube.AI 3.0.0 in ST's model zoo at commit 7f3764d5,
 # image_classification/resnet/README: activations 62.51 and runtime 1.26 KiB, weights 76.9 and code 36.08 KiB.
 OTHERS = {
     "mlperftiny_ic_resnet8": (
@@ -136,9 +136,9 @@ def measure(program: Program, core: str) -> tuple[Lowered, dict[str, Any], Measu
     device = load_device(core)
     lowered = lower(program, device)
     random = np.random.default_rng(0)
-    inputs = [random.normal(size=tuple(spec.shape)).astype(spec.dtype) for spec in lowered.plan.inputs]
     with tempfile.TemporaryDirectory(prefix="edgec-mcu-") as folder:
         bundle = build_bundle(lowered, device, Path(folder) / "bundle")
+        inputs = [random.normal(size=p["shape"]).astype(p["dtype"]) for p in bundle.manifest["inputs"]]
         return lowered, dict(bundle.manifest), bundle.measure(*inputs)
 
 
