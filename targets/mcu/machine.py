@@ -131,10 +131,10 @@ def run_program(
     """Run a program of `build_program` on the device's board.
 
     arguments: words without spaces. cwd: the folder in which the program finds its files. counts: where the counter
-    writes what ran from entry to return of `function`; `counter.read_report` reads it. clocked: `semihost_clock` follows
-    the instructions, see `instructions_per_tick`. Raises EdgecError when the program
-    faults, with reason and place, when it takes more than `timeout` seconds, and for what else QEMU complains of;
-    ToolchainMissing when QEMU or, for counts, the host's compiler is not installed.
+    writes what ran from entry to return of `function`; `counter.read_report` reads it. clocked: `semihost_clock`
+    follows the instructions, see `instructions_per_tick`. Raises EdgecError when the program faults, with reason and
+    place, when it takes more than `timeout` seconds, and for what else QEMU complains of; ToolchainMissing when QEMU
+    or, for counts, the host's compiler is not installed.
     """
     memory = board(device)
     words = [elf.name, *arguments]
