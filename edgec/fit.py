@@ -104,7 +104,9 @@ class _Network:
         except NotTileable:
             return None
 
-    def choose(self, budget: int, methods: Sequence[str], known: dict[tuple[int, int], _Options]) -> list[Choice] | None:
+    def choose(
+        self, budget: int, methods: Sequence[str], known: dict[tuple[int, int], _Options]
+    ) -> list[Choice] | None:
         """The cheapest stages with which no step needs more than `budget` bytes; None where there are none.
 
         A shortest path over the boundaries: a step as it is costs nothing, a stage what it adds.
@@ -125,7 +127,9 @@ class _Network:
                         continue
                     if (first, end) not in known:
                         stage = self.stage(first, end)
-                        known[first, end] = _Options(stage, self.scratch, stage is not None and stage.out in self.returned)
+                        known[first, end] = _Options(
+                            stage, self.scratch, stage is not None and stage.out in self.returned
+                        )
                     choice = known[first, end].cheapest(budget, methods)
                     if choice is None:
                         continue
@@ -150,7 +154,9 @@ class _Options:
         stage = self.stage
         if stage is None:
             return None
-        own = {n for n in (*stage.sources, stage.out) if n.op != "placeholder" and not (self.returned and n is stage.out)}
+        own = {
+            n for n in (*stage.sources, stage.out) if n.op != "placeholder" and not (self.returned and n is stage.out)
+        }
         if sum(aligned(nbytes(n)) for n in own) >= budget:
             return None
         rows, columns = (stage.extent(stage.out, axis) for axis in (0, 1))
@@ -259,7 +265,7 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     """The network with its stages tiled, in a copy, and a line for each."""
     module = copy.deepcopy(network.module)
     twins = dict(zip(network.module.graph.nodes, module.graph.nodes, strict=True))
-    total = sum(_macs(n) for n in network.steps)
+    total = sum(macs_of(n) for n in network.steps)
     lines = []
     # From the last one: the parts of a stage name the result of the stage before it.
     for choice in reversed(choices):
@@ -273,7 +279,7 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     return _program(staged, module), lines[::-1]
 
 
-def _macs(node: fx.Node) -> int:
+def macs_of(node: fx.Node) -> int:
     """Multiplications of a convolution; 0 for other nodes, which tiles leave as they are."""
     if node.target not in tiles.CONVOLUTIONS:
         return 0
