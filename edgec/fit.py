@@ -16,7 +16,7 @@ from torch import fx
 
 from edgec.errors import EdgecError
 from edgec.lowering import memory, tiles
-from edgec.lowering.memory import Item, aligned, nbytes
+from edgec.lowering.memory import aligned, nbytes
 from edgec.lowering.tiles import NotTileable, Part, Stage
 from edgec.plan import Plan
 from edgec.program import Program, layer_of, origin_of, output_nodes, propagate, shape_of
@@ -323,9 +323,10 @@ def _too_large(plan: Plan, sram_bytes: int, smallest: tuple[int, str]) -> EdgecE
     reached = f"smallest arena found: {needed:,} bytes ({how})" if needed < plan.arena_bytes else "tiling does not help"
     step = plan.steps[peak]
     return EdgecError(
-        f"the arena takes {plan.arena_bytes:,} bytes and may take {sram_bytes:,}; alive at the peak: {named}; {reached}",
+        f"the arena takes {plan.arena_bytes:,} bytes and may take {sram_bytes:,}; "
+        f"alive at the peak: {named}; {reached}",
         where=f"layer {step.layer or step.op} of {plan.name}",
-        hint=f"remove channels with prune-channels, use a smaller input, or a board with {needed:,} bytes for the arena",
+        hint=f"remove channels with prune-channels, use a smaller input, or a board with {needed:,} bytes free",
     )
 
 
