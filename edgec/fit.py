@@ -267,7 +267,7 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     """The network with its stages tiled, in a copy, and a line for each."""
     module = copy.deepcopy(network.module)
     twins = dict(zip(network.module.graph.nodes, module.graph.nodes, strict=True))
-    total = sum(_macs(n) for n in network.steps)
+    total = sum(macs_of(n) for n in network.steps)
     lines = []
     # From the last one: the parts of a stage name the result of the stage before it.
     for choice in reversed(choices):
@@ -281,7 +281,7 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     return _program(staged, module), lines[::-1]
 
 
-def _macs(node: fx.Node) -> int:
+def macs_of(node: fx.Node) -> int:
     """Multiplications of a convolution; 0 for other nodes, which tiles leave as they are."""
     if node.target not in tiles.CONVOLUTIONS:
         return 0
