@@ -79,7 +79,8 @@ def some_epilogue(rng: np.random.Generator, rounding: str, residual: bool) -> Ep
         return Epilogue(act, lo, hi, zero(), residual, requant="float", y_scale=scale)
     add = None
     if residual:
-        m_self, m_other, f = integer.add_parameters(*rng.uniform(0.1, 1.0, 2), rng.uniform(0.1, 1.0))
+        scale_self, scale_other, scale_y = rng.uniform(0.1, 1.0, 3)
+        m_self, m_other, f = integer.add_parameters(scale_self, scale_other, scale_y)
         if rng.random() < 0.3:
             m_other = -m_other
         add = AddEpilogue(m_self, m_other, f, zero(), zero(), zero(), *span())

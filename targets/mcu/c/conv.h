@@ -3,18 +3,19 @@
  * Convolutions, matrix products and fully connected layers on int8: any kernel, stride, padding, dilation and groups.
  *
  * The inputs under the kernel of two output pixels are gathered into two columns side by side; then each pair of output
- * channels is multiplied with both. A column goes along (row of the kernel, its column, channel); each row of the
- * kernel is filled up to a multiple of 4 with whatever is there, which weights of zero meet. Weights are packed
- * [groups][pairs of channels][units of 4][2][4], constants [groups][pairs]{bias, bias, m, m}; an odd number of channels
- * is filled up with zeros. The zero point of the input is folded into the bias.
+ * channels is multiplied with both. A column consists of units of 4 inputs. Inputs are taken in the order (row of the
+ * kernel, its column, channel), but what each row has beyond whole units comes last, all rows together, and weights of
+ * zero fill the last unit. Weights are packed [groups][pairs of channels][units][2][4], constants [groups][pairs]{bias,
+ * bias, m, m}; an odd number of channels is filled up with zeros. The zero point of the input is folded into the bias.
  */
 
-/* Geometry and codes. depth, outputs: input and output channels of a group. units, row: of a column and of a row of the
- * kernel in it. flat: a column is the next `ci` inputs, whole units of them. A kernel from row 0..inner_h - 1, column
- * 0..inner_w - 1 of the input on lies inside and its rows are whole stretches; none does where inner_w is 0. */
+/* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column. row: whole units of a
+ * row of the kernel, rest: inputs beyond them. flat: a column is the next `ci` inputs, whole units of them. A kernel from
+ * row 0..inner_h - 1, column 0..inner_w - 1 of the input on lies inside and its rows are each one stretch of the input.
+ */
 typedef struct {
     int32_t h, w, oh, ow, inner_h, inner_w;
-    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units, row, flat;
+    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units, row, rest, flat;
     int8_t x_zp, zero, lo, hi;
 } ek_conv_t;
 
@@ -160,7 +161,7 @@ EK_KERNEL ek_u32 *ek_fill(ek_u32 *d, int32_t code, int32_t units) {
     return d;
 }
 
-/* `rows` times `units` of inputs, `step` bytes from one row to the next. At least one row and one unit. */
+/* `rows` times `units` of inputs, `step` bytes from one row to the next. At least one row. */
 #if EK_DSP
 #define EK_SPREAD "ldr r6, [r4], #4\n sxtb16 r7, r6\n sxtb16 r8, r6, ror #8\n strd r7, r8, [r0], #16\n"
 EK_KERNEL __attribute__((naked)) ek_u32 *ek_spread(ek_u32 *d __attribute__((unused)),
@@ -190,69 +191,90 @@ EK_KERNEL ek_u32 *ek_spread(ek_u32 *d, const int8_t *s, int32_t units, int32_t r
 }
 #endif
 
-/* A row of the kernel byte by byte; `at` is where its first tap lies in x, in column `ix` of the input. */
-EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t at,
-                                                          int32_t ix) {
-    uint32_t v = 0;
-    int32_t lane = 0;
-    for (int32_t kx = 0; kx < p->kw; ++kx, ix += p->dw, at += p->dw * p->ci) {
-        int32_t there = ix >= 0 && ix < p->w;
-        for (int32_t k = 0; k < p->depth; ++k) {
-            v |= (uint32_t)(uint8_t)(there ? x[at + k] : p->x_zp) << lane;
-            lane += 8;
-            if (lane == 32) {
-                ek_put(d, v);
-                d += EK_UNIT;
-                v = 0;
-                lane = 0;
-            }
-        }
+/* Codes come in at the upper end of `v`; the units that this fills go to d. */
+typedef struct {
+    ek_u32 *d;
+    uint32_t v;
+    int32_t n;
+} ek_bytes_t;
+
+EK_INLINE void ek_push(ek_bytes_t *b, int8_t code) {
+    b->v = b->v >> 8 | (uint32_t)(uint8_t)code << 24;
+    if ((++b->n & 3) == 0) {
+        ek_put(b->d, b->v);
+        b->d += EK_UNIT;
     }
-    if (lane) {
-        ek_put(d, v);
-        d += EK_UNIT;
-    }
-    return d;
 }
 
-/* A column that meets the border, or whose parts do not lie side by side. */
-EK_KERNEL void ek_border(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
-    int32_t depth = p->depth, row = p->row, step = p->dh * p->w * p->ci, first = 0, rows = p->kh, all = p->kh;
-    while (first < all && iy < 0) {
-        iy += p->dh;
-        ++first;
-    }
-    rows -= first;
-    while (rows > 0 && iy + (rows - 1) * p->dh >= p->h) --rows;
-    d = ek_fill(d, p->x_zp, first * row);
-    if (rows > 0) {
-        int32_t at = (iy * p->w + ix) * p->ci + g * depth, whole = 0;
-        if (ix >= 0 && ix < p->inner_w) {
-            /* The last unit of a row reads on, which the last row of the input must not. */
-            whole = rows - (at + (rows - 1) * step + 4 * row > p->h * p->w * p->ci);
-            if (whole > 0) d = ek_spread(d, x + at, row, whole, step);
-        }
-        for (; whole < rows; ++whole) {
-            int32_t tap = at + whole * step;
-            if (depth & 3) {
-                d = ek_gather(p, d, x, tap, ix);
-                continue;
-            }
-            for (int32_t kx = 0; kx < p->kw; ++kx, tap += p->dw * p->ci) {
-                int32_t cx = ix + kx * p->dw;
-                d = cx < 0 || cx >= p->w ? ek_fill(d, p->x_zp, depth >> 2) : ek_spread(d, x + tap, depth >> 2, 1, 0);
-            }
-        }
-    }
-    ek_fill(d, p->x_zp, (all - first - rows) * row);
+EK_INLINE void ek_pushed(ek_bytes_t *b) {
+    if (b->n & 3) ek_put(b->d, b->v >> (32 - 8 * (b->n & 3)));
 }
 
-/* The inputs of group `g` under the kernel at row iy, column ix of the input. */
-EK_INLINE void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
+/* `rest` inputs of each of `rows` rows. */
+EK_KERNEL void ek_rest(ek_u32 *d, const int8_t *s, int32_t rest, int32_t rows, int32_t step) {
+    if (rest == 1 && rows == 3) {
+        /* 3x3 on the 3 channels of an image. */
+        const uint8_t *u = (const uint8_t *)s;
+        ek_put(d, u[0] | (uint32_t)u[step] << 8 | (uint32_t)u[2 * step] << 16);
+        return;
+    }
+    ek_bytes_t b = {d, 0, 0};
+    for (; rows > 0; --rows, s += step) {
+        for (int32_t i = 0; i < rest; ++i) ek_push(&b, s[i]);
+    }
+    ek_pushed(&b);
+}
+
+/* `count` inputs from the `first` of a row of the kernel, one by one. x: the row of the input; null outside of it. */
+EK_KERNEL void ek_codes(const ek_conv_t *p, ek_bytes_t *out, const int8_t *x, int32_t ix, int32_t first,
+                        int32_t count) {
+    ek_bytes_t b = *out;
+    int32_t kx = first / p->depth, k = first - kx * p->depth, cx = ix + kx * p->dw;
+    for (; count > 0; cx += p->dw, k = 0) {
+        int32_t there = x && cx >= 0 && cx < p->w, at = cx * p->ci;
+        for (; k < p->depth && count > 0; ++k, --count) ek_push(&b, there ? x[at + k] : p->x_zp);
+    }
+    *out = b;
+}
+
+/* A column that meets the border or has taps apart from each other. */
+EK_KERNEL void ek_border(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix) {
+    int32_t units = p->depth >> 2, line = p->w * p->ci, y = iy;
+    for (int32_t ky = 0; ky < p->kh; ++ky, y += p->dh) {
+        /* No address is computed outside the input. */
+        const int8_t *s = y < 0 || y >= p->h ? 0 : x + y * line;
+        if (!s) {
+            d = ek_fill(d, p->x_zp, p->row);
+        } else if (ix >= 0 && ix < p->inner_w) {
+            d = ek_spread(d, s + ix * p->ci, p->row, 1, 0);
+        } else if (p->depth & 3) {
+            ek_bytes_t b = {d, 0, 0};
+            ek_codes(p, &b, s, ix, 0, 4 * p->row);
+            d = b.d;
+        } else {
+            for (int32_t kx = 0, cx = ix; kx < p->kw; ++kx, cx += p->dw) {
+                d = cx < 0 || cx >= p->w ? ek_fill(d, p->x_zp, units) : ek_spread(d, s + cx * p->ci, units, 1, 0);
+            }
+        }
+    }
+    if (p->rest) {
+        ek_bytes_t b = {d, 0, 0};
+        for (int32_t ky = 0; ky < p->kh; ++ky, iy += p->dh) {
+            ek_codes(p, &b, iy < 0 || iy >= p->h ? 0 : x + iy * line, ix, 4 * p->row, p->rest);
+        }
+        ek_pushed(&b);
+    }
+}
+
+/* The inputs of a group, whose first channel x points to, under the kernel at row iy, column ix of the input. */
+EK_INLINE void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix) {
     if (iy >= 0 && ix >= 0 && iy < p->inner_h && ix < p->inner_w) {
-        ek_spread(d, x + (iy * p->w + ix) * p->ci, p->row, p->kh, p->dh * p->w * p->ci);
+        const int8_t *s = x + (iy * p->w + ix) * p->ci;
+        int32_t step = p->dh * p->w * p->ci;
+        d = ek_spread(d, s, p->row, p->kh, step);
+        if (p->rest) ek_rest(d, s + 4 * p->row, p->rest, p->kh, step);
     } else {
-        ek_border(p, d, x, iy, ix, g);
+        ek_border(p, d, x, iy, ix);
     }
 }
 
@@ -282,7 +304,7 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
                     x += p->ci;
                     continue;
                 }
-                ek_column(p, d, x, iy, ix, g);
+                ek_column(p, d, x, iy, ix);
                 ix += p->sw;
                 if (--remaining == 0) {
                     remaining = p->ow;
@@ -293,6 +315,7 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
             finish(&s, more);
             s.at += 2 * p->co;
         }
+        x += p->depth;
         w += blocks * p->units * 8;
         c += blocks * 4;
     }
@@ -307,6 +330,18 @@ EK_INLINE void ek_conv_tile(const ek_step_t *s, const ek_conv_t *p, int32_t firs
 
 /* Clamps codes. */
 EK_KERNEL void ek_limit(int8_t *y, int32_t n, int32_t lo, int32_t hi) {
+#if EK_DSP
+    uint32_t low = (uint8_t)lo * 0x01010101u, high = (uint8_t)hi * 0x01010101u;
+    for (; n >= 4; n -= 4, y += 4) {
+        uint32_t v, t;
+        memcpy(&v, y, 4);
+        /* Differences set the flags by which bytes are selected. */
+        __asm__("ssub8 %1, %0, %2\n sel %0, %0, %2\n ssub8 %1, %3, %0\n sel %0, %0, %3"
+                : "+r"(v), "=&r"(t)
+                : "r"(low), "r"(high));
+        memcpy(y, &v, 4);
+    }
+#endif
     for (; n > 0; --n, ++y) *y = (int8_t)ek_clamp(*y, lo, hi);
 }
 

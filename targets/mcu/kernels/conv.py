@@ -11,7 +11,7 @@ import numpy as np
 
 from edgec.integer import HALF_SHIFT
 from edgec.targets.device import Device
-from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
+from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 
@@ -68,8 +68,9 @@ class Conv(McuKernel):
 
     @property
     def units(self) -> int:
-        """Units of a column: each of its rows is filled up to whole ones."""
-        return self.rows[0] * (round_up(self.rows[1], UNIT) // UNIT)
+        """Units of a column: whole ones of its rows, then those of what the rows have beyond them."""
+        rows, length = self.rows
+        return rows * (length // UNIT) + -(-rows * (length % UNIT) // UNIT)
 
     @property
     def flat(self) -> bool:
@@ -101,10 +102,12 @@ class Conv(McuKernel):
         spec, w, m = self.spec, weights["w"], weights["m"]
         assert w is not None and m is not None
         kh, kw = spec.kernel
-        rows = w.reshape(spec.groups, self.outputs, self.depth, kh, kw).transpose(0, 1, 3, 4, 2)
-        rows = rows.reshape(spec.groups, self.outputs, *self.rows)
-        full = np.zeros((spec.groups, self.blocks * self.block, self.rows[0], round_up(self.rows[1], UNIT)), np.int8)
-        full[:, : self.outputs, :, : self.rows[1]] = rows
+        taps = w.reshape(spec.groups, self.outputs, self.depth, kh, kw).transpose(0, 1, 3, 4, 2)
+        taps = taps.reshape(spec.groups, self.outputs, *self.rows)
+        whole, rest = np.split(taps, [self.rows[1] // UNIT * UNIT], axis=3)
+        full = np.zeros((spec.groups, self.blocks * self.block, self.units * UNIT), np.int8)
+        full[:, : self.outputs, : whole[0, 0].size] = whole.reshape(spec.groups, self.outputs, -1)
+        full[:, : self.outputs, whole[0, 0].size :][..., : rest[0, 0].size] = rest.reshape(*rest.shape[:2], -1)
         packed = full.reshape(spec.groups, self.blocks, self.block, self.units, UNIT).transpose(0, 1, 3, 2, 4)
         factors = m.view(np.int32) if self.rounding == "float" else m.astype(np.int32)
         bias = weights.get("bias")
@@ -145,16 +148,13 @@ class Conv(McuKernel):
         spec, epilogue = self.spec, self.spec.epilogue
         rows, columns = spec.out
         codes = epilogue.requant != "float"
-        row = self.units // spec.kernel[0]
-        # The last unit of a row that is not whole reads beyond it.
-        whole = spec.kernel[1] * self.depth % UNIT == 0
-        dense = spec.groups == 1 and spec.dilation[1] == 1
+        dense = spec.kernel[1] == 1 or (spec.groups == 1 and spec.dilation[1] == 1)
         return {
             "h": spec.h,
             "w": spec.w,
             "oh": rows,
             "ow": columns,
-            "inner_h": spec.h - spec.dilation[0] * (spec.kernel[0] - 1) - (0 if whole else 1),
+            "inner_h": spec.h - spec.dilation[0] * (spec.kernel[0] - 1),
             "inner_w": spec.w - spec.kernel[1] + 1 if dense else 0,
             "ci": spec.ci,
             "co": spec.co,
@@ -170,7 +170,8 @@ class Conv(McuKernel):
             "top": spec.padding[0],
             "left": spec.padding[2],
             "units": self.units,
-            "row": row,
+            "row": self.rows[1] // UNIT,
+            "rest": self.rows[1] % UNIT,
             "flat": int(self.flat),
             "x_zp": spec.x_zp,
             "zero": epilogue.y_zp,
