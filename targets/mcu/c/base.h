@@ -72,7 +72,7 @@ EK_INLINE int32_t ek_smmla(int32_t a, int32_t b, int32_t c) {
 }
 
 EK_INLINE int32_t ek_sat8(int32_t v) {
-#if EK_DSP
+#if defined(__ARM_FEATURE_SAT) && !defined(EK_PORTABLE)
     int32_t r;
     __asm__("ssat %0, #8, %1" : "=r"(r) : "r"(v));
     return r;

@@ -1,4 +1,4 @@
-/* needs: base */
+/* needs: base clamp add */
 /*
  * Convolutions, matrix products and fully connected layers on int8: any kernel, stride, padding, dilation and groups.
  *
@@ -19,15 +19,10 @@ typedef struct {
     int8_t x_zp, zero, lo, hi;
 } ek_conv_t;
 
-/* A residual r added to the layer's code v: ((self v + other r + bias) >> f) + zero in lo..hi. */
-typedef struct {
-    int32_t self, other, bias;
-    int8_t f, zero, lo, hi;
-} ek_fused_add_t;
-
+/* add: of the layer's code and a residual. */
 typedef struct {
     ek_conv_t conv;
-    ek_fused_add_t add;
+    ek_add_t add;
 } ek_conv_add_t;
 
 /* Real results. act, a set of bits: 1 takes v or slope v below 0, 2 and 4 clip to lo and to hi. scale: what real values
@@ -53,16 +48,6 @@ typedef struct {
 
 /* Channels whose results wait on the stack. */
 #define EK_CHUNK 16
-
-EK_INLINE int32_t ek_saturate(int32_t v) {
-#if EK_DSP
-    int32_t r;
-    __asm__("ssat %0, #8, %1" : "=r"(r) : "r"(v));
-    return r;
-#else
-    return ek_clamp(v, -128, 127);
-#endif
-}
 
 #if EK_DSP
 /* Words of a unit of both columns: bytes 0 and 2 of the first, 1 and 3, those of the second; as 16 bits each. */
@@ -143,10 +128,10 @@ EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t u
             continue;
         }
         /* The second pixel first: a lone pixel is both. */
-        y1[0] = (int8_t)ek_saturate(ek_rqh(a01, c[2]) + zero);
-        y1[1] = (int8_t)ek_saturate(ek_rqh(a11, c[3]) + zero);
-        y0[0] = (int8_t)ek_saturate(ek_rqh(a00, c[2]) + zero);
-        y0[1] = (int8_t)ek_saturate(ek_rqh(a10, c[3]) + zero);
+        y1[0] = (int8_t)ek_sat8(ek_rqh(a01, c[2]) + zero);
+        y1[1] = (int8_t)ek_sat8(ek_rqh(a11, c[3]) + zero);
+        y0[0] = (int8_t)ek_sat8(ek_rqh(a00, c[2]) + zero);
+        y0[1] = (int8_t)ek_sat8(ek_rqh(a10, c[3]) + zero);
         y0 += 2;
         y1 += 2;
     }
@@ -328,23 +313,6 @@ EK_INLINE void ek_conv_tile(const ek_step_t *s, const ek_conv_t *p, int32_t firs
     ek_mm22(s->col, s->w + 4 * first * p->units, p->units, &t);
 }
 
-/* Clamps codes. */
-EK_KERNEL void ek_limit(int8_t *y, int32_t n, int32_t lo, int32_t hi) {
-#if EK_DSP
-    uint32_t low = (uint8_t)lo * 0x01010101u, high = (uint8_t)hi * 0x01010101u;
-    for (; n >= 4; n -= 4, y += 4) {
-        uint32_t v, t;
-        memcpy(&v, y, 4);
-        /* Differences set the flags by which bytes are selected. */
-        __asm__("ssub8 %1, %0, %2\n sel %0, %0, %2\n ssub8 %1, %3, %0\n sel %0, %0, %3"
-                : "+r"(v), "=&r"(t)
-                : "r"(low), "r"(high));
-        memcpy(y, &v, 4);
-    }
-#endif
-    for (; n > 0; --n, ++y) *y = (int8_t)ek_clamp(*y, lo, hi);
-}
-
 typedef struct {
     const ek_conv_t *p;
     int8_t *y;
@@ -363,8 +331,8 @@ EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
         y0[even] = last[0];
     }
     if (p->lo > -128 || p->hi < 127) {
-        ek_limit(y0, n, p->lo, p->hi);
-        if (s->count == 2) ek_limit(y1, n, p->lo, p->hi);
+        ek_clamp_codes(y0, n, p->lo, p->hi);
+        if (s->count == 2) ek_clamp_codes(y1, n, p->lo, p->hi);
     }
 }
 
@@ -375,19 +343,6 @@ EK_KERNEL void ek_conv_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, 
 }
 
 /* -- with a residual ----------------------------------------------------------------------------------------------- */
-
-/* y may be r. */
-EK_KERNEL void ek_fused_add(const ek_fused_add_t *p, const int8_t *v, const int8_t *r, int8_t *y, int32_t n) {
-    /* Copies, because what is stored might be the parameters. */
-    uint32_t self = (uint32_t)p->self, other = (uint32_t)p->other, bias = (uint32_t)p->bias;
-    int32_t f = p->f, zero = p->zero;
-    for (int32_t i = 0; i < n; ++i) {
-        /* Modulo 2^32: parts of the sum may leave int32, the sum does not. */
-        uint32_t sum = (uint32_t)v[i] * self + (uint32_t)r[i] * other + bias;
-        y[i] = (int8_t)ek_saturate(((int32_t)sum >> f) + zero);
-    }
-    if (p->lo > -128 || p->hi < 127) ek_limit(y, n, p->lo, p->hi);
-}
 
 typedef struct {
     const ek_conv_add_t *p;
@@ -403,10 +358,10 @@ EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
         int32_t at = s->at + first;
         int8_t codes[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, codes, codes + EK_CHUNK);
-        if (p->lo > -128 || p->hi < 127) ek_limit(codes, 2 * EK_CHUNK, p->lo, p->hi);
-        ek_fused_add(&m->p->add, codes, m->r + at, m->y + at, n);
+        if (p->lo > -128 || p->hi < 127) ek_clamp_codes(codes, 2 * EK_CHUNK, p->lo, p->hi);
+        ek_add_row(&m->p->add, codes, 1, m->r + at, 1, m->y + at, n);
         at += p->co;
-        if (s->count == 2) ek_fused_add(&m->p->add, codes + EK_CHUNK, m->r + at, m->y + at, n);
+        if (s->count == 2) ek_add_row(&m->p->add, codes + EK_CHUNK, 1, m->r + at, 1, m->y + at, n);
     }
 }
 
@@ -421,7 +376,7 @@ EK_KERNEL void ek_conv_add_s8(const ek_conv_add_t *p, const int8_t *x, const int
 
 typedef struct {
     const ek_conv_t *p;
-    const ek_fused_add_t *add;
+    const ek_add_t *add;
     const int8_t *shift, *r;
     int8_t *y;
 } ek_conv_rq1_t;
@@ -441,7 +396,7 @@ EK_KERNEL void ek_conv_rq1(const ek_step_t *s, const void *more) {
                 int32_t o = first + i, factor = s->c[(o >> 1) * 4 + 2 + (o & 1)];
                 y[i] = (int8_t)ek_code(ek_rq1(sums[2 * i + j], factor, shift[o]), p->zero, p->lo, p->hi);
             }
-            if (m->add) ek_fused_add(m->add, codes, m->r + at, m->y + at, n);
+            if (m->add) ek_add_row(m->add, codes, 1, m->r + at, 1, m->y + at, n);
         }
     }
 }
@@ -468,10 +423,8 @@ EK_INLINE float ek_rounded(float v) {
 }
 
 /* A sum times a factor, whose bits are given. */
-EK_INLINE float ek_scaled(int32_t sum, int32_t bits) {
-    float factor;
-    memcpy(&factor, &bits, 4);
-    return ek_rounded((float)sum * factor);
+EK_INLINE float ek_times(int32_t sum, int32_t bits) {
+    return ek_rounded((float)sum * ek_float_of(bits));
 }
 
 /* y[at], of float values or of codes, from a sum and the residual. */
@@ -509,7 +462,7 @@ EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i;
-                float v = ek_scaled(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
+                float v = ek_times(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
                 if (m->r) v += m->r[at + i];
                 ek_store_real(&m->p->real, v, m->coded, p->zero, m->y, at + i);
             }

@@ -71,10 +71,10 @@ EK_KERNEL void ek_mm14(const int8_t *EK_RESTRICT x, const int8_t *EK_RESTRICT w,
             sums += 4;
             continue;
         }
-        y[0] = (int8_t)ek_saturate(ek_rqh(a0, c[4]) + zero);
-        y[1] = (int8_t)ek_saturate(ek_rqh(a1, c[5]) + zero);
-        y[2] = (int8_t)ek_saturate(ek_rqh(a2, c[6]) + zero);
-        y[3] = (int8_t)ek_saturate(ek_rqh(a3, c[7]) + zero);
+        y[0] = (int8_t)ek_sat8(ek_rqh(a0, c[4]) + zero);
+        y[1] = (int8_t)ek_sat8(ek_rqh(a1, c[5]) + zero);
+        y[2] = (int8_t)ek_sat8(ek_rqh(a2, c[6]) + zero);
+        y[3] = (int8_t)ek_sat8(ek_rqh(a3, c[7]) + zero);
         y += 4;
     }
 }
@@ -92,7 +92,7 @@ EK_KERNEL void ek_fc_s8(const ek_fc_t *p, const int8_t *x, const int8_t *w, cons
         ek_mm14(x, w + 4 * even * p->units, p->units, &t);
         memcpy(y + even, last, (size_t)(p->co - even));
     }
-    if (p->lo > -128 || p->hi < 127) ek_limit(y, p->co, p->lo, p->hi);
+    if (p->lo > -128 || p->hi < 127) ek_clamp_codes(y, p->co, p->lo, p->hi);
 }
 
 EK_INLINE void ek_fc_real(const ek_fc_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c, void *y,
@@ -102,7 +102,7 @@ EK_INLINE void ek_fc_real(const ek_fc_f32_t *p, const int8_t *x, const int8_t *w
         ek_tile_t t = {c, sums, 0, 1, 0};
         ek_mm14(x, w, p->fc.units, &t);
         for (int32_t i = 0; i < 4 && o + i < p->fc.co; ++i) {
-            ek_store_real(&p->real, ek_scaled(sums[i], c[4 + i]), coded, p->fc.zero, y, o + i);
+            ek_store_real(&p->real, ek_times(sums[i], c[4 + i]), coded, p->fc.zero, y, o + i);
         }
     }
 }

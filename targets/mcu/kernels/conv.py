@@ -11,9 +11,10 @@ import numpy as np
 
 from edgec.integer import HALF_SHIFT
 from edgec.targets.device import Device
-from edgec.targets.kernels.common import AddEpilogue, Epilogue
+from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
+from edgec.targets.mcu.kernels.depthwise import add_fields
 
 # Weights of a unit: what one step of the inner loop takes along a column.
 UNIT = 4
@@ -214,20 +215,6 @@ def real_fields(epilogue: Epilogue) -> dict[str, Value]:
             act, hi = act | UPPER, _float32(epilogue.hi)
     scale = 1.0 if epilogue.y_scale is None else _float32(1 / epilogue.y_scale)
     return {"real.act": act, "real.slope": slope, "real.lo": lo, "real.hi": hi, "real.scale": scale}
-
-
-def add_fields(add: AddEpilogue) -> dict[str, Value]:
-    """Fields of `ek_fused_add_t`. Zero points and rounding are one constant, modulo 2^32."""
-    constant = (1 << (add.f - 1)) - add.m_self * add.z_self - add.m_other * add.z_other
-    return {
-        "self": add.m_self,
-        "other": add.m_other,
-        "bias": (constant + 2**31) % 2**32 - 2**31,
-        "f": add.f,
-        "zero": add.z_y,
-        "lo": int(add.lo),
-        "hi": int(add.hi),
-    }
 
 
 def _float32(value: float) -> float:
