@@ -22,7 +22,7 @@ from edgec.targets.mcu.kernels import implement
 # A rectified result, one that is not, and one with a residual.
 RELU, LINEAR = Epilogue(lo=-128, hi=127, y_zp=-128), Epilogue(lo=-128, hi=127, y_zp=5)
 SUM = Epilogue(lo=-128, hi=127, y_zp=5, add=AddEpilogue(150000, 200000, 18, 5, -128, -128, -128, 127))
-SAME, HALF = (1, 1, 1, 1), (0, 1, 0, 1)
+SAME, HALF, NONE = (1, 1, 1, 1), (0, 1, 0, 1), (0, 0, 0, 0)
 
 
 def conv(
@@ -49,10 +49,10 @@ MODELS: dict[str, list[tuple[Conv2D, int]]] = {
         (conv((32, 32), 16, 16, epilogue=SUM), 1),
         (conv((32, 32), 16, 32, stride=2, padding=HALF), 1),
         (conv((16, 16), 32, 32, epilogue=SUM), 1),
-        (conv((32, 32), 16, 32, (1, 1), 2, (0,) * 4, LINEAR), 1),
+        (conv((32, 32), 16, 32, (1, 1), 2, NONE, LINEAR), 1),
         (conv((16, 16), 32, 64, stride=2, padding=HALF), 1),
         (conv((8, 8), 64, 64, epilogue=SUM), 1),
-        (conv((16, 16), 32, 64, (1, 1), 2, (0,) * 4, LINEAR), 1),
+        (conv((16, 16), 32, 64, (1, 1), 2, NONE, LINEAR), 1),
         (product(1, 64, 10, LINEAR), 1),
     ],
     "dscnn": [

@@ -97,8 +97,8 @@ def convolutions(draw: Any) -> tuple[Conv2D, str, int]:
     dilation = (draw(st.integers(1, 3)), draw(st.integers(1, 2)))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     padding = tuple(draw(st.integers(0, 3)) for _ in range(4))
-    h = draw(st.integers(max(1, reach[0] - padding[0] - padding[1]), 9))
-    w = draw(st.integers(max(1, reach[1] - padding[2] - padding[3]), 12))
+    h, w = max(1, reach[0] - padding[0] - padding[1]), max(1, reach[1] - padding[2] - padding[3])
+    h, w = draw(st.integers(h, h + 6)), draw(st.integers(w, w + 8))
     spec = Conv2D(
         h,
         w,
@@ -205,30 +205,48 @@ ODD = [
 ]
 
 
-def odd_cases(rng: np.random.Generator) -> list[tuple[Conv2D, str]]:
-    found = []
-    for spec, rounding, residual in ODD:
-        found.append((replace(spec, dtype="int8", epilogue=some_epilogue(rng, rounding, residual)), rounding))
-    return found
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.qemu(name))
-        for name in ("cortex-m0plus", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55", "rv32imc")
-    ],
-)
-def test_cores(name: str) -> None:
+def run_on(name: str, drawn: list[tuple[Conv2D, str, int]], flags: tuple[str, ...] = ()) -> None:
+    """Run all layers in one program for a core and compare; outputs take over residuals where they may."""
     cases, expected = [], []
-    for seed, (spec, rounding) in enumerate(odd_cases(np.random.default_rng(5))):
+    for spec, rounding, seed in drawn:
         x, weights, residual = case(spec, rounding, seed)
         kernel = kernel_of(spec, weights, name)
         given = [x] if residual is None else [x, residual]
         cases.append(Case(kernel, given, weights, 1, bool(kernel.inplace)))
         expected.append(definition(spec, x, weights, residual))
-    for (actual, _), wanted, one in zip(run_cases_on_device(cases, load_device(name)), expected, cases, strict=True):
+    found = run_cases_on_device(cases, load_device(name), flags)
+    for (actual, _), wanted, one in zip(found, expected, cases, strict=True):
         np.testing.assert_array_equal(actual, wanted, err_msg=str(one.kernel))
+
+
+def odd_layers() -> list[tuple[Conv2D, str, int]]:
+    rng = np.random.default_rng(5)
+    found = []
+    for seed, (spec, rounding, residual) in enumerate(ODD):
+        found.append((replace(spec, dtype="int8", epilogue=some_epilogue(rng, rounding, residual)), rounding, seed))
+    return found
+
+
+CORES = ("cortex-m0plus", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55", "rv32imc")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.qemu(name)) for name in CORES])
+def test_cores(name: str) -> None:
+    run_on(name, odd_layers())
+
+
+@pytest.mark.qemu("cortex-m4")
+@pytest.mark.parametrize("flags", [("-O0",), ("-Os",), ("-O3", "-std=gnu99"), ("-DEK_PORTABLE",)])
+def test_compiler_options(flags: tuple[str, ...]) -> None:
+    """Also those that let the compiler contract products and sums of floats."""
+    run_on("cortex-m4", odd_layers(), flags)
+
+
+@pytest.mark.qemu("cortex-m4")
+@settings(max_examples=2, deadline=None, derandomize=True)
+@given(st.lists(convolutions(), min_size=40, max_size=40))
+def test_any_geometry_by_dsp_instructions(drawn: list[tuple[Conv2D, str, int]]) -> None:
+    run_on("cortex-m4", drawn)
 
 
 # Instructions per multiplication on a core with DSP instructions, measured and a little more.

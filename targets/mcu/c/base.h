@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__ARM_FEATURE_DSP) && !defined(EK_PORTABLE)
+#if defined(__ARM_FEATURE_DSP) && __ARM_ARCH_PROFILE == 'M' && !defined(EK_PORTABLE)
 #define EK_DSP 1
 #include <arm_acle.h>
 #else
@@ -29,6 +29,13 @@
 #define EK_INLINE static inline __attribute__((always_inline))
 /* A kernel: unused ones leave no code and no warning. */
 #define EK_KERNEL static __attribute__((noinline, unused))
+/* A function in assembly, of which compilers must not believe to know what registers it leaves alone. */
+#if defined(__clang__)
+#define EK_ASSEMBLY static __attribute__((naked, noinline, unused))
+#else
+#define EK_ASSEMBLY static __attribute__((naked, noipa, unused))
+#endif
+#define EK_UNUSED __attribute__((unused))
 
 typedef uint32_t __attribute__((may_alias)) ek_u32;
 typedef int16_t __attribute__((may_alias)) ek_i16;

@@ -10,8 +10,8 @@
  */
 
 /* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column. row: whole units of a
- * row of the kernel, rest: inputs beyond them. flat: a column is the next `ci` inputs, whole units of them. A kernel from
- * row 0..inner_h - 1, column 0..inner_w - 1 of the input on lies inside and its rows are each one stretch of the input.
+ * row of the kernel, rest: inputs beyond them. flat: a column is the next `ci` inputs, whole units of them. A kernel
+ * from row 0..inner_h - 1, column 0..inner_w - 1 of the input on lies inside, each of its rows in one stretch.
  */
 typedef struct {
     int32_t h, w, oh, ow, inner_h, inner_w;
@@ -77,10 +77,8 @@ EK_INLINE void ek_put(ek_u32 *d, uint32_t v) { d[0] = v; }
 
 /* Assembly, because all 14 registers are taken: GCC would spill. The frame: columns, rounds of 4 units, where the first
  * round starts (56 bytes of code are a unit), c, y0, y1, end of the weights, zero. */
-EK_KERNEL __attribute__((naked)) void ek_mm22(const ek_u32 *col __attribute__((unused)),
-                                                             const int8_t *w __attribute__((unused)),
-                                                             int32_t units __attribute__((unused)),
-                                                             const ek_tile_t *t __attribute__((unused))) {
+EK_ASSEMBLY void ek_mm22(const ek_u32 *col EK_UNUSED, const int8_t *w EK_UNUSED, int32_t units EK_UNUSED,
+                         const ek_tile_t *t EK_UNUSED) {
     __asm__ volatile(
         "push {r4-r11, lr}\n sub sp, #36\n"
         "ldmia r3, {r4-r8}\n str r8, [sp, #28]\n"
@@ -149,11 +147,8 @@ EK_KERNEL ek_u32 *ek_fill(ek_u32 *d, int32_t code, int32_t units) {
 /* `rows` times `units` of inputs, `step` bytes from one row to the next. At least one row. */
 #if EK_DSP
 #define EK_SPREAD "ldr r6, [r4], #4\n sxtb16 r7, r6\n sxtb16 r8, r6, ror #8\n strd r7, r8, [r0], #16\n"
-EK_KERNEL __attribute__((naked)) ek_u32 *ek_spread(ek_u32 *d __attribute__((unused)),
-                                                   const int8_t *s __attribute__((unused)),
-                                                   int32_t units __attribute__((unused)),
-                                                   int32_t rows __attribute__((unused)),
-                                                   int32_t step __attribute__((unused))) {
+EK_ASSEMBLY ek_u32 *ek_spread(ek_u32 *d EK_UNUSED, const int8_t *s EK_UNUSED, int32_t units EK_UNUSED,
+                              int32_t rows EK_UNUSED, int32_t step EK_UNUSED) {
     __asm__ volatile(
         "push {r4-r8, lr}\n ldr r12, [sp, #24]\n"
         "1: mov r4, r1\n subs r5, r2, #4\n blt 3f\n"
@@ -279,17 +274,18 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
     int32_t blocks = (p->outputs + 1) >> 1;
     for (int32_t g = 0; g < p->groups; ++g) {
         ek_step_t s = {col, w, c, g * p->outputs, 2, g};
+        const int8_t *in = x + g * p->depth;
         int32_t iy = -p->top, ix = -p->left, remaining = p->ow;
         for (int32_t n = p->oh * p->ow; n > 0; n -= 2) {
             if (n == 1) s.count = 1;
             for (int32_t j = 0; j < s.count; ++j) {
                 ek_u32 *d = col + j * EK_COLUMN;
                 if (p->flat) {
-                    ek_spread(d, x, p->units, 1, 0);
-                    x += p->ci;
+                    ek_spread(d, in, p->units, 1, 0);
+                    in += p->ci;
                     continue;
                 }
-                ek_column(p, d, x, iy, ix);
+                ek_column(p, d, in, iy, ix);
                 ix += p->sw;
                 if (--remaining == 0) {
                     remaining = p->ow;
@@ -300,7 +296,6 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
             finish(&s, more);
             s.at += 2 * p->co;
         }
-        x += p->depth;
         w += blocks * p->units * 8;
         c += blocks * 4;
     }
@@ -423,7 +418,7 @@ EK_INLINE float ek_rounded(float v) {
 }
 
 /* A sum times a factor, whose bits are given. */
-EK_INLINE float ek_times(int32_t sum, int32_t bits) {
+EK_INLINE float ek_real_of(int32_t sum, int32_t bits) {
     return ek_rounded((float)sum * ek_float_of(bits));
 }
 
@@ -462,7 +457,7 @@ EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i;
-                float v = ek_times(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
+                float v = ek_real_of(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
                 if (m->r) v += m->r[at + i];
                 ek_store_real(&m->p->real, v, m->coded, p->zero, m->y, at + i);
             }

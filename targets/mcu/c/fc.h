@@ -1,7 +1,7 @@
 /* needs: base conv */
 /*
- * Fully connected layers of one row: the input is read where it lies, in whole units of 4. Weights are packed [blocks of
- * 4 channels][units][4][4], constants [blocks]{4 biases, 4 m}; channels are filled up with zeros.
+ * Fully connected layers of one row: the input is read where it lies, in whole units of 4. Weights are packed [blocks
+ * of 4 channels][units][4][4], constants [blocks]{4 biases, 4 m}; channels are filled up with zeros.
  */
 typedef struct {
     int16_t co, units;
@@ -23,10 +23,8 @@ typedef struct {
     "sxtb16 r10, r8\n smlad lr, r10, r9, lr\n sxtb16 r8, r8, ror #8\n smlad lr, r8, r4, lr\n"
 
 /* As ek_mm22; 80 bytes of code are a unit. */
-EK_KERNEL __attribute__((naked)) void ek_mm14(const int8_t *x __attribute__((unused)),
-                                              const int8_t *w __attribute__((unused)),
-                                              int32_t units __attribute__((unused)),
-                                              const ek_tile_t *t __attribute__((unused))) {
+EK_ASSEMBLY void ek_mm14(const int8_t *x EK_UNUSED, const int8_t *w EK_UNUSED, int32_t units EK_UNUSED,
+                         const ek_tile_t *t EK_UNUSED) {
     __asm__ volatile(
         "push {r4-r11, lr}\n sub sp, #36\n"
         "ldmia r3, {r4-r8}\n str r8, [sp, #28]\n"
@@ -102,7 +100,7 @@ EK_INLINE void ek_fc_real(const ek_fc_f32_t *p, const int8_t *x, const int8_t *w
         ek_tile_t t = {c, sums, 0, 1, 0};
         ek_mm14(x, w, p->fc.units, &t);
         for (int32_t i = 0; i < 4 && o + i < p->fc.co; ++i) {
-            ek_store_real(&p->real, ek_times(sums[i], c[4 + i]), coded, p->fc.zero, y, o + i);
+            ek_store_real(&p->real, ek_real_of(sums[i], c[4 + i]), coded, p->fc.zero, y, o + i);
         }
     }
 }
