@@ -1,6 +1,6 @@
 """Instructions per multiplication of convolution kernels on microcontroller cores under QEMU, layer by layer.
 
-python -m benchmarks.mcu_layers [--cores cortex-m4,cortex-m7] [--layers resnet8,vww]; results are checked, too.
+python -m benchmarks.mcu_layers [--cores cortex-m4,cortex-m7] [--layers resnet8,vww] [--bits 4]; results are checked.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -85,9 +86,10 @@ MODELS: dict[str, list[tuple[Conv2D, int]]] = {
 
 def operands(spec: Conv2D, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray], list[np.ndarray]]:
     """(input, weights, residual if any) at random."""
-    w = rng.integers(-127, 128, (spec.co, spec.ci, *spec.kernel)).astype(np.int8)
+    most = (1 << (spec.bits - 1)) - 1
+    w = rng.integers(-most, most + 1, (spec.co, spec.ci, *spec.kernel)).astype(np.int8)
     bias = rng.integers(-9999, 9999, spec.co).astype(np.int32)
-    m, shift = multipliers(np.full(spec.co, 1 / (73 * math.sqrt(spec.ci * math.prod(spec.kernel)))), "RQH")
+    m, shift = multipliers(np.full(spec.co, 1 / (0.57 * most * math.sqrt(spec.ci * math.prod(spec.kernel)))), "RQH")
     x = rng.integers(-128, 128, spec.h * spec.w * spec.ci).astype(np.int8)
     size = math.prod(spec.out) * spec.co
     residual = [rng.integers(-128, 128, size).astype(np.int8)] if spec.residual else []
@@ -124,11 +126,12 @@ def describe(spec: Conv2D) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cores", default="cortex-m4,cortex-m7,cortex-m33,cortex-m3,rv32imc")
+    parser.add_argument("--bits", type=int, default=8, choices=(4, 8), help="of each weight")
     parser.add_argument("--layers", default=",".join(MODELS))
     options = parser.parse_args()
     cores = options.cores.split(",")
     for name in options.layers.split(","):
-        layers = MODELS[name]
+        layers = [(replace(spec, bits=options.bits), times) for spec, times in MODELS[name]]
         counts = {core: instructions([spec for spec, _ in layers], core) for core in cores}
         rows = []
         for i, (spec, _) in enumerate(layers):

@@ -7,6 +7,7 @@
  * kernel, its column, channel), but what each row has beyond whole units comes last, all rows together, and weights of
  * zero fill the last unit. Weights are packed [groups][pairs of channels][units][2][4], constants [groups][pairs]{bias,
  * bias, m, m}; an odd number of channels is filled up with zeros. The zero point of the input is folded into the bias.
+ * Weights of 4 bits (`conv4.h`) go in pairs, too: the first channel's are the upper halves of the bytes.
  */
 
 /* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column. row: whole units of a
@@ -67,72 +68,80 @@ EK_INLINE void ek_put(ek_u32 *d, uint32_t v) { d[0] = v; }
 #define EK_COLUMN (EK_UNIT / 2)
 
 #if EK_DSP
-/* One unit of 2 pixels by 2 channels. Sums: r3, r11 of the first channel, r12, lr of the second. */
-#define EK_MAC22 \
-    "ldmia.w r0!, {r4-r7}\n ldrd r8, r9, [r1], #8\n" \
+/* Products of 2 pixels and 2 channels. Sums: r3, r11 of the first channel, r12, lr of the second. */
+#define EK_PRODUCTS22 \
     "sxtb16 r10, r8\n smlad r3, r10, r4, r3\n smlad r11, r10, r6, r11\n" \
     "sxtb16 r8, r8, ror #8\n smlad r3, r8, r5, r3\n smlad r11, r8, r7, r11\n" \
     "sxtb16 r10, r9\n smlad r12, r10, r4, r12\n smlad lr, r10, r6, lr\n" \
     "sxtb16 r9, r9, ror #8\n smlad r12, r9, r5, r12\n smlad lr, r9, r7, lr\n"
+#define EK_MAC22 "ldmia.w r0!, {r4-r7}\n ldrd r8, r9, [r1], #8\n" EK_PRODUCTS22
 
-/* Assembly, because all 14 registers are taken: GCC would spill. The frame: columns, rounds of 4 units, where the first
- * round starts (56 bytes of code are a unit), c, y0, y1, end of the weights, zero. */
+/* Assembly, because all 14 registers are taken: GCC would spill. A unit is `size` bytes of code and 1 << `log` bytes of
+ * weights. The frame: columns, rounds of 4 units, where the first round starts, c, y0, y1, end of the weights, zero. */
+#define EK_TILE_IN(size, log) \
+    "push {r4-r11, lr}\n sub sp, #36\n" \
+    "ldmia r3, {r4-r8}\n str r8, [sp, #28]\n" \
+    "mul r7, r7, r2\n add r7, r1, r7, lsl #" #log "\n" \
+    "add r8, sp, #12\n stmia r8, {r4-r7}\n" \
+    "rsb r4, r2, #0\n and r4, r4, #3\n movs r5, #" #size "\n" \
+    "adr.w r6, 1f\n orr r6, r6, #1\n mla r4, r4, r5, r6\n" \
+    "adds r2, #3\n lsrs r2, r2, #2\n stmia sp, {r0, r2, r4}\n"
+#define EK_TILE_ROUND(unit) \
+    ".p2align 2\n1:\n" unit unit unit unit "subs r2, #1\n bne 1b\n add r0, sp, #12\n ldmia r0, {r4-r8}\n"
+#define EK_TILE_OUT(bytes) \
+    "4: adds r4, #" #bytes "\n stmia r0, {r4-r6}\n cmp r1, r7\n bne 2b\n" \
+    "add sp, #36\n pop {r4-r11, pc}\n" \
+    "3: stmia r5!, {r3, r11, r12, lr}\n b 4b\n"
+/* The second pixel first: a lone pixel is both. */
+#define EK_CODES22 \
+    "cbz r6, 3f\n ldrd r9, r10, [r4, #8]\n" \
+    "smmlar r3, r3, r9, r8\n smmlar r11, r11, r9, r8\n smmlar r12, r12, r10, r8\n smmlar lr, lr, r10, r8\n" \
+    "ssat r3, #8, r3\n ssat r11, #8, r11\n ssat r12, #8, r12\n ssat lr, #8, lr\n" \
+    "strb r11, [r6], #1\n strb lr, [r6], #1\n strb r3, [r5], #1\n strb r12, [r5], #1\n"
+
 EK_ASSEMBLY void ek_mm22(const ek_u32 *col EK_UNUSED, const int8_t *w EK_UNUSED, int32_t units EK_UNUSED,
                          const ek_tile_t *t EK_UNUSED) {
-    __asm__ volatile(
-        "push {r4-r11, lr}\n sub sp, #36\n"
-        "ldmia r3, {r4-r8}\n str r8, [sp, #28]\n"
-        "mul r7, r7, r2\n add r7, r1, r7, lsl #3\n"
-        "add r8, sp, #12\n stmia r8, {r4-r7}\n"
-        "rsb r4, r2, #0\n and r4, r4, #3\n movs r5, #56\n adr.w r6, 1f\n orr r6, r6, #1\n mla r4, r4, r5, r6\n"
-        "adds r2, #3\n lsrs r2, r2, #2\n stmia sp, {r0, r2, r4}\n"
-        "2: ldmia sp, {r0, r2, r4, r5}\n ldrd r3, r12, [r5]\n mov r11, r3\n mov lr, r12\n bx r4\n"
-        ".p2align 2\n"
-        "1:\n" EK_MAC22 EK_MAC22 EK_MAC22 EK_MAC22 "subs r2, #1\n bne 1b\n"
-        "add r0, sp, #12\n ldmia r0, {r4-r8}\n"
-        "cbz r6, 3f\n"
-        "ldrd r9, r10, [r4, #8]\n"
-        "smmlar r3, r3, r9, r8\n smmlar r11, r11, r9, r8\n smmlar r12, r12, r10, r8\n smmlar lr, lr, r10, r8\n"
-        "ssat r3, #8, r3\n ssat r11, #8, r11\n ssat r12, #8, r12\n ssat lr, #8, lr\n"
-        /* The second pixel first: a lone pixel is both. */
-        "strb r11, [r6], #1\n strb lr, [r6], #1\n strb r3, [r5], #1\n strb r12, [r5], #1\n"
-        "4: adds r4, #16\n stmia r0, {r4-r6}\n cmp r1, r7\n bne 2b\n"
-        "add sp, #36\n pop {r4-r11, pc}\n"
-        "3: stmia r5!, {r3, r11, r12, lr}\n b 4b\n");
+    __asm__ volatile(EK_TILE_IN(56, 3)
+                     "2: ldmia sp, {r0, r2, r4, r5}\n ldrd r3, r12, [r5]\n mov r11, r3\n mov lr, r12\n bx r4\n"
+                     EK_TILE_ROUND(EK_MAC22) EK_CODES22 EK_TILE_OUT(16));
 }
 #else
 /* Spelt out, because compilers do not unroll at -O2. */
-#define EK_MAC22(k) \
-    x0 = x[k], x1 = x[k + 4], w0 = w[k], w1 = w[k + 4]; \
+#define EK_MAC22(k, first, second) \
+    x0 = x[k], x1 = x[k + 4], w0 = first, w1 = second; \
     a00 += x0 * w0, a01 += x1 * w0, a10 += x0 * w1, a11 += x1 * w1;
+#define EK_MM22(bytes, first, second) \
+    const int32_t *c = t->c; \
+    int32_t *sums = (int32_t *)t->y0, zero = t->zero; \
+    int8_t *y0 = (int8_t *)t->y0, *y1 = t->y1; \
+    for (int32_t b = t->blocks; b > 0; --b, c += 4) { \
+        const int8_t *EK_RESTRICT x = (const int8_t *)col, *end = x + 8 * units; \
+        int32_t a00 = c[0], a01 = c[0], a10 = c[1], a11 = c[1]; \
+        for (; x != end; x += 8, w += bytes) { \
+            int32_t x0, x1, w0, w1; \
+            EK_MAC22(0, first(0), second(0)) \
+            EK_MAC22(1, first(1), second(1)) \
+            EK_MAC22(2, first(2), second(2)) \
+            EK_MAC22(3, first(3), second(3)) \
+        } \
+        if (!y1) { \
+            sums[0] = a00, sums[1] = a01, sums[2] = a10, sums[3] = a11; \
+            sums += 4; \
+            continue; \
+        } \
+        /* The second pixel first: a lone pixel is both. */ \
+        y1[0] = (int8_t)ek_sat8(ek_rqh(a01, c[2]) + zero); \
+        y1[1] = (int8_t)ek_sat8(ek_rqh(a11, c[3]) + zero); \
+        y0[0] = (int8_t)ek_sat8(ek_rqh(a00, c[2]) + zero); \
+        y0[1] = (int8_t)ek_sat8(ek_rqh(a10, c[3]) + zero); \
+        y0 += 2; \
+        y1 += 2; \
+    }
+#define EK_FIRST8(k) w[k]
+#define EK_SECOND8(k) w[k + 4]
 
 EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t units, const ek_tile_t *t) {
-    const int32_t *c = t->c;
-    int32_t *sums = (int32_t *)t->y0, zero = t->zero;
-    int8_t *y0 = (int8_t *)t->y0, *y1 = t->y1;
-    for (int32_t b = t->blocks; b > 0; --b, c += 4) {
-        const int8_t *EK_RESTRICT x = (const int8_t *)col, *end = x + 8 * units;
-        int32_t a00 = c[0], a01 = c[0], a10 = c[1], a11 = c[1];
-        for (; x != end; x += 8, w += 8) {
-            int32_t x0, x1, w0, w1;
-            EK_MAC22(0)
-            EK_MAC22(1)
-            EK_MAC22(2)
-            EK_MAC22(3)
-        }
-        if (!y1) {
-            sums[0] = a00, sums[1] = a01, sums[2] = a10, sums[3] = a11;
-            sums += 4;
-            continue;
-        }
-        /* The second pixel first: a lone pixel is both. */
-        y1[0] = (int8_t)ek_sat8(ek_rqh(a01, c[2]) + zero);
-        y1[1] = (int8_t)ek_sat8(ek_rqh(a11, c[3]) + zero);
-        y0[0] = (int8_t)ek_sat8(ek_rqh(a00, c[2]) + zero);
-        y0[1] = (int8_t)ek_sat8(ek_rqh(a10, c[3]) + zero);
-        y0 += 2;
-        y1 += 2;
-    }
+    EK_MM22(8, EK_FIRST8, EK_SECOND8)
 }
 #endif
 
@@ -260,21 +269,35 @@ EK_INLINE void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t
 
 /* -- walks --------------------------------------------------------------------------------------------------------- */
 
+typedef void (*ek_mm22_t)(const ek_u32 *col, const int8_t *w, int32_t units, const ek_tile_t *t);
+
+/* What all convolutions are given. mm: multiplies with weights of so many `bits`. */
+typedef struct {
+    const int8_t *x, *w;
+    const int32_t *c;
+    void *scratch;
+    ek_mm22_t mm;
+    int32_t bits;
+} ek_conv_in_t;
+#define EK_BITS8 ek_mm22, 8
+
 /* A step: columns of one or two pixels, weights and constants of the group, where results of the first pixel go. */
 typedef struct {
     const ek_u32 *col;
     const int8_t *w;
     const int32_t *c;
-    int32_t at, count, group;
+    ek_mm22_t mm;
+    int32_t bits, at, count, group;
 } ek_step_t;
 
 /* Columns of all pixels by twos; `finish` gets each step and `more`. */
-EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c, ek_u32 *col,
+EK_INLINE void ek_conv_walk(const ek_conv_t *p, ek_conv_in_t from,
                             void (*finish)(const ek_step_t *s, const void *more), const void *more) {
+    ek_u32 *col = (ek_u32 *)from.scratch;
     int32_t blocks = (p->outputs + 1) >> 1;
     for (int32_t g = 0; g < p->groups; ++g) {
-        ek_step_t s = {col, w, c, g * p->outputs, 2, g};
-        const int8_t *in = x + g * p->depth;
+        ek_step_t s = {col, from.w, from.c, from.mm, from.bits, g * p->outputs, 2, g};
+        const int8_t *in = from.x + g * p->depth;
         int32_t iy = -p->top, ix = -p->left, remaining = p->ow;
         for (int32_t n = p->oh * p->ow; n > 0; n -= 2) {
             if (n == 1) s.count = 1;
@@ -296,8 +319,8 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
             finish(&s, more);
             s.at += 2 * p->co;
         }
-        w += blocks * p->units * 8;
-        c += blocks * 4;
+        from.w += blocks * p->units * from.bits;
+        from.c += blocks * 4;
     }
 }
 
@@ -305,7 +328,7 @@ EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w
 EK_INLINE void ek_conv_tile(const ek_step_t *s, const ek_conv_t *p, int32_t first, int32_t count, void *y0,
                             int8_t *y1) {
     ek_tile_t t = {s->c + 2 * first, y0, y1, (count + 1) >> 1, p->zero};
-    ek_mm22(s->col, s->w + 4 * first * p->units, p->units, &t);
+    s->mm(s->col, s->w + first * p->units * s->bits / 2, p->units, &t);
 }
 
 typedef struct {
@@ -334,7 +357,7 @@ EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
 EK_KERNEL void ek_conv_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c, int8_t *y,
                           void *scratch) {
     ek_conv_codes_t m = {p, y};
-    ek_conv_walk(p, x, w, c, (ek_u32 *)scratch, ek_conv_codes, &m);
+    ek_conv_walk(p, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_codes, &m);
 }
 
 /* -- with a residual ----------------------------------------------------------------------------------------------- */
@@ -364,7 +387,7 @@ EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
 EK_KERNEL void ek_conv_add_s8(const ek_conv_add_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
                               const int8_t *r, int8_t *y, void *scratch) {
     ek_conv_sum_t m = {p, r, y};
-    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_sum, &m);
+    ek_conv_walk(&p->conv, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_sum, &m);
 }
 
 /* -- multipliers of one half and more ------------------------------------------------------------------------------ */
@@ -399,14 +422,14 @@ EK_KERNEL void ek_conv_rq1(const ek_step_t *s, const void *more) {
 EK_KERNEL void ek_conv_rq1_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
                               const int8_t *shift, int8_t *y, void *scratch) {
     ek_conv_rq1_t m = {p, 0, shift, 0, y};
-    ek_conv_walk(p, x, w, c, (ek_u32 *)scratch, ek_conv_rq1, &m);
+    ek_conv_walk(p, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_rq1, &m);
 }
 
 /* y may be r. */
 EK_KERNEL void ek_conv_rq1_add_s8(const ek_conv_add_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
                                   const int8_t *shift, const int8_t *r, int8_t *y, void *scratch) {
     ek_conv_rq1_t m = {&p->conv, &p->add, shift, r, y};
-    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_rq1, &m);
+    ek_conv_walk(&p->conv, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_rq1, &m);
 }
 
 /* -- real results -------------------------------------------------------------------------------------------------- */
@@ -468,24 +491,24 @@ EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
 EK_KERNEL void ek_conv_f32(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c, float *y,
                            void *scratch) {
     ek_conv_real_t m = {p, 0, y, 0};
-    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+    ek_conv_walk(&p->conv, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_real, &m);
 }
 
 /* y may be r. */
 EK_KERNEL void ek_conv_add_f32(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
                                const float *r, float *y, void *scratch) {
     ek_conv_real_t m = {p, r, y, 0};
-    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+    ek_conv_walk(&p->conv, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_real, &m);
 }
 
 EK_KERNEL void ek_conv_f32_s8(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c, int8_t *y,
                               void *scratch) {
     ek_conv_real_t m = {p, 0, y, 1};
-    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+    ek_conv_walk(&p->conv, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_real, &m);
 }
 
 EK_KERNEL void ek_conv_add_f32_s8(const ek_conv_f32_t *p, const int8_t *x, const int8_t *w, const int32_t *c,
                                   const float *r, int8_t *y, void *scratch) {
     ek_conv_real_t m = {p, r, y, 1};
-    ek_conv_walk(&p->conv, x, w, c, (ek_u32 *)scratch, ek_conv_real, &m);
+    ek_conv_walk(&p->conv, (ek_conv_in_t){x, w, c, scratch, EK_BITS8}, ek_conv_real, &m);
 }
