@@ -83,7 +83,7 @@ class DepthwiseCodes(McuKernel):
         start = np.minimum(np.arange(0, spec.c, GROUP), spec.c - GROUP)
         channels = start[:, None] + np.arange(GROUP)
         groups = taps[channels]
-        pairs = groups[:, :, :even].reshape(-1, GROUP, even // 2, 2).transpose(0, 2, 1, 3)
+        pairs = groups[:, :, :even].reshape(len(start), GROUP, even // 2, 2).transpose(0, 2, 1, 3)
         last = groups[:, [0, 2, 1, 3], even:]
         words = [np.ascontiguousarray(v.reshape(len(v), -1)).view(np.int32) for v in (pairs, last)]
         return (np.concatenate([bias[channels], *words, factor[channels]], axis=1).reshape(-1),)
