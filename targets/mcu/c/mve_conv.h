@@ -1,0 +1,280 @@
+/* needs: mve_base */
+/*
+ * Convolutions and matrix products of int8 codes on Helium.
+ *
+ * Products are summed 16 at a time from a column (the window of one output pixel: left to right, from top to bottom,
+ * channels) and from the weights of 4 output channels. Packed weights, per 4 channels: 4 int32 biases, 4 int32
+ * multipliers, then for every 16 places of the column 16 weights of each channel. Weights behind the end of a column
+ * are zero, so what is read there does not matter.
+ */
+#ifndef EK_MVE_CONV_H
+#define EK_MVE_CONV_H
+
+/*
+ * steps: vectors of 16 places in a column. pixels: of a row, how many are worked on at a time. shared: whether columns
+ * of neighbours overlap in scratch memory. direct: with a 1 x 1 kernel, how many pixels have columns that may be read
+ * from the input, since no vector goes beyond its end; 0 with other kernels. added: whether `add` follows.
+ */
+typedef struct {
+    int32_t ih, iw, ci, oh, ow, co, kh, kw, sh, sw, dh, dw, top, left, steps, pixels, shared, pointwise, direct;
+    int32_t x_zero, y_zero, lo, hi, added;
+    ek_mve_add_t add;
+} ek_mve_conv_t;
+
+#if EK_MVE
+/* Two columns, or one, by all channels. Offsets of the fields are written out in the code below. */
+typedef struct {
+    const int8_t *x0, *x1;
+    int32_t steps, co;
+    const ek_mve_add_t *add; /* or 0 */
+    int32_t beside;          /* address of the residual less that of y */
+    int8_t *y;               /* of x0; that of x1 follows it */
+    const int8_t *w;
+    int32_t zero, lo, hi;
+} ek_mve_mm_t;
+
+#define EK_MVE_MM_ENTER                    \
+    "push {r4-r11, lr}\n"                  \
+    "vpush {d8-d15}\n"                     \
+    "ldm r0!, {r1-r6}\n"                   \
+    "push {r1-r6}\n"                       \
+    "ldm r0, {r5, r11, r12}\n"             \
+    "vdup.32 q5, r12\n"                    \
+    "ldrd r12, lr, [r0, #12]\n"            \
+    "vdup.32 q6, r12\n"                    \
+    "vdup.32 q7, lr\n"                     \
+    "mov r9, r4\n"
+#define EK_MVE_MM_LEAVE                    \
+    "add sp, sp, #24\n"                    \
+    "vpop {d8-d15}\n"                      \
+    "pop {r4-r11, pc}\n"
+/* Sums of 4 channels in vector q to codes. */
+#define EK_MVE_MM_CODE(q)                  \
+    "vrmulh.s32 " q ", " q ", q4\n"        \
+    "vadd.i32 " q ", " q ", q5\n"          \
+    "vmax.s32 " q ", " q ", q6\n"          \
+    "vmin.s32 " q ", " q ", q7\n"
+
+/* 8 sums in the even registers, which are those that vmladava adds to; lr is one of them and cannot count loops. */
+__attribute__((naked, noinline, unused)) static void ek_mve_mm2(const ek_mve_mm_t *p __attribute__((unused))) {
+    __asm__ volatile(
+        EK_MVE_MM_ENTER
+        "1: ldrd r0, r2, [r11], #8\n"
+        "ldrd r4, r6, [r11], #8\n"
+        "vldrw.32 q4, [r11], #16\n"
+        "mov r8, r0\n"
+        "mov r10, r2\n"
+        "mov r12, r4\n"
+        "mov lr, r6\n"
+        "ldrd r1, r3, [sp]\n"
+        "ldr r7, [sp, #8]\n"
+        "2: vldrb.8 q0, [r1], #16\n"
+        "vldrb.8 q2, [r11], #16\n"
+        "vmladava.s8 r0, q0, q2\n"
+        "vldrb.8 q1, [r3], #16\n"
+        "vmladava.s8 r8, q1, q2\n"
+        "vldrb.8 q3, [r11], #16\n"
+        "vmladava.s8 r2, q0, q3\n"
+        "vldrb.8 q2, [r11], #16\n"
+        "vmladava.s8 r10, q1, q3\n"
+        "vldrb.8 q3, [r11], #16\n"
+        "vmladava.s8 r4, q0, q2\n"
+        "vmladava.s8 r12, q1, q2\n"
+        "vmladava.s8 r6, q0, q3\n"
+        "vmladava.s8 lr, q1, q3\n"
+        "subs r7, r7, #1\n"
+        "bne 2b\n"
+        "vmov q0[2], q0[0], r0, r4\n"
+        "vmov q0[3], q0[1], r2, r6\n"
+        "vmov q1[2], q1[0], r8, r12\n"
+        "vmov q1[3], q1[1], r10, lr\n"
+        EK_MVE_MM_CODE("q0")
+        EK_MVE_MM_CODE("q1")
+        "ldrd r7, r2, [sp, #12]\n"
+        "vctp.32 r9\n"
+        "cbz r2, 3f\n"
+        "ldr r1, [sp, #20]\n"
+        "add r1, r1, r5\n"
+        "adds r3, r1, r7\n"
+        "ldm r2, {r2, r4, r6, r8, r10, r12, lr}\n"
+        "rsb r8, r8, #0\n"
+        "vdup.32 q2, r6\n"
+        "vdup.32 q3, r6\n"
+        "vmla.s32 q2, q0, r2\n"
+        "vmla.s32 q3, q1, r2\n"
+        "vpstt\n"
+        "vldrbt.s32 q0, [r1]\n"
+        "vldrbt.s32 q1, [r3]\n"
+        "vmla.s32 q2, q0, r4\n"
+        "vmla.s32 q3, q1, r4\n"
+        "vshl.s32 q2, r8\n"
+        "vshl.s32 q3, r8\n"
+        "vadd.i32 q0, q2, r10\n"
+        "vadd.i32 q1, q3, r10\n"
+        "vdup.32 q2, r12\n"
+        "vdup.32 q3, lr\n"
+        "vmax.s32 q0, q0, q2\n"
+        "vmax.s32 q1, q1, q2\n"
+        "vmin.s32 q0, q0, q3\n"
+        "vmin.s32 q1, q1, q3\n"
+        "3: add r7, r7, r5\n"
+        "vpstt\n"
+        "vstrbt.32 q0, [r5], #4\n"
+        "vstrbt.32 q1, [r7]\n"
+        "subs r9, r9, #4\n"
+        "bgt 1b\n"
+        EK_MVE_MM_LEAVE);
+}
+
+__attribute__((naked, noinline, unused)) static void ek_mve_mm1(const ek_mve_mm_t *p __attribute__((unused))) {
+    __asm__ volatile(
+        EK_MVE_MM_ENTER
+        "1: ldrd r0, r2, [r11], #8\n"
+        "ldrd r4, r6, [r11], #8\n"
+        "vldrw.32 q4, [r11], #16\n"
+        "ldr r1, [sp]\n"
+        "ldr r7, [sp, #8]\n"
+        "dls lr, r7\n"
+        "2: vldrb.8 q0, [r1], #16\n"
+        "vldrb.8 q1, [r11], #16\n"
+        "vmladava.s8 r0, q0, q1\n"
+        "vldrb.8 q2, [r11], #16\n"
+        "vmladava.s8 r2, q0, q2\n"
+        "vldrb.8 q3, [r11], #16\n"
+        "vmladava.s8 r4, q0, q3\n"
+        "vldrb.8 q1, [r11], #16\n"
+        "vmladava.s8 r6, q0, q1\n"
+        "le lr, 2b\n"
+        "vmov q0[2], q0[0], r0, r4\n"
+        "vmov q0[3], q0[1], r2, r6\n"
+        EK_MVE_MM_CODE("q0")
+        "ldr r2, [sp, #16]\n"
+        "vctp.32 r9\n"
+        "cbz r2, 3f\n"
+        "ldr r1, [sp, #20]\n"
+        "add r1, r1, r5\n"
+        "ldm r2, {r2, r4, r6, r8, r10, r12, lr}\n"
+        "rsb r8, r8, #0\n"
+        "vdup.32 q2, r6\n"
+        "vmla.s32 q2, q0, r2\n"
+        "vpst\n"
+        "vldrbt.s32 q0, [r1]\n"
+        "vmla.s32 q2, q0, r4\n"
+        "vshl.s32 q2, r8\n"
+        "vadd.i32 q0, q2, r10\n"
+        "vdup.32 q2, r12\n"
+        "vdup.32 q3, lr\n"
+        "vmax.s32 q0, q0, q2\n"
+        "vmin.s32 q0, q0, q3\n"
+        "3: vpst\n"
+        "vstrbt.32 q0, [r5], #4\n"
+        "subs r9, r9, #4\n"
+        "bgt 1b\n"
+        EK_MVE_MM_LEAVE);
+}
+#endif
+
+#if EK_MVE
+/* kh pieces of n > 0 bytes, `apart` bytes from one another, in a row. */
+EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
+    int8_t *t;
+    const int8_t *f;
+    __asm__ volatile(
+        "1: mov %0, %2\n"
+        "mov %1, %3\n"
+        "wlstp.8 lr, %5, 3f\n"
+        "2: vldrb.8 q0, [%1], #16\n"
+        "vstrb.8 q0, [%0], #16\n"
+        "letp lr, 2b\n"
+        "3: add %2, %2, %5\n"
+        "add %3, %3, %6\n"
+        "subs %4, %4, #1\n"
+        "bne 1b\n"
+        : "=&r"(t), "=&r"(f), "+r"(to), "+r"(from), "+r"(kh)
+        : "r"(n), "r"(apart)
+        : "lr", "q0", "cc", "memory");
+}
+#else
+EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
+    for (; kh; kh--, to += n, from += apart) memcpy(to, from, (size_t)n);
+}
+#endif
+
+/* n pixels, whose columns lie `step` bytes apart. */
+__attribute__((noinline, unused)) static void ek_mve_pixels(const ek_mve_conv_t *p, const int8_t *col, int32_t step,
+                                                            int32_t n, const int8_t *w, const int8_t *res, int8_t *y) {
+#if EK_MVE
+    ek_mve_mm_t mm = {col,       col,   p->steps, p->co, p->added ? &p->add : 0, (int32_t)((uintptr_t)res - (uintptr_t)y), y, w,
+                      p->y_zero, p->lo, p->hi};
+    for (; n > 1; n -= 2) {
+        mm.x1 = mm.x0 + step;
+        ek_mve_mm2(&mm);
+        mm.x0 = mm.x1 + step;
+        mm.y += 2 * p->co;
+    }
+    if (n) ek_mve_mm1(&mm);
+#else
+    int32_t depth = p->kh * p->kw * p->ci;
+    for (; n; n--, col += step, y += p->co, res = p->added ? res + p->co : res) {
+        for (int32_t o = 0; o < p->co; o++) {
+            const int8_t *block = w + (o >> 2) * (32 + 64 * p->steps), *row = block + 32 + (o & 3) * 16;
+            int32_t sum = ek_mve_int(block + (o & 3) * 4);
+            for (int32_t k = 0; k < depth; k++) sum += col[k] * row[(k >> 4) * 64 + (k & 15)];
+            int32_t code = ek_clamp(ek_rqh(sum, ek_mve_int(block + 16 + (o & 3) * 4)) + p->y_zero, p->lo, p->hi);
+            y[o] = (int8_t)(p->added ? ek_mve_add(&p->add, code, res[o]) : code);
+        }
+    }
+#endif
+}
+
+/* Strips of kh pieces, from input columns next to one another or `dw` apart for every pixel: n pixels from (oy, ox). */
+EK_INLINE void ek_mve_columns(const ek_mve_conv_t *p, const int8_t *x, int32_t oy, int32_t ox, int32_t n, int8_t *to) {
+    int32_t ci = p->ci, strip = p->kh * ci, at = ox * p->sw - p->left, y = oy * p->sh - p->top;
+    int32_t once = p->shared ? (n - 1) * p->sw + p->kw : p->kw, across = p->shared ? 1 : p->dw;
+    /* Kernel rows above the input, and up to the end of those in it. */
+    int32_t above = 0, below;
+    while (above < p->kh && y + above * p->dh < 0) above++;
+    for (below = above; below < p->kh && y + below * p->dh < p->ih;) below++;
+    const int8_t *row = x + (y + above * p->dh) * p->iw * ci;
+    if (p->shared) n = 1;
+    for (; n; n--, at += p->sw) {
+        for (int32_t k = 0, ix = at; k < once; k++, ix += across, to += strip) {
+            if (ix < 0 || ix >= p->iw || above == below) {
+                ek_mve_fill(to, p->x_zero, strip);
+                continue;
+            }
+            if (above) ek_mve_fill(to, p->x_zero, above * ci);
+            ek_mve_strip(to + above * ci, row + ix * ci, ci, p->dh * p->iw * ci, below - above);
+            if (below < p->kh) ek_mve_fill(to + below * ci, p->x_zero, (p->kh - below) * ci);
+        }
+    }
+}
+
+EK_KERNEL void ek_mve_conv_add_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, const int8_t *res,
+                                  int8_t *y, int8_t *scratch) {
+    int32_t ci = p->ci, co = p->co;
+    if (p->pointwise) {
+        int32_t rest = p->oh * p->ow - p->direct, done = p->direct * co;
+        ek_mve_pixels(p, x, ci, p->direct, w, res, y);
+        if (!rest) return;
+        ek_mve_copy(scratch, x + p->direct * ci, rest * ci);
+        ek_mve_pixels(p, scratch, ci, rest, w, p->added ? res + done : res, y + done);
+        return;
+    }
+    int32_t step = (p->shared ? p->sw : p->kw) * p->kh * ci;
+    for (int32_t oy = 0; oy < p->oh; oy++) {
+        for (int32_t ox = 0; ox < p->ow; ox += p->pixels) {
+            int32_t n = p->ow - ox < p->pixels ? p->ow - ox : p->pixels;
+            ek_mve_columns(p, x, oy, ox, n, scratch);
+            ek_mve_pixels(p, scratch, step, n, w, res, y);
+            y += n * co;
+            if (p->added) res += n * co;
+        }
+    }
+}
+
+EK_KERNEL void ek_mve_conv_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, int8_t *y, int8_t *scratch) {
+    ek_mve_conv_add_s8(p, x, w, 0, y, scratch);
+}
+
+#endif

@@ -1,0 +1,219 @@
+"""Helium kernels on QEMU's Cortex-M55, and their portable form on this machine, against `edgec.integer`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from edgec.integer import quantize_multiplier
+from edgec.targets.device import load_device
+from edgec.targets.kernels.common import Epilogue
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.kernels.depthwise import Depthwise
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Requant
+from edgec.targets.mcu.kernels import mve
+from tests.targets.kernel_cases import add_epilogue, code_range, codes, convolutions, depthwise, operands
+from tests.targets.mcu_runner import run_on_host
+from tests.targets.mve_runner import DEVICE, Case, run_cases
+
+ON_DEVICE = pytest.mark.qemu("cortex-m55")
+# One example is a whole program: shrinking would compile each time.
+BATCH = settings(max_examples=2, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+def rule(spec: Any, weights: dict[str, Any], target: str = "cortex-m55") -> Any:
+    found = mve.RULES[type(spec)]
+    return found(spec, weights, load_device(target))
+
+
+def layer(spec: Any, seed: int, inplace: bool = False) -> tuple[Case, np.ndarray]:
+    """A convolution as integer layers have it (RQ1 with a shift of 32), with random operands, and its result."""
+    rng = np.random.default_rng(seed)
+    added = add_epilogue(rng) if spec.epilogue.add else None
+    spec = replace(spec, epilogue=replace(spec.epilogue, requant="RQ1", add=added))
+    values = operands(spec, seed)
+    values["m"] = (values["m"] >> rng.integers(3, 9)).astype(np.int32)
+    values["shift"][:] = 32
+    expected = spec.reference(**values)
+    weights = {k: values[k] for k in ("w", "bias", "m", "shift")}
+    after = [values["residual"].reshape(-1)] if spec.residual else []
+    kernel = rule(spec, weights)
+    return Case(kernel, [values["x"].reshape(-1), *after], weights, 1, inplace and spec.residual), expected.reshape(-1)
+
+
+def check(cases: Sequence[tuple[Case, np.ndarray]]) -> None:
+    results, _ = run_cases([case for case, _ in cases])
+    for (case, expected), got in zip(cases, results, strict=True):
+        np.testing.assert_array_equal(got, expected, err_msg=str(case.kernel))
+
+
+def check_on_host(cases: Sequence[tuple[Case, np.ndarray]]) -> None:
+    for case, expected in cases:
+        got = run_on_host(case.kernel, case.activations, case.weights, case.before, DEVICE, case.inplace)
+        np.testing.assert_array_equal(got, expected, err_msg=str(case.kernel))
+
+
+PLAIN: dict[str, Any] = {"dtype": "int8", "x_zp": -7, "epilogue": Epilogue(y_zp=3, lo=-100, hi=127)}
+ADDED: dict[str, Any] = {**PLAIN, "epilogue": replace(PLAIN["epilogue"], add=add_epilogue(np.random.default_rng(1)))}
+CONVOLUTIONS = [
+    Conv2D(1, 1, 640, 7, **PLAIN),
+    Conv2D(3, 5, 33, 18, **ADDED),
+    Conv2D(5, 3, 16, 16, **PLAIN),
+    Conv2D(1, 9, 7, 1, **PLAIN),
+    Conv2D(7, 6, 3, 16, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN),
+    Conv2D(9, 7, 16, 5, (3, 3), (2, 2), (0, 1, 0, 1), **ADDED),
+    Conv2D(25, 7, 1, 8, (10, 4), (2, 2), (4, 5, 1, 1), **PLAIN),
+    Conv2D(8, 8, 5, 6, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), **PLAIN),
+    # A window wider than the map, and one that sees nothing but padding.
+    Conv2D(2, 2, 4, 4, (5, 5), (1, 1), (3, 3, 3, 3), **PLAIN),
+    Conv2D(1, 1, 3, 4, (1, 1), (1, 1), (1, 1, 1, 1), **PLAIN),
+    Conv2D(6, 6, 20, 9, (1, 1), (2, 2), **PLAIN),
+]
+DEPTHWISE = [
+    Depthwise(9, 5, 64, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN),
+    Depthwise(8, 7, 8, (3, 3), (2, 2), (0, 1, 0, 1), **PLAIN),
+    Depthwise(7, 9, 37, (5, 5), (1, 1), (2, 2, 2, 2), **PLAIN),
+    Depthwise(5, 5, 16, (3, 3), **PLAIN),
+    Depthwise(6, 7, 17, (2, 2), (2, 2), **PLAIN),
+    Depthwise(4, 4, 1, (1, 1), **PLAIN),
+    Depthwise(9, 9, 20, (3, 2), (1, 2), (2, 2, 3, 1), (2, 3), **PLAIN),
+    # A window larger than the map, and one that sees nothing but padding.
+    Depthwise(2, 3, 5, (7, 7), (1, 1), (3, 3, 3, 3), **PLAIN),
+    Depthwise(1, 1, 3, (1, 1), (1, 1), (1, 1, 1, 1), **PLAIN),
+]
+
+
+@ON_DEVICE
+def test_depthwise() -> None:
+    check([layer(spec, k) for k, spec in enumerate(DEPTHWISE)])
+
+
+@ON_DEVICE
+def test_depthwise_sums_of_extreme_products() -> None:
+    """Codes of -128 times weights of -127 and 127: sums of two products come close to the ends of 16 bits."""
+    cases = []
+    for sign in (-127, 127):
+        spec = Depthwise(5, 5, 18, (5, 5), **PLAIN)
+        case, _ = layer(spec, 0)
+        weights = {k: np.array(v) for k, v in case.weights.items()}
+        weights["w"][:] = sign
+        x = np.full((5, 5, 18), -128, np.int8)
+        expected = spec.reference(x=x, **weights)
+        cases.append((case._replace(activations=[x.reshape(-1)], weights=weights), expected.reshape(-1)))
+    check(cases)
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("inplace", (False, True))
+def test_convolutions(inplace: bool) -> None:
+    check([layer(spec, k, inplace) for k, spec in enumerate(CONVOLUTIONS)])
+
+
+@ON_DEVICE
+def test_random_convolutions() -> None:
+    @BATCH
+    @given(st.lists(convolutions("int8", 8), min_size=16, max_size=16))
+    def batch(specs: list[tuple[Conv2D, int]]) -> None:
+        check([layer(spec, seed, bool(seed % 2)) for spec, seed in specs if spec.groups == 1])
+
+    batch()
+
+
+@ON_DEVICE
+def test_random_depthwise() -> None:
+    @BATCH
+    @given(st.lists(depthwise("int8", 8), min_size=16, max_size=16))
+    def batch(specs: list[tuple[Depthwise, int]]) -> None:
+        plain = [(replace(spec, epilogue=replace(spec.epilogue, add=None)), seed) for spec, seed in specs]
+        check([layer(spec, seed) for spec, seed in plain])
+
+    batch()
+
+
+def simple(spec: Any, *activations: np.ndarray, inplace: bool = False) -> tuple[Case, np.ndarray]:
+    """A template without weights."""
+    expected = spec.reference(*activations)
+    flat = [a.reshape(-1) for a in activations]
+    return Case(rule(spec, {}), flat, {}, None, inplace), expected.reshape(-1)
+
+
+def others(rng: np.random.Generator) -> list[tuple[Case, np.ndarray]]:
+    """Additions, pools and both ends of an integer region, with odd sizes."""
+    found = []
+    for n in (1, 3, 4, 37, 130):
+        spec = QAdd((1, n), (1, n), add_epilogue(rng))
+        found.append(simple(spec, codes(rng, 1, n), codes(rng, 1, n), inplace=bool(n % 2)))
+        scale, zero = float(np.float32(rng.uniform(0.001, 0.2))), int(rng.integers(-128, 128))
+        found.append(simple(Dequantize((n,), scale, zero), codes(rng, n)))
+        # Among them halves of codes, and values far beyond the range.
+        x = (rng.integers(-600, 600, n) / 2 * np.float32(scale)).astype(np.float32)
+        x[::3] *= rng.choice(np.array([1.0, 1.0 + 2.0**-23, 1.0 - 2.0**-24, 1e30, np.inf], np.float32), len(x[::3]))
+        found.append(simple(Quantize((n,), scale, zero), x))
+    for window in POOLS:
+        h, w, c, *_ = window
+        m, shift = quantize_multiplier(float(rng.uniform(0.3, 3.0)) / (window[3][0] * window[3][1]))
+        lo, hi = code_range(rng)
+        q = Requant(m, shift, int(rng.integers(-128, 128)), int(rng.integers(-128, 128)), lo, hi)
+        found.append(simple(AvgPool(*window, dtype="int8", requant=q), codes(rng, h, w, c)))
+        found.append(simple(MaxPool(*window, dtype="int8"), codes(rng, h, w, c)))
+    return found
+
+
+POOLS: list[Any] = [
+    (8, 8, 64, (8, 8), (1, 1)),
+    (25, 5, 7, (25, 5), (1, 1)),
+    (7, 9, 18, (3, 3), (2, 2), (1, 1, 1, 1)),
+    (6, 5, 33, (2, 2), (2, 2), (0, 0, 0, 1)),
+    (3, 3, 2, (2, 3), (1, 2), (1, 1, 2, 2)),
+    (1, 4, 16, (1, 1), (1, 3)),
+]
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("seed", (0, 1))
+def test_elementwise(seed: int) -> None:
+    check(others(np.random.default_rng(seed)))
+
+
+def test_elementwise_in_portable_c() -> None:
+    check_on_host(others(np.random.default_rng(2))[::4])
+
+
+@ON_DEVICE
+def test_dilated_maximum() -> None:
+    rng = np.random.default_rng(3)
+    spec = MaxPool(9, 7, 19, (3, 2), (1, 2), (2, 1, 1, 0), (2, 3), "int8")
+    check([simple(spec, codes(rng, 9, 7, 19))])
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("shift", (20, 31, 32, 33, 34, 45, 62))
+def test_every_shift_of_an_average(shift: int) -> None:
+    """Halves of a code are what roundings differ in."""
+    rng = np.random.default_rng(shift)
+    m = {20: 2**19, 31: 2**30, 32: 2**31 - 1, 33: 2**31 - 1}.get(shift, 2**30)
+    spec = AvgPool(2, 300, 5, (2, 2), (1, 1), dtype="int8", requant=Requant(m, shift, 3, -4, -128, 127))
+    check([simple(spec, codes(rng, 2, 300, 5))])
+
+
+@pytest.mark.parametrize("specs", (CONVOLUTIONS[::2], DEPTHWISE[1::2]))
+def test_in_portable_c(specs: list[Any]) -> None:
+    check_on_host([layer(spec, k, bool(k % 2)) for k, spec in enumerate(specs)])
+
+
+def test_what_is_left_to_other_kernels() -> None:
+    spec = CONVOLUTIONS[0]
+    case, _ = layer(spec, 0)
+    assert rule(spec, dict(case.weights)) is not None
+    assert rule(spec, dict(case.weights), "cortex-m4") is None
+    steep = {**case.weights, "shift": np.full(7, 31, np.int32)}
+    assert rule(spec, steep) is None
+    assert rule(replace(spec, epilogue=Epilogue(requant="float")), dict(case.weights)) is None
+    assert rule(replace(spec, ci=2, groups=2), dict(case.weights)) is None
