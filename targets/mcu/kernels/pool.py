@@ -53,7 +53,7 @@ class Pool(McuKernel):
         window |= dict(zip(("kh", "kw", "sy", "sx", "dy", "dx", "top", "left"), sizes, strict=True))
         function = f"ek_{spec.name}_{SUFFIXES[spec.dtype]}"
         if isinstance(spec, MaxPool):
-            return Call(function, "pool", "ek_window_t", window)
+            return Call(function, "pool", "ek_pool_t", window)
         if spec.requant is None:
             share = {"share": float(np.float32(1.0 / spec.taps))}
             return Call(function, "pool", "ek_avg_pool_f32_t", nested("window", window) | share)
