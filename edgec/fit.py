@@ -16,7 +16,7 @@ from torch import fx
 
 from edgec.errors import EdgecError
 from edgec.lowering import memory, tiles
-from edgec.lowering.memory import Item, aligned, nbytes
+from edgec.lowering.memory import aligned, nbytes
 from edgec.lowering.tiles import NotTileable, Part, Stage
 from edgec.plan import Plan
 from edgec.program import Program, layer_of, origin_of, output_nodes, propagate, shape_of
@@ -104,7 +104,9 @@ class _Network:
         except NotTileable:
             return None
 
-    def choose(self, budget: int, methods: Sequence[str], known: dict[tuple[int, int], _Options]) -> list[Choice] | None:
+    def choose(
+        self, budget: int, methods: Sequence[str], known: dict[tuple[int, int], _Options]
+    ) -> list[Choice] | None:
         """The cheapest stages with which no step needs more than `budget` bytes; None where there are none.
 
         A shortest path over the boundaries: a step as it is costs nothing, a stage what it adds.
@@ -125,7 +127,9 @@ class _Network:
                         continue
                     if (first, end) not in known:
                         stage = self.stage(first, end)
-                        known[first, end] = _Options(stage, self.scratch, stage is not None and stage.out in self.returned)
+                        known[first, end] = _Options(
+                            stage, self.scratch, stage is not None and stage.out in self.returned
+                        )
                     choice = known[first, end].cheapest(budget, methods)
                     if choice is None:
                         continue
@@ -150,7 +154,9 @@ class _Options:
         stage = self.stage
         if stage is None:
             return None
-        own = {n for n in (*stage.sources, stage.out) if n.op != "placeholder" and not (self.returned and n is stage.out)}
+        own = {
+            n for n in (*stage.sources, stage.out) if n.op != "placeholder" and not (self.returned and n is stage.out)
+        }
         if sum(aligned(nbytes(n)) for n in own) >= budget:
             return None
         rows, columns = (stage.extent(stage.out, axis) for axis in (0, 1))

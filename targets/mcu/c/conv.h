@@ -433,7 +433,7 @@ EK_INLINE float ek_rounded(float v) {
 }
 
 /* A sum times a factor, whose bits are given. */
-EK_INLINE float ek_scaled(int32_t sum, int32_t bits) {
+EK_INLINE float ek_real_of(int32_t sum, int32_t bits) {
     float factor;
     memcpy(&factor, &bits, 4);
     return ek_rounded((float)sum * factor);
@@ -474,7 +474,7 @@ EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i;
-                float v = ek_scaled(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
+                float v = ek_real_of(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
                 if (m->r) v += m->r[at + i];
                 ek_store_real(&m->p->real, v, m->coded, p->zero, m->y, at + i);
             }

@@ -102,7 +102,7 @@ EK_INLINE void ek_fc_real(const ek_fc_f32_t *p, const int8_t *x, const int8_t *w
         ek_tile_t t = {c, sums, 0, 1, 0};
         ek_mm14(x, w, p->fc.units, &t);
         for (int32_t i = 0; i < 4 && o + i < p->fc.co; ++i) {
-            ek_store_real(&p->real, ek_scaled(sums[i], c[4 + i]), coded, p->fc.zero, y, o + i);
+            ek_store_real(&p->real, ek_real_of(sums[i], c[4 + i]), coded, p->fc.zero, y, o + i);
         }
     }
 }

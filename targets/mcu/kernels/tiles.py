@@ -47,7 +47,7 @@ class Window(McuKernel):
             # Whole rows lie behind each other.
             fields.update(rows=1, stride=stride * rows)
             run *= rows
-        return Call(FUNCTIONS[self.kind], "tiles", "ek_window_t", {**fields, "run": run})
+        return Call(FUNCTIONS[self.kind], "tiles", "ek_crop_t", {**fields, "run": run})
 
 
 def _window(spec: Crop | Place, weights: object, device: object) -> Window:
