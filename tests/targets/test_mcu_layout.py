@@ -53,7 +53,8 @@ def border(seed: int) -> Check:
     x = tensor(rng, some_shape(rng))
     widths = [tuple(int(n) for n in rng.integers(0, 4, 2)) for _ in x.shape]
     value = int(rng.integers(-128, 128)) if x.dtype == np.int8 else 0
-    kernel = padded(x.shape, *zip(*widths, strict=True), value, str(x.dtype))
+    before, after = zip(*widths, strict=True)
+    kernel = padded(x.shape, before, after, value, str(x.dtype))
     return checked(kernel, [x], np.pad(x, widths, constant_values=value))
 
 
