@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgec import integer
 from edgec.targets.device import load_device
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.depthwise import Depthwise
@@ -17,7 +18,9 @@ from edgec.targets.mcu.kernels import implement
 from tests.targets import kernel_cases
 from tests.targets.mcu_cases import Check, check_of, check_on_device, check_on_host
 
-ROUNDINGS = ("half", "any", "float")
+# Multipliers below one half; tiny ones by other shifts; up to 2^3 and up to 2^12 among others; real results.
+ROUNDINGS = ("half", "small", "large", "huge", "float")
+LARGEST = {"large": 3, "huge": 12}
 
 
 @st.composite
@@ -38,6 +41,9 @@ def layer(spec: Depthwise, seed: int, rounding: str, inplace: bool = False) -> C
         # Sums of a few products of codes come into the code range and a little beyond.
         values["m"] = np.random.default_rng(seed).integers(0, 2**24, spec.c).astype(np.int32)
         values["shift"] = np.full(spec.c, 32, np.int32)
+    if rounding in LARGEST:
+        exponents = np.random.default_rng(seed).uniform(-34, LARGEST[rounding], spec.c)
+        values["m"], values["shift"] = integer.quantize_multipliers(2.0**exponents)
     weights = {k: values.get(k) for k in ("w", "bias", "m", "shift")}
     activations = [values["x"]] + ([values["residual"]] if spec.residual else [])
     return check_of(spec, activations, spec.reference(**values), 2 if inplace else None, weights=weights)
@@ -66,11 +72,19 @@ ODD = (
 )
 
 
+TARGETS = (("cortex-m4", ()), ("cortex-m4", ("-DEK_PORTABLE",)), ("cortex-m0plus", ()), ("rv32imc", ()))
+
+
 @pytest.mark.parametrize(
     ("target", "flags"),
     [
         pytest.param(name, flags, marks=pytest.mark.qemu(name), id=name + "".join(flags))
-        for name, flags in (("cortex-m4", ()), ("cortex-m4", ("-DEK_PORTABLE",)), ("cortex-m3", ()), ("rv32imc", ()))
+        for name, flags in (
+            ("cortex-m4", ()),
+            ("cortex-m4", ("-DEK_PORTABLE",)),
+            ("cortex-m0plus", ()),
+            ("rv32imc", ()),
+        )
     ],
 )
 def test_devices(target: str, flags: tuple[str, ...]) -> None:
@@ -101,6 +115,20 @@ def test_extreme_sums_on_the_dsp() -> None:
         weights = {k: v for k, v in values.items() if k != "x"}
         checks.append(check_of(spec, [values["x"]], spec.reference(**values), weights=weights))
     check_on_device(checks, load_device("cortex-m4"))
+
+
+@pytest.mark.pure
+def test_each_rounding_has_its_form() -> None:
+    """Groups wherever there are four channels and the weights of a channel with a large multiplier stay int16."""
+    spec = Depthwise(5, 5, 6, (3, 3), dtype="int8", epilogue=Epilogue(lo=-128, hi=127))
+    functions = {name: layer(spec, 1, name).case.kernel.call().function for name in ROUNDINGS}
+    assert functions == {
+        "half": "ek_depthwise9_i8",
+        "small": "ek_depthwise_any_i8",
+        "large": "ek_depthwise_any_i8",
+        "huge": "ek_depthwise_each_i8",
+        "float": "ek_depthwise_i8_f32",
+    }
 
 
 @pytest.mark.pure
