@@ -17,6 +17,8 @@ from edgec.targets.mcu.kernels.scale import scale_fields
 
 # Channels that are computed together.
 GROUP = 4
+# Sizes of windows are int16.
+WINDOW = 2**15
 # Words of a group's stream beside the weights.
 WORDS = {"half": 8, "any": 16}
 # Bytes of a pointer on the largest machine that runs the code, and of a run's parameters there.
@@ -145,9 +147,10 @@ def channel_scales(spec: Depthwise, weights: Mapping[str, np.ndarray | None]) ->
 
 
 def _depthwise(spec: Depthwise, weights: Mapping[str, np.ndarray | None], device: Device) -> McuKernel | None:
-    """None for float activations, and for real results with anything behind them."""
+    """None for float activations, for real results with anything behind them, and for windows beyond int16 fields."""
     e = spec.epilogue
-    if spec.dtype != "int8" or e.requant == "RQF":
+    window = (*spec.kernel, *spec.stride, *spec.padding, *spec.dilation)
+    if spec.dtype != "int8" or e.requant == "RQF" or max(window) >= WINDOW:
         return None
     if e.requant == "float":
         plain = e.act == "none" and not e.residual and e.y_scale is None
