@@ -56,6 +56,20 @@ EK_INLINE float ek_float_of(int32_t bits) {
     return v;
 }
 
+#if defined(__ARM_ARCH_6M__)
+/* (a * b + round * 2^16) >> 32 by halves, as these cores have no long product; round: 0 or 2^15. */
+EK_KERNEL int32_t ek_high(int32_t a, int32_t b, uint32_t round) {
+    uint32_t a0 = (uint32_t)a & 0xffff, b0 = (uint32_t)b & 0xffff;
+    int32_t a1 = a >> 16, b1 = b >> 16, left = a1 * (int32_t)b0, right = b1 * (int32_t)a0;
+    uint32_t low = (a0 * b0 >> 16) + ((uint32_t)left & 0xffff) + ((uint32_t)right & 0xffff) + round;
+    return a1 * b1 + (left >> 16) + (right >> 16) + (int32_t)(low >> 16);
+}
+#else
+EK_INLINE int32_t ek_high(int32_t a, int32_t b, uint32_t round) {
+    return (int32_t)(((int64_t)a * b + ((int64_t)round << 16)) >> 32);
+}
+#endif
+
 /* (acc * m + 2^31) >> 32: what layers do whose multipliers are below one half. */
 EK_INLINE int32_t ek_rqh(int32_t acc, int32_t m) {
 #if EK_DSP
@@ -63,7 +77,7 @@ EK_INLINE int32_t ek_rqh(int32_t acc, int32_t m) {
     __asm__("smmulr %0, %1, %2" : "=r"(r) : "r"(acc), "r"(m));
     return r;
 #else
-    return (int32_t)(((int64_t)acc * m + ((int64_t)1 << 31)) >> 32);
+    return ek_high(acc, m, 1u << 15);
 #endif
 }
 
@@ -74,7 +88,7 @@ EK_INLINE int32_t ek_smmla(int32_t a, int32_t b, int32_t c) {
     __asm__("smmla %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 #else
-    return (int32_t)(((int64_t)a * b) >> 32) + c;
+    return ek_high(a, b, 0) + c;
 #endif
 }
 
