@@ -174,38 +174,51 @@ __attribute__((naked, noinline, unused)) static void ek_mve_mm1(const ek_mve_mm_
 }
 #endif
 
+/* `count` pieces of n bytes, all > 0: from one another in the input, to places `apart` bytes apart. */
+EK_INLINE void ek_mve_spread(int8_t *to, const int8_t *from, int32_t n, int32_t step, int32_t count, int32_t apart) {
 #if EK_MVE
-/* kh pieces of n > 0 bytes, `apart` bytes from one another, in a row. */
-EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
-    int8_t *t;
-    const int8_t *f;
-    __asm__ volatile(
-        "1: mov %0, %2\n"
-        "mov %1, %3\n"
-        "wlstp.8 lr, %5, 3f\n"
-        "2: vldrb.8 q0, [%1], #16\n"
-        "vstrb.8 q0, [%0], #16\n"
-        "letp lr, 2b\n"
-        "3: add %2, %2, %5\n"
-        "add %3, %3, %6\n"
-        "subs %4, %4, #1\n"
-        "bne 1b\n"
-        : "=&r"(t), "=&r"(f), "+r"(to), "+r"(from), "+r"(kh)
-        : "r"(n), "r"(apart)
-        : "lr", "q0", "cc", "memory");
-}
+    if (n <= 16) {
+        __asm__ volatile(
+            "vctp.8 %2\n"
+            "dls lr, %3\n"
+            "1: vpstt\n"
+            "vldrbt.8 q0, [%1]\n"
+            "vstrbt.8 q0, [%0]\n"
+            "add %1, %1, %4\n"
+            "add %0, %0, %5\n"
+            "le lr, 1b"
+            : "+r"(to), "+r"(from)
+            : "r"(n), "r"(count), "r"(step), "r"(apart)
+            : "lr", "q0", "memory");
+    } else {
+        int8_t *t;
+        const int8_t *f;
+        __asm__ volatile(
+            "1: mov %0, %2\n"
+            "mov %1, %3\n"
+            "dlstp.8 lr, %5\n"
+            "2: vldrb.8 q0, [%1], #16\n"
+            "vstrb.8 q0, [%0], #16\n"
+            "letp lr, 2b\n"
+            "add %2, %2, %7\n"
+            "add %3, %3, %6\n"
+            "subs %4, %4, #1\n"
+            "bne 1b"
+            : "=&r"(t), "=&r"(f), "+r"(to), "+r"(from), "+r"(count)
+            : "r"(n), "r"(step), "r"(apart)
+            : "lr", "q0", "cc", "memory");
+    }
 #else
-EK_INLINE void ek_mve_strip(int8_t *to, const int8_t *from, int32_t n, int32_t apart, int32_t kh) {
-    for (; kh; kh--, to += n, from += apart) memcpy(to, from, (size_t)n);
-}
+    for (; count; count--, to += apart, from += step) memcpy(to, from, (size_t)n);
 #endif
+}
 
 /* n pixels, whose columns lie `step` bytes apart. */
 __attribute__((noinline, unused)) static void ek_mve_pixels(const ek_mve_conv_t *p, const int8_t *col, int32_t step,
                                                             int32_t n, const int8_t *w, const int8_t *res, int8_t *y) {
 #if EK_MVE
-    ek_mve_mm_t mm = {col,       col,   p->steps, p->co, p->added ? &p->add : 0, (int32_t)((uintptr_t)res - (uintptr_t)y), y, w,
-                      p->y_zero, p->lo, p->hi};
+    int32_t beside = (int32_t)((uintptr_t)res - (uintptr_t)y);
+    ek_mve_mm_t mm = {col, col, p->steps, p->co, p->added ? &p->add : 0, beside, y, w, p->y_zero, p->lo, p->hi};
     for (; n > 1; n -= 2) {
         mm.x1 = mm.x0 + step;
         ek_mve_mm2(&mm);
@@ -227,27 +240,34 @@ __attribute__((noinline, unused)) static void ek_mve_pixels(const ek_mve_conv_t 
 #endif
 }
 
-/* Strips of kh pieces, from input columns next to one another or `dw` apart for every pixel: n pixels from (oy, ox). */
-EK_INLINE void ek_mve_columns(const ek_mve_conv_t *p, const int8_t *x, int32_t oy, int32_t ox, int32_t n, int8_t *to) {
-    int32_t ci = p->ci, strip = p->kh * ci, at = ox * p->sw - p->left, y = oy * p->sh - p->top;
-    int32_t once = p->shared ? (n - 1) * p->sw + p->kw : p->kw, across = p->shared ? 1 : p->dw;
-    /* Kernel rows above the input, and up to the end of those in it. */
-    int32_t above = 0, below;
-    while (above < p->kh && y + above * p->dh < 0) above++;
-    for (below = above; below < p->kh && y + below * p->dh < p->ih;) below++;
-    const int8_t *row = x + (y + above * p->dh) * p->iw * ci;
-    if (p->shared) n = 1;
-    for (; n; n--, at += p->sw) {
-        for (int32_t k = 0, ix = at; k < once; k++, ix += across, to += strip) {
-            if (ix < 0 || ix >= p->iw || above == below) {
-                ek_mve_fill(to, p->x_zero, strip);
-                continue;
-            }
-            if (above) ek_mve_fill(to, p->x_zero, above * ci);
-            ek_mve_strip(to + above * ci, row + ix * ci, ci, p->dh * p->iw * ci, below - above);
-            if (below < p->kh) ek_mve_fill(to + below * ci, p->x_zero, (p->kh - below) * ci);
+/* `count` strips, of kh pieces of ci bytes each, from input columns ix, ix + across, ... and rows iy, iy + dh, ... */
+EK_INLINE void ek_mve_strips(const ek_mve_conv_t *p, const int8_t *x, int32_t iy, int32_t ix, int32_t across,
+                             int32_t count, int8_t *to) {
+    int32_t ci = p->ci, strip = p->kh * ci, inside;
+    int8_t *end = to + count * strip, *start = to;
+    for (; count && ix < 0; count--, ix += across) to += strip;
+    for (inside = count; inside && ix + (inside - 1) * across >= p->iw;) inside--;
+    if (to > start) ek_mve_fill(start, p->x_zero, to - start);
+    start = to + inside * strip;
+    if (end > start) ek_mve_fill(start, p->x_zero, end - start);
+    if (!inside) return;
+    for (int32_t ky = 0; ky < p->kh; ky++, iy += p->dh, to += ci) {
+        if (iy < 0 || iy >= p->ih) {
+            for (int8_t *at = to; at < start; at += strip) ek_mve_fill(at, p->x_zero, ci);
+        } else {
+            ek_mve_spread(to, x + (iy * p->iw + ix) * ci, ci, across * ci, inside, strip);
         }
     }
+}
+
+/* The columns of n pixels from (oy, ox). */
+EK_INLINE void ek_mve_columns(const ek_mve_conv_t *p, const int8_t *x, int32_t oy, int32_t ox, int32_t n, int8_t *to) {
+    int32_t iy = oy * p->sh - p->top, ix = ox * p->sw - p->left;
+    if (p->shared) {
+        ek_mve_strips(p, x, iy, ix, 1, (n - 1) * p->sw + p->kw, to);
+        return;
+    }
+    for (; n; n--, ix += p->sw, to += p->kw * p->kh * p->ci) ek_mve_strips(p, x, iy, ix, p->dw, p->kw, to);
 }
 
 EK_KERNEL void ek_mve_conv_add_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, const int8_t *res,
