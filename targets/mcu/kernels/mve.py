@@ -163,17 +163,24 @@ class MveDepthwise(McuKernel):
         packed = -(-s.c // LANES) * LANES * (2 * 4 + self.taps)
         return Operand(s.h * s.w * s.c), Operand(packed), Operand(math.prod(s.out) * s.c)
 
+    @property
+    def joined(self) -> bool:
+        """Whether neighbouring pixels are taken as one with 16 channels."""
+        return self.spec.c < LANES and LANES % self.spec.c == 0 and self.spec.stride[1] == 1
+
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """Per 16 channels: biases and multipliers in the order of the kernel's sums, then the weights of each tap."""
-        w, m = weights["w"], weights["m"]
+        w, m, bias = weights["w"], weights["m"], weights.get("bias")
         assert w is not None and m is not None
         c, blocks = self.spec.c, -(-self.spec.c // LANES)
         filters = np.zeros((self.taps, blocks * LANES), np.int8)
         filters[: math.prod(self.spec.kernel), :c] = w.reshape(c, -1).T
-        filters = filters.reshape(self.taps, blocks, LANES).transpose(1, 0, 2).reshape(blocks, -1)
         heads = np.zeros((2, blocks * LANES), np.int32)
-        heads[0, :c] = 0 if weights.get("bias") is None else weights["bias"]
+        heads[0, :c] = 0 if bias is None else bias
         heads[1, :c] = m
+        if self.joined:
+            filters, heads = (np.tile(v[:, :c], LANES // c) for v in (filters, heads))
+        filters = filters.reshape(self.taps, blocks, LANES).transpose(1, 0, 2).reshape(blocks, -1)
         # Lane k of sum 2 i + j holds channel 4 k + 2 j + i.
         sums = heads.reshape(2, blocks, 4, 2, 2).transpose(1, 0, 4, 3, 2).reshape(blocks, -1)
         return (np.concatenate([little_endian(sums), filters], axis=1).reshape(-1),)
@@ -181,9 +188,9 @@ class MveDepthwise(McuKernel):
     def call(self) -> Call:
         s, e = self.spec, self.spec.epilogue
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "c": s.c, "oh": s.out[0], "ow": s.out[1]}
-        fields |= window_fields(s) | {"taps": self.taps, "padded": int(self.padded), "x_zero": s.x_zp}
-        fields |= {"y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
-        scratch = 4 * self.taps + (round_up(s.c, LANES) if self.padded else 0)
+        fields |= window_fields(s) | {"taps": self.taps, "padded": int(self.padded)}
+        fields |= {"joined": int(self.joined), "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
+        scratch = 12 * self.taps + (round_up(s.c, LANES) if self.padded else 0)
         return Call("ek_mve_depthwise_s8", "mve_depthwise", "ek_mve_depthwise_t", fields, (scratch,))
 
 
