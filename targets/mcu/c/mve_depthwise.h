@@ -7,8 +7,8 @@
  * 2^15, which is an addition of lane >> 16, and the lower half once widened. The sums therefore hold channels 0, 4, 8,
  * 12, then 2, 6, 10, 14, then 1, 5, 9, 13, then 3, 7, 11, 15 of a block.
  *
- * Packed weights, per 16 channels: 16 int32 biases and 16 int32 multipliers in the order of the sums, then 16 weights
- * of every tap. The taps of the window are followed by one of zeros where their number is even.
+ * Packed weights, per 16 channels: 16 int32 biases in the order of the sums, 16 weights of every tap, and 16 int32
+ * multipliers in that order. The taps of the window are followed by one of zeros where their number is even.
  */
 #ifndef EK_MVE_DEPTHWISE_H
 #define EK_MVE_DEPTHWISE_H
@@ -32,88 +32,145 @@ typedef struct {
     int32_t zero, pairs, back, lo, hi;
 } ek_mve_dw_t;
 
+/* r9: y, r11: channels, r12: 2^15, lr: zero point; on the stack the ends of the range, 16 times each. */
+#define EK_MVE_DW_ENTER                         \
+    "push {r4-r11, lr}\n"                       \
+    "vpush {d8-d15}\n"                          \
+    "ldrd r1, r2, [r0, #28]\n"                  \
+    "vdup.8 q0, r1\n"                           \
+    "vdup.8 q1, r2\n"                           \
+    "sub sp, sp, #32\n"                         \
+    "vstrw.32 q0, [sp]\n"                       \
+    "vstrw.32 q1, [sp, #16]\n"                  \
+    "ldrd r9, r11, [r0]\n"                      \
+    "ldr lr, [r0, #16]\n"                       \
+    "mov r12, #0x8000\n"
+#define EK_MVE_DW_LEAVE                         \
+    "add sp, sp, #32\n"                         \
+    "vpop {d8-d15}\n"                           \
+    "pop {r4-r11, pc}\n"
+#define EK_MVE_DW_BIAS                          \
+    "vldrw.32 q0, [r10], #16\n"                 \
+    "vldrw.32 q1, [r10], #16\n"                 \
+    "vldrw.32 q2, [r10], #16\n"                 \
+    "vldrw.32 q3, [r10], #16\n"
 /* Products of even channels in q6 and of odd ones in q4 into the sums. */
-#define EK_MVE_DW_ADD                                                                                                 \
-    "vqdmlah.s32 q1, q6, r11\n"                                                                                       \
-    "vmovlb.s16 q6, q6\n"                                                                                             \
-    "vqdmlah.s32 q3, q4, r11\n"                                                                                       \
-    "vadd.i32 q0, q0, q6\n"                                                                                           \
-    "vmovlb.s16 q4, q4\n"                                                                                             \
+#define EK_MVE_DW_ADD                           \
+    "vqdmlah.s32 q1, q6, r12\n"                 \
+    "vmovlb.s16 q6, q6\n"                       \
+    "vqdmlah.s32 q3, q4, r12\n"                 \
+    "vadd.i32 q0, q0, q6\n"                     \
+    "vmovlb.s16 q4, q4\n"                       \
     "vadd.i32 q2, q2, q4\n"
-#define EK_MVE_DW(name, load, store)                                                                                  \
-    __attribute__((naked, noinline, unused)) static void name(const ek_mve_dw_t *p __attribute__((unused))) {         \
-        __asm__ volatile(                                                                                             \
-            "push {r4-r11, lr}\n"                                                                                     \
-            "vpush {d8-d15}\n"                                                                                        \
-            "ldm r0!, {r2, r6-r10, r12}\n"                                                                            \
-            "ldrd r4, r5, [r0]\n"                                                                                     \
-            "push {r4, r5}\n"                                                                                         \
-            "mov r3, #0\n"                                                                                            \
-            "mov r11, #0x8000\n"                                                                                      \
-            "1: vctp.8 r6\n"                                                                                          \
-            "mov r0, r8\n"                                                                                            \
-            "mov r1, r7\n"                                                                                            \
-            "adds r7, r7, #128\n"                                                                                     \
-            "vldrw.32 q0, [r1]\n"                                                                                     \
-            "vldrw.32 q1, [r1, #16]\n"                                                                                \
-            "vldrw.32 q2, [r1, #32]\n"                                                                                \
-            "vldrw.32 q3, [r1, #48]\n"                                                                                \
-            "ldr r4, [r0], #4\n"                                                                                      \
-            "add r4, r4, r3\n"                                                                                        \
-            load " q4, [r4]\n"                                                                                        \
-            "vldrb.8 q5, [r7], #16\n"                                                                                 \
-            "vmullb.s8 q6, q4, q5\n"                                                                                  \
-            "vmullt.s8 q4, q4, q5\n"                                                                                  \
-            EK_MVE_DW_ADD                                                                                             \
-            "wls lr, r10, 3f\n"                                                                                       \
-            "2: ldrd r4, r5, [r0], #8\n"                                                                              \
-            "add r4, r4, r3\n"                                                                                        \
-            "add r5, r5, r3\n"                                                                                        \
-            load " q4, [r4]\n"                                                                                        \
-            "vldrb.8 q5, [r7], #16\n"                                                                                 \
-            "vmullb.s8 q6, q4, q5\n"                                                                                  \
-            load " q7, [r5]\n"                                                                                        \
-            "vmullt.s8 q4, q4, q5\n"                                                                                  \
-            "vldrb.8 q5, [r7]\n"                                                                                      \
-            "vmullb.s8 q5, q7, q5\n"                                                                                  \
-            "vadd.i16 q6, q6, q5\n"                                                                                   \
-            "vldrb.8 q5, [r7], #16\n"                                                                                 \
-            "vmullt.s8 q7, q7, q5\n"                                                                                  \
-            "vadd.i16 q4, q4, q7\n"                                                                                   \
-            EK_MVE_DW_ADD                                                                                             \
-            "le lr, 2b\n"                                                                                             \
-            "3: vldrw.32 q4, [r1, #64]\n"                                                                             \
-            "sub r7, r7, r12\n"                                                                                       \
-            "vrmulh.s32 q0, q0, q4\n"                                                                                 \
-            "vldrw.32 q5, [r1, #80]\n"                                                                                \
-            "vrmulh.s32 q1, q1, q5\n"                                                                                 \
-            "vldrw.32 q6, [r1, #96]\n"                                                                                \
-            "vrmulh.s32 q2, q2, q6\n"                                                                                 \
-            "vldrw.32 q7, [r1, #112]\n"                                                                               \
-            "vrmulh.s32 q3, q3, q7\n"                                                                                 \
-            "vqmovnb.s32 q0, q0\n"                                                                                    \
-            "vqmovnb.s32 q2, q2\n"                                                                                    \
-            "vqmovnt.s32 q0, q1\n"                                                                                    \
-            "vqmovnt.s32 q2, q3\n"                                                                                    \
-            "ldrd r0, r1, [sp]\n"                                                                                     \
-            "vqadd.s16 q0, q0, r9\n"                                                                                  \
-            "vqadd.s16 q2, q2, r9\n"                                                                                  \
-            "vdup.8 q4, r0\n"                                                                                         \
-            "vqmovnb.s16 q0, q0\n"                                                                                    \
-            "vqmovnt.s16 q0, q2\n"                                                                                    \
-            "vdup.8 q5, r1\n"                                                                                         \
-            "vmax.s8 q0, q0, q4\n"                                                                                    \
-            "adds r3, r3, #16\n"                                                                                      \
-            "vmin.s8 q0, q0, q5\n"                                                                                    \
-            store " q0, [r2], #16\n"                                                                                  \
-            "subs r6, r6, #16\n"                                                                                      \
-            "bgt 1b\n"                                                                                                \
-            "add sp, sp, #8\n"                                                                                        \
-            "vpop {d8-d15}\n"                                                                                         \
-            "pop {r4-r11, pc}\n");                                                                                    \
-    }
-EK_MVE_DW(ek_mve_dw_whole, "vldrb.8", "vstrb.8")
-EK_MVE_DW(ek_mve_dw_part, "vpst\nvldrbt.8", "vpst\nvstrbt.8")
+/* Two taps, whose addresses are in a and b. */
+#define EK_MVE_DW_TWO(a, b)                     \
+    "vldrb.8 q4, [" a "], #16\n"                \
+    "vldrb.8 q5, [r10], #16\n"                  \
+    "vmullb.s8 q6, q4, q5\n"                    \
+    "vldrb.8 q7, [" b "], #16\n"                \
+    "vmullt.s8 q4, q4, q5\n"                    \
+    "vldrb.8 q5, [r10]\n"                       \
+    "vmullb.s8 q5, q7, q5\n"                    \
+    "vadd.i16 q6, q6, q5\n"                     \
+    "vldrb.8 q5, [r10], #16\n"                  \
+    "vmullt.s8 q7, q7, q5\n"                    \
+    "vadd.i16 q4, q4, q7\n"                     \
+    EK_MVE_DW_ADD
+/* Sums to codes in the order of the channels. */
+#define EK_MVE_DW_CODES                         \
+    "vldrw.32 q4, [r10], #16\n"                 \
+    "vrmulh.s32 q0, q0, q4\n"                   \
+    "vldrw.32 q5, [r10], #16\n"                 \
+    "vrmulh.s32 q1, q1, q5\n"                   \
+    "vldrw.32 q6, [r10], #16\n"                 \
+    "vrmulh.s32 q2, q2, q6\n"                   \
+    "vldrw.32 q7, [r10], #16\n"                 \
+    "vrmulh.s32 q3, q3, q7\n"                   \
+    "vqmovnb.s32 q0, q0\n"                      \
+    "vqmovnb.s32 q2, q2\n"                      \
+    "vqmovnt.s32 q0, q1\n"                      \
+    "vqmovnt.s32 q2, q3\n"                      \
+    "vqadd.s16 q0, q0, lr\n"                    \
+    "vldrw.32 q4, [sp]\n"                       \
+    "vqadd.s16 q2, q2, lr\n"                    \
+    "vqmovnb.s16 q0, q0\n"                      \
+    "vldrw.32 q5, [sp, #16]\n"                  \
+    "vqmovnt.s16 q0, q2\n"                      \
+    "vmax.s8 q0, q0, q4\n"                      \
+    "vmin.s8 q0, q0, q5\n"
+
+/* 9 taps, and whole blocks of channels: the addresses stay in registers. */
+__attribute__((naked, noinline, unused)) static void ek_mve_dw9(const ek_mve_dw_t *p __attribute__((unused))) {
+    __asm__ volatile(
+        EK_MVE_DW_ENTER
+        "ldrd r10, r0, [r0, #8]\n"
+        "ldm r0, {r0-r8}\n"
+        "1:\n"
+        EK_MVE_DW_BIAS
+        "vldrb.8 q4, [r0], #16\n"
+        "vldrb.8 q5, [r10], #16\n"
+        "vmullb.s8 q6, q4, q5\n"
+        "vmullt.s8 q4, q4, q5\n"
+        EK_MVE_DW_ADD
+        EK_MVE_DW_TWO("r1", "r2")
+        EK_MVE_DW_TWO("r3", "r4")
+        EK_MVE_DW_TWO("r5", "r6")
+        EK_MVE_DW_TWO("r7", "r8")
+        EK_MVE_DW_CODES
+        "vstrb.8 q0, [r9], #16\n"
+        "subs r11, r11, #16\n"
+        "bgt 1b\n"
+        EK_MVE_DW_LEAVE);
+}
+
+/* Any number of taps and channels. */
+__attribute__((naked, noinline, unused)) static void ek_mve_dw(const ek_mve_dw_t *p __attribute__((unused))) {
+    __asm__ volatile(
+        EK_MVE_DW_ENTER
+        "ldrd r10, r1, [r0, #8]\n"
+        "ldrd r2, r6, [r0, #20]\n"
+        "mov r3, #0\n"
+        "mov r7, lr\n"
+        "1: vctp.8 r11\n"
+        "mov r0, r1\n"
+        EK_MVE_DW_BIAS
+        "ldr r4, [r0], #4\n"
+        "add r4, r4, r3\n"
+        "vpst\n"
+        "vldrbt.8 q4, [r4]\n"
+        "vldrb.8 q5, [r10], #16\n"
+        "vmullb.s8 q6, q4, q5\n"
+        "vmullt.s8 q4, q4, q5\n"
+        EK_MVE_DW_ADD
+        "wls lr, r2, 3f\n"
+        "2: ldrd r4, r5, [r0], #8\n"
+        "add r4, r4, r3\n"
+        "add r5, r5, r3\n"
+        "vpst\n"
+        "vldrbt.8 q4, [r4]\n"
+        "vldrb.8 q5, [r10], #16\n"
+        "vmullb.s8 q6, q4, q5\n"
+        "vpst\n"
+        "vldrbt.8 q7, [r5]\n"
+        "vmullt.s8 q4, q4, q5\n"
+        "vldrb.8 q5, [r10]\n"
+        "vmullb.s8 q5, q7, q5\n"
+        "vadd.i16 q6, q6, q5\n"
+        "vldrb.8 q5, [r10], #16\n"
+        "vmullt.s8 q7, q7, q5\n"
+        "vadd.i16 q4, q4, q7\n"
+        EK_MVE_DW_ADD
+        "le lr, 2b\n"
+        "3: mov lr, r7\n"
+        EK_MVE_DW_CODES
+        "vpst\n"
+        "vstrbt.8 q0, [r9], #16\n"
+        "sub r10, r10, r6\n"
+        "adds r3, r3, #16\n"
+        "subs r11, r11, #16\n"
+        "bgt 1b\n"
+        EK_MVE_DW_LEAVE);
+}
 
 /* Moves n > 0 addresses on. */
 EK_INLINE void ek_mve_advance(ek_u32 *taps, int32_t n, int32_t by) {
@@ -186,10 +243,10 @@ EK_KERNEL void ek_mve_depthwise_s8(const ek_mve_depthwise_t *p, const int8_t *x,
                 before = 0;
             }
             dw.channels = n * c;
-            if (dw.channels & 15)
-                ek_mve_dw_part(&dw);
+            if (all == 9 && !(c & 15))
+                ek_mve_dw9(&dw);
             else
-                ek_mve_dw_whole(&dw);
+                ek_mve_dw(&dw);
             dw.y += n * c;
         }
     }
@@ -204,7 +261,7 @@ EK_KERNEL void ek_mve_depthwise_s8(const ek_mve_depthwise_t *p, const int8_t *x,
     for (int32_t oy = 0, top = -p->top; oy < p->oh; oy++, top += p->sh) {
         for (int32_t ox = 0, left = -p->left; ox < p->ow; ox++, left += p->sw, y += c) {
             for (int32_t i = 0; i < c; i++) {
-                const int8_t *block = w + (i >> 4) * (128 + 16 * p->taps), *at = block + 128 + (i & 15);
+                const int8_t *block = w + (i >> 4) * (128 + 16 * p->taps), *at = block + 64 + (i & 15);
                 int32_t sum = ek_mve_int(block + 4 * ek_mve_lane(i & 15));
                 for (int32_t ky = 0, iy = top; ky < p->kh; ky++, iy += p->dh) {
                     for (int32_t kx = 0, ix = left; kx < p->kw; kx++, ix += p->dw, at += 16) {
@@ -212,7 +269,7 @@ EK_KERNEL void ek_mve_depthwise_s8(const ek_mve_depthwise_t *p, const int8_t *x,
                         sum += *at * (padding ? p->x_zero : x[(iy * p->iw + ix) * c + i]);
                     }
                 }
-                int32_t m = ek_mve_int(block + 64 + 4 * ek_mve_lane(i & 15));
+                int32_t m = ek_mve_int(block + 64 + 16 * p->taps + 4 * ek_mve_lane(i & 15));
                 y[i] = (int8_t)ek_clamp(ek_rqh(sum, m) + p->y_zero, p->lo, p->hi);
             }
         }

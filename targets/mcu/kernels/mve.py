@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from edgec.targets.device import Device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
-from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize, broadcast_shape
 from edgec.targets.kernels.pool import AvgPool, MaxPool
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 
@@ -74,14 +73,14 @@ class MveConv(McuKernel):
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """Per 4 channels: biases, multipliers, and weights by 16 places of the column."""
-        w, m = weights["w"], weights["m"]
+        w, m, bias = weights["w"], weights["m"], weights.get("bias")
         assert w is not None and m is not None
         outputs, blocks = self.spec.co, -(-self.spec.co // BLOCK)
         rows = np.zeros((blocks * BLOCK, self.steps * LANES), np.int8)
         rows[:outputs, : self.depth] = w.transpose(0, 3, 2, 1).reshape(outputs, -1)
         rows = rows.reshape(blocks, BLOCK, self.steps, LANES).transpose(0, 2, 1, 3).reshape(blocks, -1)
         heads = np.zeros((2, blocks * BLOCK), np.int32)
-        heads[0, :outputs] = 0 if weights.get("bias") is None else weights["bias"]
+        heads[0, :outputs] = 0 if bias is None else bias
         heads[1, :outputs] = m
         heads = heads.reshape(2, blocks, BLOCK).transpose(1, 0, 2).reshape(blocks, -1)
         return (np.concatenate([little_endian(heads), rows], axis=1).reshape(-1),)
@@ -169,7 +168,7 @@ class MveDepthwise(McuKernel):
         return self.spec.c < LANES and LANES % self.spec.c == 0 and self.spec.stride[1] == 1
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Per 16 channels: biases and multipliers in the order of the kernel's sums, then the weights of each tap."""
+        """Per 16 channels: biases, weights of each tap, multipliers; first and last in the order of the sums."""
         w, m, bias = weights["w"], weights["m"], weights.get("bias")
         assert w is not None and m is not None
         c, blocks = self.spec.c, -(-self.spec.c // LANES)
@@ -182,21 +181,28 @@ class MveDepthwise(McuKernel):
             filters, heads = (np.tile(v[:, :c], LANES // c) for v in (filters, heads))
         filters = filters.reshape(self.taps, blocks, LANES).transpose(1, 0, 2).reshape(blocks, -1)
         # Lane k of sum 2 i + j holds channel 4 k + 2 j + i.
-        sums = heads.reshape(2, blocks, 4, 2, 2).transpose(1, 0, 4, 3, 2).reshape(blocks, -1)
-        return (np.concatenate([little_endian(sums), filters], axis=1).reshape(-1),)
+        sums = heads.reshape(2, blocks, 4, 2, 2).transpose(0, 1, 4, 3, 2).reshape(2, blocks, -1)
+        first, last = (little_endian(values) for values in sums)
+        return (np.concatenate([first, filters, last], axis=1).reshape(-1),)
 
     def call(self) -> Call:
         s, e = self.spec, self.spec.epilogue
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "c": s.c, "oh": s.out[0], "ow": s.out[1]}
         fields |= window_fields(s) | {"taps": self.taps, "padded": int(self.padded)}
-        fields |= {"joined": int(self.joined), "x_zero": s.x_zp, "y_zero": e.y_zp, "lo": code_range(e)[0], "hi": code_range(e)[1]}
+        fields |= {
+            "joined": int(self.joined),
+            "x_zero": s.x_zp,
+            "y_zero": e.y_zp,
+            "lo": code_range(e)[0],
+            "hi": code_range(e)[1],
+        }
         scratch = 12 * self.taps + (round_up(s.c, LANES) if self.padded else 0)
         return Call("ek_mve_depthwise_s8", "mve_depthwise", "ek_mve_depthwise_t", fields, (scratch,))
 
 
 @dataclass(frozen=True)
 class MveAdd(McuKernel):
-    """Addition of two int8 tensors of one shape."""
+    """Addition of two int8 tensors, neither of which is repeated."""
 
     spec: QAdd
 
@@ -311,7 +317,8 @@ def code_range(epilogue: Epilogue) -> tuple[int, int]:
 def takes(epilogue: Epilogue, dtype: str, weights: Weights, device: Device) -> bool:
     """Whether a layer is one of these kernels': int8 in and out, and all its multipliers below one half (RQH)."""
     m, shift = weights.get("m"), weights.get("shift")
-    if device.isa != "mve" or dtype != "int8" or epilogue.requant != "RQ1" or m is None or shift is None:
+    plain = epilogue.requant == "RQ1" and epilogue.act == "none" and not epilogue.residual
+    if device.isa != "mve" or dtype != "int8" or not plain or m is None or shift is None:
         return False
     return m.dtype == np.int32 and bool(np.all(shift == HALF_SHIFT))
 
@@ -329,7 +336,8 @@ def _depthwise(spec: Depthwise, weights: Weights, device: Device) -> McuKernel |
 
 
 def _add(spec: QAdd, weights: Weights, device: Device) -> McuKernel | None:
-    return MveAdd(spec) if device.isa == "mve" and spec.a == spec.b else None
+    sizes = {math.prod(shape) for shape in (spec.a, spec.b, broadcast_shape(spec.a, spec.b))}
+    return MveAdd(spec) if device.isa == "mve" and len(sizes) == 1 else None
 
 
 def _average(spec: AvgPool, weights: Weights, device: Device) -> McuKernel | None:
