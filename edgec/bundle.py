@@ -320,8 +320,9 @@ def build_bundle(
     """
     if device.is_mcu:
         return _assemble_mcu(lowered, device, directory, selftest, meta, force)
-    from edgec.targets.codegen import build_objects
+    from edgec.targets.codegen import LoweredKernels, build_objects
 
+    assert isinstance(lowered.kernels, LoweredKernels)
     objects = list(build_objects(lowered.kernels, device).values())
     return assemble(
         lowered.plan, lowered.kernels, objects, device, directory, selftest, meta, threads=threads, force=force

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgec.bundle import Bundle
     from edgec.checks import Check
     from edgec.data import Dataset
-    from edgec.ledger import Ledger
+    from edgec.ledger import BoardRecord, Ledger
     from edgec.lowering.lower import Lowered
     from edgec.metrics import Comparison, Evaluation, Metric
     from edgec.program import Program
@@ -51,6 +51,8 @@ CHOICES_SELFTEST_TOLERANCE = 0.5
 RANDOM_SAMPLES = 16
 # Samples run through an emulator by default; natively all are run.
 EMULATED_SAMPLES = 64
+# Of a microcontroller's code, which runs on all of them compiled for this machine, as many also run on QEMU's board.
+BOARD_SAMPLES = 32
 BISECTION_STEPS = 4
 # Samples of the training data that the checks use when there is no evaluation data.
 CHECK_SAMPLES = 256
@@ -207,7 +209,8 @@ def compile_model(
     mean, std: per channel, applied after `input_scale` (default 1/255 for uint8 images).
     max_drop: largest allowed drop of the metric against the original, in points; None checks nothing.
     on_fail: "error", "revert" (drop the pass) or "relax" (weaken the pass by bisection).
-    device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated).
+    device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated, 32
+        of a microcontroller's, whose code runs on all of them compiled for this machine too).
     threads: how many the bundle advises, and the checks of the generated code use; results do not depend on it.
     stop_after: a pass name or a lowering step; no bundle is written then.
     dump: folder that receives the text form after each step.
@@ -459,15 +462,16 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
     from edgec.ledger import DeviceRecord
     from edgec.metrics import compare, evaluate
 
-    samples = run.options.device_samples
+    here = device.runner == "native" or device.is_mcu
+    samples = None if device.is_mcu else run.options.device_samples
     if samples is None:
-        samples = len(run.dataset) if device.runner == "native" else EMULATED_SAMPLES
+        samples = len(run.dataset) if here else EMULATED_SAMPLES
     total = len(run.dataset)
     order = np.random.default_rng(run.options.seed).permutation(total)
     rows = np.sort(order[: max(1, min(samples, total))])
     dataset, want = run.dataset.take(rows), run.last.take(rows)
     # An emulator is started once per call, so it gets all samples at once.
-    batch = len(dataset) if device.runner != "native" else 1
+    batch = 1 if here else len(dataset)
     batch = max(1, batch // program.inputs[0].shape[0]) * program.inputs[0].shape[0]
     tell = lambda done: run.progress("check device", done)  # noqa: E731
     got = evaluate(bundle.run, dataset, run.metric, batch=batch, progress=tell)
@@ -485,6 +489,7 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
         arena_lower_bound=lowered.plan.arena_lower_bound,
         code_bytes=bundle.manifest["code_bytes"],
         weight_bytes=lowered.plan.weight_bytes,
+        board=_board_check(run, bundle, dataset, got) if device.is_mcu else None,
     )
     kind = arithmetic(program)
     error = max(relative_error(a, b) for a, b in pairs)
@@ -511,6 +516,49 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
     verdict = run.check.verdict(comparison if len(dataset) == len(run.dataset) else compare(want, got))
     if not verdict.passed:
         raise GateFailed(verdict.message, where=f"generated code on {device.name}", hint="see the report's device part")
+
+
+def _board_check(run: _Run, bundle: Bundle, dataset: Dataset, want: Evaluation) -> BoardRecord:
+    """Run some samples on QEMU's board, compare with the same code compiled for this machine, and measure one.
+
+    Raises EdgecError when integers differ, or floats by more than libraries do.
+    """
+    from edgec.ledger import BoardRecord
+
+    samples = BOARD_SAMPLES if run.options.device_samples is None else run.options.device_samples
+    rows = np.arange(min(max(1, samples), len(dataset)))
+    # As many as the model's batch has, if it has one.
+    rows = rows[: max(1, len(rows) // run.original.inputs[0].shape[0]) * run.original.inputs[0].shape[0]]
+    inputs, _ = dataset.read(rows)
+    run.progress("check board", 0.0)
+    bundle.emulate = True
+    try:
+        results = bundle.run(*inputs)
+    finally:
+        bundle.emulate = False
+    results = results if isinstance(results, tuple) else (results,)
+    for got, all_wanted in zip(results, want.outputs, strict=True):
+        wanted = all_wanted[rows]
+        error = relative_error(got, wanted)
+        if not error <= FLOAT_TOLERANCE or (got.dtype.kind != "f" and not np.array_equal(got, wanted)):
+            raise EdgecError(
+                f"code on the board differs from the same code on this machine by {error:.2g}",
+                where=f"{bundle.name} on {bundle.manifest['target']}",
+                hint="this is a bug in edgec: please report the model and the pipeline",
+            )
+    exact = all(np.array_equal(got, all_wanted[rows]) for got, all_wanted in zip(results, want.outputs, strict=True))
+    first = run.original.inputs[0].shape[0]
+    measured = bundle.measure(*(a[:first] for a in inputs))
+    return BoardRecord(
+        machine=bundle.device().machine,
+        board_samples=len(rows),
+        board_bit_exact=exact,
+        instructions=measured.instructions,
+        instructions_per_mac=measured.instructions / max(1, bundle.manifest["macs"]),
+        flash_bytes=bundle.manifest["flash_bytes"],
+        stack_bytes=measured.stack_bytes,
+        steps=tuple(measured.steps),
+    )
 
 
 def arithmetic(program: Program) -> str:

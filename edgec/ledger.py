@@ -20,6 +20,7 @@ null. `seconds` is wall-clock time and the only thing that may differ between tw
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -135,6 +136,26 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class BoardRecord:
+    """A microcontroller's code on QEMU's board `machine`: `board_samples` gave what the same code gives on the
+    compiling machine, board_bit_exact: to the last bit of a float.
+
+    instructions: of one inference, exact, no cycles. flash_bytes: what the model adds to a program. stack_bytes: the
+    deepest
+    use of the stack. steps: instructions of each call of the plan.
+    """
+
+    machine: str
+    board_samples: int
+    board_bit_exact: bool
+    instructions: int
+    instructions_per_mac: float
+    flash_bytes: int
+    stack_bytes: int
+    steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class DeviceRecord:
     """The generated code: metric on the device against the original model, and what it occupies, in bytes.
 
@@ -151,6 +172,7 @@ class DeviceRecord:
     arena_lower_bound: int
     code_bytes: int
     weight_bytes: int
+    board: BoardRecord | None = None
 
     @staticmethod
     def of(
@@ -165,6 +187,7 @@ class DeviceRecord:
         arena_lower_bound: int,
         code_bytes: int,
         weight_bytes: int,
+        board: BoardRecord | None = None,
     ) -> DeviceRecord:
         """The record of `comparison`, which must be one of `metric`; None when nothing ran on the device."""
         if comparison is not None and metric.name != comparison.metric.name:
@@ -179,6 +202,7 @@ class DeviceRecord:
             arena_lower_bound=int(arena_lower_bound),
             code_bytes=int(code_bytes),
             weight_bytes=int(weight_bytes),
+            board=board,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -192,16 +216,22 @@ class DeviceRecord:
             "arena_lower_bound": self.arena_lower_bound,
             "code_bytes": self.code_bytes,
             "weight_bytes": self.weight_bytes,
+            # Only of microcontrollers.
+            **({} if self.board is None else dataclasses.asdict(self.board) | {"steps": list(self.board.steps)}),
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> DeviceRecord:
         plain = ("target", "runner", "bit_exact", "max_abs_error")
         sizes = ("arena_bytes", "arena_lower_bound", "code_bytes", "weight_bytes")
-        metric = data["metric"]
+        metric, board = data["metric"], None
+        if "flash_bytes" in data:
+            names = [f.name for f in dataclasses.fields(BoardRecord) if f.name != "steps"]
+            board = BoardRecord(**{key: data[key] for key in names}, steps=tuple(data["steps"]))
         return DeviceRecord(
             metric=None if metric is None else MetricRecord.from_json(metric),
             **{key: data[key] for key in plain + sizes},
+            board=board,
         )
 
 

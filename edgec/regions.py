@@ -416,3 +416,41 @@ def log_sizes(size: torch.Tensor) -> torch.Tensor:
 @log_sizes.register_fake
 def _(size):
     return size.new_empty(size.shape)
+
+
+# -- tiles of maps, see `edgec.lowering.tiles` -------------------------------------------------------------------------
+
+
+@torch.library.custom_op("edgec::crop_nhwc", mutates_args=())
+def crop_nhwc(x: torch.Tensor, top: int, left: int, height: int, width: int, layout: str = "NHWC") -> torch.Tensor:
+    """Rows top .. top + height and columns left .. left + width of a map; layout "NCHW" for inputs of the network."""
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    return (x[:, rows, columns] if layout == "NHWC" else x[:, :, rows, columns]).clone(
+        memory_format=torch.contiguous_format
+    )
+
+
+@crop_nhwc.register_fake
+def _(x, top, left, height, width, layout="NHWC"):
+    n = x.shape[0]
+    return x.new_empty((n, height, width, x.shape[3]) if layout == "NHWC" else (n, x.shape[1], height, width))
+
+
+@torch.library.custom_op("edgec::place_nhwc", mutates_args=())
+def place_nhwc(
+    canvas: torch.Tensor | None, tile: torch.Tensor, top: int, left: int, height: int, width: int
+) -> torch.Tensor:
+    """A map of height x width with `tile` at (top, left), and elsewhere the contents of `canvas`, a map of that size.
+
+    Kernels write into the memory of the canvas. Without one, what is outside of the tile is zero here and arbitrary
+    there: a map is complete when tiles have been placed on all of it.
+    """
+    n, rows, columns, channels = tile.shape
+    result = tile.new_zeros((n, height, width, channels)) if canvas is None else canvas.clone()
+    result[:, top : top + rows, left : left + columns] = tile
+    return result
+
+
+@place_nhwc.register_fake
+def _(canvas, tile, top, left, height, width):
+    return tile.new_empty((tile.shape[0], height, width, tile.shape[3]))

@@ -549,6 +549,15 @@ def _device(device: Row | None, scale: _Scale) -> list[tuple[str, str]]:
         value += f" on {metric['n']:,} samples"
     if metric.get("reference") is not None:
         value += f", reference {scale.value(metric['reference'])}"
+    board: list[tuple[str, str]] = []
+    if device.get("instructions") is not None:
+        bits = "the same bits" if device["board_bit_exact"] else "the same to float rounding"
+        board = [
+            ("Board", f"{device['machine']}: {bits} as on this machine for {device['board_samples']} samples"),
+            ("Instructions", f"{device['instructions']:,} ({device['instructions_per_mac']:.3f} per MAC)"),
+            ("Flash", _bytes(device["flash_bytes"])),
+            ("Stack", _bytes(device["stack_bytes"])),
+        ]
     return [
         ("Target", str(device.get("target") or DASH)),
         ("Runner", str(device.get("runner") or DASH)),
@@ -560,4 +569,5 @@ def _device(device: Row | None, scale: _Scale) -> list[tuple[str, str]]:
         ("Code", _bytes(device.get("code_bytes"))),
         ("Arena", _bytes(device.get("arena_bytes"))),
         ("Arena lower bound", _bytes(device.get("arena_lower_bound"))),
+        *board,
     ]

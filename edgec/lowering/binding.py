@@ -31,6 +31,7 @@ from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.kernels.sparse import fastest
+from edgec.targets.kernels.tiles import Crop, Place
 from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, MergeTokens, ReduceSlots, TomeSlots
 from edgec.targets.kernels.transpose import Transpose
 from edgec.targets.kernels.unpack import weight_bits
@@ -466,6 +467,22 @@ def _log_sizes(node: Any, constants: Weights) -> Binding:
     return Binding(LogSizes(_elements(node)), (node.args[0],), layer_of(node))
 
 
+def _crop(node: Any, constants: Weights) -> Binding:
+    x, top, left, rows, columns, *rest = node.args
+    n, *shape = shape_of(x)
+    # A map with channels first is so many maps of one channel.
+    planes, h, w, c = (n, *shape) if rest in ([], ["NHWC"]) else (n * shape[0], *shape[1:], 1)
+    return Binding(Crop(planes, h, w, c, top, left, rows, columns, _dtype(node)), (x,), layer_of(node))
+
+
+def _place(node: Any, constants: Weights) -> Binding:
+    canvas, tile, top, left = node.args[:4]
+    n, h, w, c = shape_of(node)
+    _, rows, columns, _ = shape_of(tile)
+    spec = Place(n, h, w, c, top, left, rows, columns, _dtype(node), canvas is not None)
+    return Binding(spec, (tile,) if canvas is None else (canvas, tile), layer_of(node))
+
+
 RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     aten.permute.default: _permute,
     aten.mean.dim: _mean,
@@ -486,6 +503,8 @@ RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
     edgec.class_scores.default: _class_scores,
     edgec.log_sizes.default: _log_sizes,
     edgec.dequantize_weight.default: lambda node, constants: None,
+    edgec.crop_nhwc.default: _crop,
+    edgec.place_nhwc.default: _place,
     edgec.conv2d_nhwc.default: _conv2d,
     edgec.linear_act.default: _linear,
     edgec.max_pool2d_nhwc.default: _max_pool,

@@ -31,14 +31,15 @@ def device_io(staged: Program) -> tuple[Program, dict[str, Form]]:
         form = Form(shape_of(node), _dtype(node))
         while (user := _only(node)) is not None and _absorbs(user, form):
             form = _with(form, user)
-            inputs[number] = user.target(inputs[number], *user.args[1:])
+            step: Any = user.target
+            inputs[number] = step(inputs[number], *user.args[1:])
             node.meta["val"] = user.meta["val"]
             user.replace_all_uses_with(node)
             module.graph.erase_node(user)
         if form.axes is not None or form.scale is not None:
             forms[node.name] = form
     names = [spec.name for spec in staged.outputs]
-    found = output_nodes(module)
+    found: list[Any] = list(output_nodes(module))
     for number, node in enumerate(found):
         form = Form(shape_of(node), _dtype(node))
         source = node
@@ -76,12 +77,11 @@ def _gives(node: Any, form: Form) -> bool:
     return is_call(node, aten.permute.default) and form.axes is None and not moves_ones(node)
 
 
-def _with(form: Form, step: fx.Node) -> Form:
+def _with(form: Form, step: Any) -> Form:
     if is_call(step, aten.permute.default):
-        order: Any = step.args[1]
-        return form.permuted(tuple(int(a) % len(form.shape) for a in order))
+        return form.permuted(tuple(int(a) % len(form.shape) for a in step.args[1]))
     scale, zero_point = step.args[1:3]
-    return form.coded(float(scale), int(zero_point))  # type: ignore[arg-type]
+    return form.coded(float(scale), int(zero_point))
 
 
 def _dtype(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from edgec.targets.device import Device, load_device
 from edgec.targets.mcu.emit import parameters
 from edgec.targets.mcu.header import header
 from edgec.targets.mcu.kernels import implement
-from edgec.targets.mcu.kernels.base import McuKernel
+from edgec.targets.mcu.kernels.base import McuKernel, Value
 from edgec.targets.mcu.machine import build_program, count_program
 
 WARNINGS = ("-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror")
@@ -54,7 +54,8 @@ def run_on_host(
     start = -room.ctypes.data % 16
     room[start : start + len(image.data)] = image.data
     pointers = [room.ctypes.data + start + offset for offset in image.offsets]
-    function((ctypes.c_void_p * len(pointers))(*pointers))
+    fields = [float(part) for value in kernel.call().fields.values() for part in _parts(value)]
+    function((ctypes.c_void_p * len(pointers))(*pointers), (ctypes.c_double * len(fields))(*fields))
     return image.result(room[start : start + len(image.data)], kernel.operands()[outputs].dtype)
 
 
@@ -175,15 +176,24 @@ def memory(
 
 
 def c_text(kernel: McuKernel) -> str:
-    """C file with the header's parts and `kernel_under_test(void **pointers)`."""
-    call = kernel.call()
-    definition, first = parameters("P", call)
+    """C file with the header's parts and `kernel_under_test(void **pointers, const double *fields)`.
+
+    Fields of the parameters come in at run time: kernels that call the same function share a library.
+    """
+    call, fields, count = kernel.call(), [], 0
+    for name, value in call.fields.items():
+        places = [f"v[{count + i}]" for i in range(len(_parts(value)))]
+        count += len(places)
+        fields.append(f".{name} = " + (f"{{{', '.join(places)}}}" if isinstance(value, Sequence) else places[0]))
+    definition = f"const {call.struct} q = {{{', '.join(fields)}}};" if call.struct else "(void)v;"
     pointers = [f"p[{i}]" for i in range(len(kernel.operands()) + len(call.scratch))]
-    arguments = ", ".join([*([first] if first else []), *pointers])
-    return (
-        f"{header([call.part])}\n{definition}\nvoid kernel_under_test(void **p);\n"
-        f"void kernel_under_test(void **p) {{ {call.function}({arguments}); }}\n"
-    )
+    arguments = ", ".join([*(["&q"] if call.struct else []), *pointers])
+    head = "void kernel_under_test(void **p, const double *v)"
+    return f"{header([call.part])}\n{head};\n{head} {{\n    {definition}\n    {call.function}({arguments});\n}}\n"
+
+
+def _parts(value: Value) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else (value,)
 
 
 def _device_text(cases: Sequence[Case], images: Sequence[Image]) -> str:

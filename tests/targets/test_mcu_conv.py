@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,8 @@ from edgec.targets.device import load_device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.mcu.kernels import implement
-from tests.targets.mcu_runner import kernel_of, run_on_host
+from edgec.targets.mcu.kernels.conv import ROW_MACS, FullyConnected
+from tests.targets.mcu_runner import Case, kernel_of, run_cases_on_device, run_on_host
 
 Weights = dict[str, np.ndarray]
 ROUNDINGS = ("RQH", "RQ1", "float", "codes")
@@ -159,6 +161,25 @@ def test_matrix_products(rows: int, ci: int, co: int, rounding: str, residual: b
     check(Conv2D(1, rows, ci, co, dtype="int8", x_zp=-7, epilogue=epilogue), rounding, seed)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([(1, 1), (1, 7), (2, 3)]),
+    st.integers(1, 7),
+    st.integers(1, 9),
+    st.sampled_from(ROUNDINGS),
+    st.integers(0, 99),
+)
+def test_fully_connected(size: tuple[int, int], quarter: int, co: int, rounding: str, seed: int) -> None:
+    """One row of enough products for the kernel of its own, which reads the input where it lies."""
+    ci = 4 * quarter
+    co += -(-ROW_MACS // (ci * math.prod(size)))
+    epilogue = some_epilogue(np.random.default_rng(seed), rounding, False)
+    spec = Conv2D(*size, ci, co, size, (2, 3), dtype="int8", x_zp=9, epilogue=epilogue)
+    kernel = kernel_of(spec, case(spec, rounding, seed)[1])
+    assert isinstance(kernel, FullyConnected) == (rounding != "RQ1")
+    check(spec, rounding, seed)
+
+
 def test_declines_what_it_cannot_do() -> None:
     spec = Conv2D(4, 4, 3, 5, dtype="int8", epilogue=Epilogue(act="gelu", requant="float"))
     weights = weights_of(spec, np.random.default_rng(0), "float")
@@ -166,3 +187,66 @@ def test_declines_what_it_cannot_do() -> None:
     assert implement(spec, weights, device) is None
     assert implement(replace(spec, dtype="float32"), {"w": weights["w"], "bias": None}, device) is None
     assert implement(replace(spec, epilogue=Epilogue(requant="RQF")), weights, device) is None
+
+
+# Layers for real cores: each path of the columns, of the tiles and of what follows them.
+PLAIN = Epilogue(lo=-128, hi=127, y_zp=-128)
+ODD = [
+    (Conv2D(6, 7, 5, 6, (3, 3), (1, 1), (1, 1, 1, 1)), "RQH", False),
+    (Conv2D(7, 9, 10, 6, (3, 5), (1, 2), (2, 1, 3, 0), (1, 2), 2), "RQH", False),
+    (Conv2D(5, 6, 12, 19, (2, 3), (2, 1), (0, 1, 1, 1)), "RQH", True),
+    (Conv2D(9, 5, 1, 8, (10, 4), (2, 2), (4, 5, 1, 1)), "RQ1", True),
+    (Conv2D(1, 5, 36, 18), "RQH", False),
+    (Conv2D(1, 3, 13, 7), "float", True),
+    (Conv2D(1, 1, 24, 171), "RQH", False),
+    (Conv2D(1, 1, 100, 42), "float", False),
+    (Conv2D(1, 4, 8, 3), "codes", True),
+]
+
+
+def odd_cases(rng: np.random.Generator) -> list[tuple[Conv2D, str]]:
+    found = []
+    for spec, rounding, residual in ODD:
+        found.append((replace(spec, dtype="int8", epilogue=some_epilogue(rng, rounding, residual)), rounding))
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.qemu(name))
+        for name in ("cortex-m0plus", "cortex-m3", "cortex-m4", "cortex-m7", "cortex-m33", "cortex-m55", "rv32imc")
+    ],
+)
+def test_cores(name: str) -> None:
+    cases, expected = [], []
+    for seed, (spec, rounding) in enumerate(odd_cases(np.random.default_rng(5))):
+        x, weights, residual = case(spec, rounding, seed)
+        kernel = kernel_of(spec, weights, name)
+        given = [x] if residual is None else [x, residual]
+        cases.append(Case(kernel, given, weights, 1, bool(kernel.inplace)))
+        expected.append(definition(spec, x, weights, residual))
+    for (actual, _), wanted, one in zip(run_cases_on_device(cases, load_device(name)), expected, cases, strict=True):
+        np.testing.assert_array_equal(actual, wanted, err_msg=str(one.kernel))
+
+
+# Instructions per multiplication on a core with DSP instructions, measured and a little more.
+BUDGETS = [
+    (Conv2D(32, 32, 16, 16, (3, 3), (1, 1), (1, 1, 1, 1)), 1.1),
+    (Conv2D(16, 16, 32, 64, (3, 3), (2, 2), (0, 1, 0, 1)), 0.98),
+    (Conv2D(1, 125, 64, 64), 1.07),
+    (Conv2D(1, 1, 640, 128), 1.32),
+]
+
+
+@pytest.mark.qemu("cortex-m4")
+def test_instruction_counts() -> None:
+    cases = []
+    for spec, _ in BUDGETS:
+        spec = replace(spec, dtype="int8", x_zp=-3, epilogue=PLAIN)
+        x, weights, _ = case(spec, "RQH", 3)
+        cases.append(Case(kernel_of(spec, weights, "cortex-m4"), [x], weights, 1))
+    for (_, count), one, (_, most) in zip(
+        run_cases_on_device(cases, load_device("cortex-m4")), cases, BUDGETS, strict=True
+    ):
+        assert count <= most * one.kernel.macs, f"{count / one.kernel.macs:.3f} for {one.kernel}"

@@ -33,6 +33,8 @@
 typedef uint32_t __attribute__((may_alias)) ek_u32;
 typedef int16_t __attribute__((may_alias)) ek_i16;
 
+#define EK_INFINITY __builtin_inff()
+
 EK_INLINE int32_t ek_clamp(int32_t v, int32_t lo, int32_t hi) { return v < lo ? lo : v > hi ? hi : v; }
 
 /* The bits of a number, and the number with these bits. */
@@ -55,6 +57,27 @@ EK_INLINE int32_t ek_rqh(int32_t acc, int32_t m) {
     return r;
 #else
     return (int32_t)(((int64_t)acc * m + ((int64_t)1 << 31)) >> 32);
+#endif
+}
+
+/* ((a * b) >> 32) + c. */
+EK_INLINE int32_t ek_smmla(int32_t a, int32_t b, int32_t c) {
+#if EK_DSP
+    int32_t r;
+    __asm__("smmla %0, %1, %2, %3" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+#else
+    return (int32_t)(((int64_t)a * b) >> 32) + c;
+#endif
+}
+
+EK_INLINE int32_t ek_sat8(int32_t v) {
+#if EK_DSP
+    int32_t r;
+    __asm__("ssat %0, #8, %1" : "=r"(r) : "r"(v));
+    return r;
+#else
+    return ek_clamp(v, -128, 127);
 #endif
 }
 

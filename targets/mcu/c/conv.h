@@ -9,10 +9,12 @@
  * is filled up with zeros. The zero point of the input is folded into the bias.
  */
 
-/* Geometry and codes. depth, outputs: input and output channels of a group. units: of a column, see above. */
+/* Geometry and codes. depth, outputs: input and output channels of a group. units, row: of a column and of a row of the
+ * kernel in it. flat: a column is the next `ci` inputs, whole units of them. A kernel from row 0..inner_h - 1, column
+ * 0..inner_w - 1 of the input on lies inside and its rows are whole stretches; none does where inner_w is 0. */
 typedef struct {
-    int32_t h, w, oh, ow;
-    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units;
+    int32_t h, w, oh, ow, inner_h, inner_w;
+    int16_t ci, co, groups, depth, outputs, kh, kw, sh, sw, dh, dw, top, left, units, row, flat;
     int8_t x_zp, zero, lo, hi;
 } ek_conv_t;
 
@@ -30,9 +32,13 @@ typedef struct {
 /* Real results. act, a set of bits: 1 takes v or slope v below 0, 2 and 4 clip to lo and to hi. scale: what real values
  * are multiplied with when their codes are stored. */
 typedef struct {
-    ek_conv_t conv;
     int32_t act;
     float slope, lo, hi, scale;
+} ek_real_t;
+
+typedef struct {
+    ek_conv_t conv;
+    ek_real_t real;
 } ek_conv_f32_t;
 
 /* What a tile function makes of blocks of channels: codes with this zero point, the second pixel's at y1; or, when y1
@@ -46,6 +52,16 @@ typedef struct {
 
 /* Channels whose results wait on the stack. */
 #define EK_CHUNK 16
+
+EK_INLINE int32_t ek_saturate(int32_t v) {
+#if EK_DSP
+    int32_t r;
+    __asm__("ssat %0, #8, %1" : "=r"(r) : "r"(v));
+    return r;
+#else
+    return ek_clamp(v, -128, 127);
+#endif
+}
 
 #if EK_DSP
 /* Words of a unit of both columns: bytes 0 and 2 of the first, 1 and 3, those of the second; as 16 bits each. */
@@ -101,36 +117,35 @@ EK_KERNEL __attribute__((naked)) void ek_mm22(const ek_u32 *col __attribute__((u
         "3: stmia r5!, {r3, r11, r12, lr}\n b 4b\n");
 }
 #else
-EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t units,
-                                                     const ek_tile_t *t) {
+/* Spelt out, because compilers do not unroll at -O2. */
+#define EK_MAC22(k) \
+    x0 = x[k], x1 = x[k + 4], w0 = w[k], w1 = w[k + 4]; \
+    a00 += x0 * w0, a01 += x1 * w0, a10 += x0 * w1, a11 += x1 * w1;
+
+EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t units, const ek_tile_t *t) {
     const int32_t *c = t->c;
-    int32_t *sums = (int32_t *)t->y0;
+    int32_t *sums = (int32_t *)t->y0, zero = t->zero;
     int8_t *y0 = (int8_t *)t->y0, *y1 = t->y1;
     for (int32_t b = t->blocks; b > 0; --b, c += 4) {
-        const int8_t *EK_RESTRICT x = (const int8_t *)col;
+        const int8_t *EK_RESTRICT x = (const int8_t *)col, *end = x + 8 * units;
         int32_t a00 = c[0], a01 = c[0], a10 = c[1], a11 = c[1];
-        for (int32_t i = units; i > 0; --i, x += 8, w += 8) {
-            for (int32_t k = 0; k < 4; ++k) {
-                int32_t x0 = x[k], x1 = x[k + 4], w0 = w[k], w1 = w[k + 4];
-                a00 += x0 * w0;
-                a01 += x1 * w0;
-                a10 += x0 * w1;
-                a11 += x1 * w1;
-            }
+        for (; x != end; x += 8, w += 8) {
+            int32_t x0, x1, w0, w1;
+            EK_MAC22(0)
+            EK_MAC22(1)
+            EK_MAC22(2)
+            EK_MAC22(3)
         }
         if (!y1) {
-            sums[0] = a00;
-            sums[1] = a01;
-            sums[2] = a10;
-            sums[3] = a11;
+            sums[0] = a00, sums[1] = a01, sums[2] = a10, sums[3] = a11;
             sums += 4;
             continue;
         }
         /* The second pixel first: a lone pixel is both. */
-        y1[0] = (int8_t)ek_clamp(ek_rqh(a01, c[2]) + t->zero, -128, 127);
-        y1[1] = (int8_t)ek_clamp(ek_rqh(a11, c[3]) + t->zero, -128, 127);
-        y0[0] = (int8_t)ek_clamp(ek_rqh(a00, c[2]) + t->zero, -128, 127);
-        y0[1] = (int8_t)ek_clamp(ek_rqh(a10, c[3]) + t->zero, -128, 127);
+        y1[0] = (int8_t)ek_saturate(ek_rqh(a01, c[2]) + zero);
+        y1[1] = (int8_t)ek_saturate(ek_rqh(a11, c[3]) + zero);
+        y0[0] = (int8_t)ek_saturate(ek_rqh(a00, c[2]) + zero);
+        y0[1] = (int8_t)ek_saturate(ek_rqh(a10, c[3]) + zero);
         y0 += 2;
         y1 += 2;
     }
@@ -139,29 +154,41 @@ EK_KERNEL void ek_mm22(const ek_u32 *col, const int8_t *EK_RESTRICT w, int32_t u
 
 /* -- columns ------------------------------------------------------------------------------------------------------- */
 
-EK_INLINE ek_u32 *ek_fill(ek_u32 *d, uint32_t v, int32_t units) {
+EK_KERNEL ek_u32 *ek_fill(ek_u32 *d, int32_t code, int32_t units) {
+    uint32_t v = (uint8_t)code * 0x01010101u;
     for (; units > 0; --units, d += EK_UNIT) ek_put(d, v);
     return d;
 }
 
-EK_KERNEL ek_u32 *ek_spread(ek_u32 *d, const int8_t *s, int32_t units) {
-    uint32_t v[4];
-    for (; units >= 4; units -= 4, d += 4 * EK_UNIT, s += 16) {
-        memcpy(v, s, 4);
-        memcpy(v + 1, s + 4, 4);
-        memcpy(v + 2, s + 8, 4);
-        memcpy(v + 3, s + 12, 4);
-        ek_put(d, v[0]);
-        ek_put(d + EK_UNIT, v[1]);
-        ek_put(d + 2 * EK_UNIT, v[2]);
-        ek_put(d + 3 * EK_UNIT, v[3]);
-    }
-    for (; units > 0; --units, d += EK_UNIT, s += 4) {
-        memcpy(v, s, 4);
-        ek_put(d, v[0]);
-    }
-    return d;
+/* `rows` times `units` of inputs, `step` bytes from one row to the next. At least one row and one unit. */
+#if EK_DSP
+#define EK_SPREAD "ldr r6, [r4], #4\n sxtb16 r7, r6\n sxtb16 r8, r6, ror #8\n strd r7, r8, [r0], #16\n"
+EK_KERNEL __attribute__((naked)) ek_u32 *ek_spread(ek_u32 *d __attribute__((unused)),
+                                                   const int8_t *s __attribute__((unused)),
+                                                   int32_t units __attribute__((unused)),
+                                                   int32_t rows __attribute__((unused)),
+                                                   int32_t step __attribute__((unused))) {
+    __asm__ volatile(
+        "push {r4-r8, lr}\n ldr r12, [sp, #24]\n"
+        "1: mov r4, r1\n subs r5, r2, #4\n blt 3f\n"
+        "2:\n" EK_SPREAD EK_SPREAD EK_SPREAD EK_SPREAD "subs r5, #4\n bge 2b\n"
+        "3: adds r5, #4\n beq 5f\n"
+        "4:\n" EK_SPREAD "subs r5, #1\n bne 4b\n"
+        "5: add r1, r12\n subs r3, #1\n bne 1b\n"
+        "pop {r4-r8, pc}\n");
 }
+#else
+EK_KERNEL ek_u32 *ek_spread(ek_u32 *d, const int8_t *s, int32_t units, int32_t rows, int32_t step) {
+    for (;; s += step) {
+        for (int32_t i = 0; i < units; ++i, d += EK_UNIT) {
+            uint32_t v;
+            memcpy(&v, s + 4 * i, 4);
+            ek_put(d, v);
+        }
+        if (--rows == 0) return d;
+    }
+}
+#endif
 
 /* A row of the kernel byte by byte; `at` is where its first tap lies in x, in column `ix` of the input. */
 EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t at,
@@ -188,65 +215,86 @@ EK_KERNEL ek_u32 *ek_gather(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int3
     return d;
 }
 
-/* The inputs of group `g` under the kernel at rows iy.., columns ix.. of the input. */
-EK_KERNEL void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy,
-                                                       int32_t ix, int32_t g) {
-    int32_t depth = p->depth, run = p->kw * depth, units = (run + 3) >> 2, line = p->w * p->ci;
-    int32_t size = p->h * line, at = iy * line + ix * p->ci + g * depth;
-    int32_t inside = depth == p->ci && p->dw == 1 && ix >= 0 && ix + p->kw <= p->w;
-    uint32_t border = (uint8_t)p->x_zp * 0x01010101u;
-    for (int32_t ky = 0; ky < p->kh; ++ky, iy += p->dh, at += p->dh * line) {
-        if (iy < 0 || iy >= p->h) {
-            d = ek_fill(d, border, units);
-        } else if (inside && ((run & 3) == 0 || at + 4 * units <= size)) {
-            d = ek_spread(d, x + at, units);
-        } else if ((depth & 3) == 0) {
-            for (int32_t kx = 0; kx < p->kw; ++kx) {
-                int32_t cx = ix + kx * p->dw;
-                if (cx < 0 || cx >= p->w) {
-                    d = ek_fill(d, border, depth >> 2);
-                } else {
-                    d = ek_spread(d, x + at + kx * p->dw * p->ci, depth >> 2);
-                }
-            }
-        } else {
-            d = ek_gather(p, d, x, at, ix);
+/* A column that meets the border, or whose parts do not lie side by side. */
+EK_KERNEL void ek_border(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
+    int32_t depth = p->depth, row = p->row, step = p->dh * p->w * p->ci, first = 0, rows = p->kh, all = p->kh;
+    while (first < all && iy < 0) {
+        iy += p->dh;
+        ++first;
+    }
+    rows -= first;
+    while (rows > 0 && iy + (rows - 1) * p->dh >= p->h) --rows;
+    d = ek_fill(d, p->x_zp, first * row);
+    if (rows > 0) {
+        int32_t at = (iy * p->w + ix) * p->ci + g * depth, whole = 0;
+        if (ix >= 0 && ix < p->inner_w) {
+            /* The last unit of a row reads on, which the last row of the input must not. */
+            whole = rows - (at + (rows - 1) * step + 4 * row > p->h * p->w * p->ci);
+            if (whole > 0) d = ek_spread(d, x + at, row, whole, step);
         }
+        for (; whole < rows; ++whole) {
+            int32_t tap = at + whole * step;
+            if (depth & 3) {
+                d = ek_gather(p, d, x, tap, ix);
+                continue;
+            }
+            for (int32_t kx = 0; kx < p->kw; ++kx, tap += p->dw * p->ci) {
+                int32_t cx = ix + kx * p->dw;
+                d = cx < 0 || cx >= p->w ? ek_fill(d, p->x_zp, depth >> 2) : ek_spread(d, x + tap, depth >> 2, 1, 0);
+            }
+        }
+    }
+    ek_fill(d, p->x_zp, (all - first - rows) * row);
+}
+
+/* The inputs of group `g` under the kernel at row iy, column ix of the input. */
+EK_INLINE void ek_column(const ek_conv_t *p, ek_u32 *d, const int8_t *x, int32_t iy, int32_t ix, int32_t g) {
+    if (iy >= 0 && ix >= 0 && iy < p->inner_h && ix < p->inner_w) {
+        ek_spread(d, x + (iy * p->w + ix) * p->ci, p->row, p->kh, p->dh * p->w * p->ci);
+    } else {
+        ek_border(p, d, x, iy, ix, g);
     }
 }
 
 /* -- walks --------------------------------------------------------------------------------------------------------- */
 
-/* A step: group, first pixel, how many pixels (1 or 2), and where its weights and constants begin. */
+/* A step: columns of one or two pixels, weights and constants of the group, where results of the first pixel go. */
 typedef struct {
     const ek_u32 *col;
     const int8_t *w;
     const int32_t *c;
-    int32_t group, pixel, count;
+    int32_t at, count, group;
 } ek_step_t;
 
 /* Columns of all pixels by twos; `finish` gets each step and `more`. */
 EK_INLINE void ek_conv_walk(const ek_conv_t *p, const int8_t *x, const int8_t *w, const int32_t *c, ek_u32 *col,
                             void (*finish)(const ek_step_t *s, const void *more), const void *more) {
-    int32_t pixels = p->oh * p->ow, blocks = (p->outputs + 1) >> 1, oy = 0, ox = 0;
-    for (int32_t n = 0; n < pixels; n += 2) {
-        int32_t ny = oy, nx = ox + 1, count = n + 1 < pixels ? 2 : 1;
-        if (nx == p->ow) {
-            nx = 0;
-            ++ny;
-        }
-        for (int32_t g = 0; g < p->groups; ++g) {
-            ek_column(p, col, x, oy * p->sh - p->top, ox * p->sw - p->left, g);
-            if (count == 2) ek_column(p, col + EK_COLUMN, x, ny * p->sh - p->top, nx * p->sw - p->left, g);
-            ek_step_t s = {col, w + g * blocks * p->units * 8, c + g * blocks * 4, g, n, count};
+    int32_t blocks = (p->outputs + 1) >> 1;
+    for (int32_t g = 0; g < p->groups; ++g) {
+        ek_step_t s = {col, w, c, g * p->outputs, 2, g};
+        int32_t iy = -p->top, ix = -p->left, remaining = p->ow;
+        for (int32_t n = p->oh * p->ow; n > 0; n -= 2) {
+            if (n == 1) s.count = 1;
+            for (int32_t j = 0; j < s.count; ++j) {
+                ek_u32 *d = col + j * EK_COLUMN;
+                if (p->flat) {
+                    ek_spread(d, x, p->units, 1, 0);
+                    x += p->ci;
+                    continue;
+                }
+                ek_column(p, d, x, iy, ix, g);
+                ix += p->sw;
+                if (--remaining == 0) {
+                    remaining = p->ow;
+                    ix = -p->left;
+                    iy += p->sh;
+                }
+            }
             finish(&s, more);
+            s.at += 2 * p->co;
         }
-        oy = ny;
-        ox = nx + 1;
-        if (ox == p->ow) {
-            ox = 0;
-            ++oy;
-        }
+        w += blocks * p->units * 8;
+        c += blocks * 4;
     }
 }
 
@@ -255,6 +303,11 @@ EK_INLINE void ek_conv_tile(const ek_step_t *s, const ek_conv_t *p, int32_t firs
                             int8_t *y1) {
     ek_tile_t t = {s->c + 2 * first, y0, y1, (count + 1) >> 1, p->zero};
     ek_mm22(s->col, s->w + 4 * first * p->units, p->units, &t);
+}
+
+/* Clamps codes. */
+EK_KERNEL void ek_limit(int8_t *y, int32_t n, int32_t lo, int32_t hi) {
+    for (; n > 0; --n, ++y) *y = (int8_t)ek_clamp(*y, lo, hi);
 }
 
 typedef struct {
@@ -266,7 +319,7 @@ EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
     const ek_conv_codes_t *m = (const ek_conv_codes_t *)more;
     const ek_conv_t *p = m->p;
     int32_t n = p->outputs, even = n & ~1;
-    int8_t *y0 = m->y + s->pixel * p->co + s->group * n, *y1 = s->count == 2 ? y0 + p->co : y0;
+    int8_t *y0 = m->y + s->at, *y1 = s->count == 2 ? y0 + p->co : y0;
     if (even) ek_conv_tile(s, p, 0, even, y0, y1);
     if (n != even) {
         int8_t last[4];
@@ -275,9 +328,8 @@ EK_INLINE void ek_conv_codes(const ek_step_t *s, const void *more) {
         y0[even] = last[0];
     }
     if (p->lo > -128 || p->hi < 127) {
-        for (int32_t j = 0; j < s->count; ++j, y0 = y1) {
-            for (int32_t i = 0; i < n; ++i) y0[i] = (int8_t)ek_clamp(y0[i], p->lo, p->hi);
-        }
+        ek_limit(y0, n, p->lo, p->hi);
+        if (s->count == 2) ek_limit(y1, n, p->lo, p->hi);
     }
 }
 
@@ -289,10 +341,17 @@ EK_KERNEL void ek_conv_s8(const ek_conv_t *p, const int8_t *x, const int8_t *w, 
 
 /* -- with a residual ----------------------------------------------------------------------------------------------- */
 
-EK_INLINE int8_t ek_fused_add(const ek_fused_add_t *p, int32_t v, int32_t r) {
-    /* Modulo 2^32: parts of the sum may leave int32, the sum does not. */
-    uint32_t sum = (uint32_t)v * (uint32_t)p->self + (uint32_t)r * (uint32_t)p->other + (uint32_t)p->bias;
-    return (int8_t)ek_clamp(((int32_t)sum >> p->f) + p->zero, p->lo, p->hi);
+/* y may be r. */
+EK_KERNEL void ek_fused_add(const ek_fused_add_t *p, const int8_t *v, const int8_t *r, int8_t *y, int32_t n) {
+    /* Copies, because what is stored might be the parameters. */
+    uint32_t self = (uint32_t)p->self, other = (uint32_t)p->other, bias = (uint32_t)p->bias;
+    int32_t f = p->f, zero = p->zero;
+    for (int32_t i = 0; i < n; ++i) {
+        /* Modulo 2^32: parts of the sum may leave int32, the sum does not. */
+        uint32_t sum = (uint32_t)v[i] * self + (uint32_t)r[i] * other + bias;
+        y[i] = (int8_t)ek_saturate(((int32_t)sum >> f) + zero);
+    }
+    if (p->lo > -128 || p->hi < 127) ek_limit(y, n, p->lo, p->hi);
 }
 
 typedef struct {
@@ -306,17 +365,13 @@ EK_INLINE void ek_conv_sum(const ek_step_t *s, const void *more) {
     const ek_conv_t *p = &m->p->conv;
     for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
         int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
-        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t at = s->at + first;
         int8_t codes[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, codes, codes + EK_CHUNK);
-        /* Copies, because what is stored might be the parameters. */
-        const ek_fused_add_t add = m->p->add;
-        int32_t lo = p->lo, hi = p->hi;
-        for (int32_t j = 0; j < s->count; ++j, at += p->co) {
-            const int8_t *v = codes + j * EK_CHUNK, *r = m->r + at;
-            int8_t *y = m->y + at;
-            for (int32_t i = 0; i < n; ++i) y[i] = ek_fused_add(&add, ek_clamp(v[i], lo, hi), r[i]);
-        }
+        if (p->lo > -128 || p->hi < 127) ek_limit(codes, 2 * EK_CHUNK, p->lo, p->hi);
+        ek_fused_add(&m->p->add, codes, m->r + at, m->y + at, n);
+        at += p->co;
+        if (s->count == 2) ek_fused_add(&m->p->add, codes + EK_CHUNK, m->r + at, m->y + at, n);
     }
 }
 
@@ -342,15 +397,16 @@ EK_KERNEL void ek_conv_rq1(const ek_step_t *s, const void *more) {
     const int8_t *shift = m->shift + s->group * ((p->outputs + 1) & ~1);
     for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
         int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
-        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t at = s->at + first;
         int32_t sums[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, sums, 0);
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
+            int8_t codes[EK_CHUNK], *y = m->add ? codes : m->y + at;
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i, factor = s->c[(o >> 1) * 4 + 2 + (o & 1)];
-                int32_t v = ek_code(ek_rq1(sums[2 * i + j], factor, shift[o]), p->zero, p->lo, p->hi);
-                m->y[at + i] = m->add ? ek_fused_add(m->add, v, m->r[at + i]) : (int8_t)v;
+                y[i] = (int8_t)ek_code(ek_rq1(sums[2 * i + j], factor, shift[o]), p->zero, p->lo, p->hi);
             }
+            if (m->add) ek_fused_add(m->add, codes, m->r + at, m->y + at, n);
         }
     }
 }
@@ -376,6 +432,30 @@ EK_INLINE float ek_rounded(float v) {
     return v;
 }
 
+/* A sum times a factor, whose bits are given. */
+EK_INLINE float ek_real_of(int32_t sum, int32_t bits) {
+    float factor;
+    memcpy(&factor, &bits, 4);
+    return ek_rounded((float)sum * factor);
+}
+
+/* y[at], of float values or of codes, from a sum and the residual. */
+EK_KERNEL void ek_store_real(const ek_real_t *p, float v, int32_t coded, int32_t zero, void *y, int32_t at) {
+    if ((p->act & 1) && !(v > 0)) v *= p->slope;
+    if ((p->act & 2) && v < p->lo) v = p->lo;
+    if ((p->act & 4) && v > p->hi) v = p->hi;
+    if (!coded) {
+        ((float *)y)[at] = v;
+        return;
+    }
+    /* Adding 1.5 * 2^23 rounds to a whole number, half to even. What is not a number becomes -128. */
+    float low = (float)(-128 - zero), high = (float)(127 - zero), magic = 12582912.0f;
+    v = ek_rounded(ek_rounded(v) * p->scale);
+    v = v > low ? v < high ? v : high : low;
+    v = ek_rounded(v + magic) - magic;
+    ((int8_t *)y)[at] = (int8_t)((int32_t)v + zero);
+}
+
 typedef struct {
     const ek_conv_f32_t *p;
     const float *r;
@@ -388,29 +468,15 @@ EK_KERNEL void ek_conv_real(const ek_step_t *s, const void *more) {
     const ek_conv_t *p = &m->p->conv;
     for (int32_t first = 0; first < p->outputs; first += EK_CHUNK) {
         int32_t n = p->outputs - first < EK_CHUNK ? p->outputs - first : EK_CHUNK;
-        int32_t at = s->pixel * p->co + s->group * p->outputs + first;
+        int32_t at = s->at + first;
         int32_t sums[2 * EK_CHUNK];
         ek_conv_tile(s, p, first, n, sums, 0);
         for (int32_t j = 0; j < s->count; ++j, at += p->co) {
             for (int32_t i = 0; i < n; ++i) {
                 int32_t o = first + i;
-                float factor, v;
-                memcpy(&factor, s->c + (o >> 1) * 4 + 2 + (o & 1), 4);
-                v = ek_rounded((float)sums[2 * i + j] * factor);
+                float v = ek_real_of(sums[2 * i + j], s->c[(o >> 1) * 4 + 2 + (o & 1)]);
                 if (m->r) v += m->r[at + i];
-                if ((m->p->act & 1) && !(v > 0)) v *= m->p->slope;
-                if ((m->p->act & 2) && v < m->p->lo) v = m->p->lo;
-                if ((m->p->act & 4) && v > m->p->hi) v = m->p->hi;
-                if (!m->coded) {
-                    ((float *)m->y)[at + i] = v;
-                    continue;
-                }
-                /* Adding 1.5 * 2^23 rounds to a whole number, half to even. What is not a number becomes -128. */
-                float low = (float)(-128 - p->zero), high = (float)(127 - p->zero), magic = 12582912.0f;
-                v = ek_rounded(ek_rounded(v) * m->p->scale);
-                v = v > low ? v < high ? v : high : low;
-                v = ek_rounded(v + magic) - magic;
-                ((int8_t *)m->y)[at + i] = (int8_t)((int32_t)v + p->zero);
+                ek_store_real(&m->p->real, v, m->coded, p->zero, m->y, at + i);
             }
         }
     }

@@ -1,4 +1,4 @@
-/* needs: base add */
+/* needs: base clamp add */
 /*
  * Depthwise convolution of codes. A pixel is computed from one pointer per kernel tap, four channels at a time; taps in
  * the padding point to a row of zero points, so borders and the inside run through the same code. The constants of a
@@ -126,24 +126,28 @@ ek_dw_groups9(__attribute__((unused)) ek_dw_t *r) {
 }
 #else
 EK_KERNEL void ek_dw_groups(ek_dw_t *r) {
-    const int8_t *const *taps = r->taps;
     int8_t *out = (int8_t *)r->out;
-    int32_t start = 0;
+    int32_t start = 0, pairs = r->count >> 1;
     for (int32_t pixel = 0; pixel < r->pixels; pixel++, start += r->jump, out += r->channels) {
         const int32_t *s = r->weights;
         for (int32_t c = 0; c < r->end; c += 4) {
-            int32_t at = start + c, t = 0;
-            int32_t a0 = s[0], a1 = s[1], a2 = s[2], a3 = s[3];
-            const ek_i16 *w = (const ek_i16 *)(s + 4);
-            for (; t + 1 < r->count; t += 2, w += 8) {
-                const int8_t *u = taps[t] + at, *v = taps[t + 1] + at;
-                a0 += u[0] * w[0] + v[0] * w[1];
-                a1 += u[1] * w[2] + v[1] * w[3];
-                a2 += u[2] * w[4] + v[2] * w[5];
-                a3 += u[3] * w[6] + v[3] * w[7];
+            const int8_t *const *tap = r->taps;
+            int32_t at = start + c, a0 = s[0], a1 = s[1], a2 = s[2], a3 = s[3];
+            const ek_i16 *w = (const ek_i16 *)(s + 4), *end = w + 8 * pairs;
+            for (; w != end; tap += 2, w += 8) {
+                const int8_t *u = tap[0] + at, *v;
+                a0 += u[0] * w[0];
+                a1 += u[1] * w[2];
+                a2 += u[2] * w[4];
+                a3 += u[3] * w[6];
+                v = tap[1] + at;
+                a0 += v[0] * w[1];
+                a1 += v[1] * w[3];
+                a2 += v[2] * w[5];
+                a3 += v[3] * w[7];
             }
-            if (t < r->count) {
-                const int8_t *u = taps[t] + at;
+            if (r->count & 1) {
+                const int8_t *u = *tap + at;
                 a0 += u[0] * w[0];
                 a2 += u[2] * w[1];
                 a1 += u[1] * w[2];
@@ -182,10 +186,7 @@ EK_INLINE void ek_dw_half(ek_dw_t *r, ek_dw_run *groups) {
         groups(r);
         r->weights = weights;
     }
-#if EK_DSP
-    /* Assembly saturates to int8 only. */
-    if (r->lo > -128 || r->hi < 127) ek_clamp_codes(out, pixels * channels, r->lo, r->hi);
-#endif
+    ek_narrowed(out, pixels * channels, r->lo, r->hi);
 }
 
 EK_KERNEL void ek_dw_run_half(ek_dw_t *r) { ek_dw_half(r, ek_dw_groups); }
@@ -262,7 +263,7 @@ EK_INLINE void ek_dw_drive(const ek_depthwise_t *p, const int8_t *x, const int32
             ek_dw_aim(p, r, x, border, row * p->sy - p->top, column * p->sx - p->left);
             run(r);
             if (add) {
-                for (int32_t c = 0; c < p->c; c++) y[c] = (int8_t)ek_add_one(add, codes[c], other[c]);
+                ek_add_row(add, codes, 1, other, 1, y, p->c);
                 other += p->c;
             }
             y += pixels * p->c * size;

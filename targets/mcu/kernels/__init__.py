@@ -12,7 +12,7 @@ from edgec.targets.device import Device
 from edgec.targets.mcu.kernels.base import McuKernel
 
 # Modules with a table RULES {template: function (spec, weights, device) -> McuKernel or None}, asked in this order.
-MODULES = ("mve", "conv", "depthwise", "elementwise", "pool", "floats")
+MODULES = ("mve", "conv", "depthwise", "elementwise", "pool", "softmax", "layout", "tiles", "floats")
 
 
 def implement(spec: Any, weights: Mapping[str, np.ndarray | None], device: Device) -> McuKernel | None:

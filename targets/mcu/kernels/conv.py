@@ -11,13 +11,15 @@ import numpy as np
 
 from edgec.integer import HALF_SHIFT
 from edgec.targets.device import Device
-from edgec.targets.kernels.common import AddEpilogue, round_up
+from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 
 # Weights of a unit: what one step of the inner loop takes along a column.
 UNIT = 4
-# Bits of `act` in ek_conv_f32_t, by the epilogue's activation.
+# Products of one row from which `FullyConnected` is worth its code; the convolution does the others in twice the time.
+ROW_MACS = 4096
+# Bits of `act` in ek_real_t, by the epilogue's activation.
 SLOPE, LOWER, UPPER = 1, 2, 4
 ACTIVATIONS = ("none", "clip", "leaky_relu")
 
@@ -26,13 +28,13 @@ ACTIVATIONS = ("none", "clip", "leaky_relu")
 class Conv(McuKernel):
     """`Conv2D` on int8: pointers x, weights, constants, [shifts], [residual], y, columns.
 
-    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. wide: columns of 16 bits (DSP cores).
-    Weights of fewer than 8 bits have a byte each, too.
+    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. Weights of fewer than 8 bits have a
+    byte each, too. Packing and scratch memory are the same for all cores: the code chooses its instructions by the core
+    that it is compiled for, which need not be the one that it was generated for.
     """
 
     spec: Conv2D
     rounding: str
-    wide: bool
 
     name: ClassVar[str] = "conv2d"
     # Output channels that the inner loop computes at a time.
@@ -60,9 +62,21 @@ class Conv(McuKernel):
         return -(-self.outputs // self.block)
 
     @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of a column and their length: what lies side by side in the input."""
+        return self.spec.kernel[0], self.spec.kernel[1] * self.depth
+
+    @property
     def units(self) -> int:
-        """Units of a column: each row of the kernel is filled up to whole ones."""
-        return self.spec.kernel[0] * (round_up(self.spec.kernel[1] * self.depth, UNIT) // UNIT)
+        """Units of a column: each of its rows is filled up to whole ones."""
+        return self.rows[0] * (round_up(self.rows[1], UNIT) // UNIT)
+
+    @property
+    def flat(self) -> bool:
+        """Whether each column is the next stretch of the input, in whole units."""
+        spec = self.spec
+        pointwise = spec.kernel == (1, 1) and spec.stride == (1, 1) and not any(spec.padding)
+        return pointwise and spec.groups == 1 and spec.ci % UNIT == 0
 
     def operands(self) -> tuple[Operand, ...]:
         spec = self.spec
@@ -87,12 +101,10 @@ class Conv(McuKernel):
         spec, w, m = self.spec, weights["w"], weights["m"]
         assert w is not None and m is not None
         kh, kw = spec.kernel
-        row = round_up(kw * self.depth, UNIT)
-        full = np.zeros((spec.groups, self.blocks * self.block, kh, row), np.int8)
-        shape = (spec.groups, self.outputs, self.depth, kh, kw)
-        full[:, : self.outputs, :, : kw * self.depth] = (
-            w.reshape(shape).transpose(0, 1, 3, 4, 2).reshape(spec.groups, self.outputs, kh, -1)
-        )
+        rows = w.reshape(spec.groups, self.outputs, self.depth, kh, kw).transpose(0, 1, 3, 4, 2)
+        rows = rows.reshape(spec.groups, self.outputs, *self.rows)
+        full = np.zeros((spec.groups, self.blocks * self.block, self.rows[0], round_up(self.rows[1], UNIT)), np.int8)
+        full[:, : self.outputs, :, : self.rows[1]] = rows
         packed = full.reshape(spec.groups, self.blocks, self.block, self.units, UNIT).transpose(0, 1, 3, 2, 4)
         factors = m.view(np.int32) if self.rounding == "float" else m.astype(np.int32)
         bias = weights.get("bias")
@@ -114,13 +126,14 @@ class Conv(McuKernel):
 
     def call(self) -> Call:
         add, residual = self.spec.epilogue.add, self.spec.residual
-        scratch = (2 * self.units * UNIT * (2 if self.wide else 1),)
+        # Two columns of 16 bits, which DSP instructions take.
+        scratch = (4 * self.units * UNIT,)
         plain = self._geometry()
         nested = {f"conv.{name}": value for name, value in plain.items()}
         infix = "_add" if residual else ""
         if self.rounding == "float":
             coded = "_s8" if self.spec.out_type == "int8" else ""
-            fields = {**nested, **self._real()}
+            fields = {**nested, **real_fields(self.spec.epilogue)}
             return Call(f"ek_conv{infix}_f32{coded}", "conv", "ek_conv_f32_t", fields, scratch)
         stem = "ek_conv" if self.rounding == "RQH" else "ek_conv_rq1"
         if add is None:
@@ -132,11 +145,17 @@ class Conv(McuKernel):
         spec, epilogue = self.spec, self.spec.epilogue
         rows, columns = spec.out
         codes = epilogue.requant != "float"
+        row = self.units // spec.kernel[0]
+        # The last unit of a row that is not whole reads beyond it.
+        whole = spec.kernel[1] * self.depth % UNIT == 0
+        dense = spec.groups == 1 and spec.dilation[1] == 1
         return {
             "h": spec.h,
             "w": spec.w,
             "oh": rows,
             "ow": columns,
+            "inner_h": spec.h - spec.dilation[0] * (spec.kernel[0] - 1) - (0 if whole else 1),
+            "inner_w": spec.w - spec.kernel[1] + 1 if dense else 0,
             "ci": spec.ci,
             "co": spec.co,
             "groups": spec.groups,
@@ -151,25 +170,49 @@ class Conv(McuKernel):
             "top": spec.padding[0],
             "left": spec.padding[2],
             "units": self.units,
+            "row": row,
+            "flat": int(self.flat),
             "x_zp": spec.x_zp,
             "zero": epilogue.y_zp,
             "lo": int(max(epilogue.lo, -128)) if codes else -128,
             "hi": int(min(epilogue.hi, 127)) if codes else 127,
         }
 
-    def _real(self) -> dict[str, Value]:
-        epilogue = self.spec.epilogue
-        act, slope, lo, hi = 0, 1.0, 0.0, 0.0
-        if epilogue.act == "leaky_relu":
-            act, slope = SLOPE, _float32(epilogue.lo)
-        elif epilogue.act == "clip":
-            # An infinity has no literal.
-            if math.isfinite(epilogue.lo):
-                act, lo = act | LOWER, _float32(epilogue.lo)
-            if math.isfinite(epilogue.hi):
-                act, hi = act | UPPER, _float32(epilogue.hi)
-        scale = 1.0 if epilogue.y_scale is None else _float32(1 / epilogue.y_scale)
-        return {"act": act, "slope": slope, "lo": lo, "hi": hi, "scale": scale}
+
+@dataclass(frozen=True)
+class FullyConnected(Conv):
+    """One row of a matrix product, in whole units of the input: pointers x, weights, constants, y. No RQ1."""
+
+    name: ClassVar[str] = "fully_connected"
+    block: ClassVar[int] = 4
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return 1, self.spec.h * self.spec.w * self.spec.ci
+
+    def call(self) -> Call:
+        plain = self._geometry()
+        fields = {name: plain[name] for name in ("co", "units", "zero", "lo", "hi")}
+        if self.rounding == "RQH":
+            return Call("ek_fc_s8", "fc", "ek_fc_t", fields)
+        coded = "_s8" if self.spec.out_type == "int8" else ""
+        fields = {**{f"fc.{name}": value for name, value in fields.items()}, **real_fields(self.spec.epilogue)}
+        return Call(f"ek_fc_f32{coded}", "fc", "ek_fc_f32_t", fields)
+
+
+def real_fields(epilogue: Epilogue) -> dict[str, Value]:
+    """Fields of `ek_real_t`, for the activations that the kernels compute."""
+    act, slope, lo, hi = 0, 1.0, 0.0, 0.0
+    if epilogue.act == "leaky_relu":
+        act, slope = SLOPE, _float32(epilogue.lo)
+    elif epilogue.act == "clip":
+        # An infinity has no literal.
+        if math.isfinite(epilogue.lo):
+            act, lo = act | LOWER, _float32(epilogue.lo)
+        if math.isfinite(epilogue.hi):
+            act, hi = act | UPPER, _float32(epilogue.hi)
+    scale = 1.0 if epilogue.y_scale is None else _float32(1 / epilogue.y_scale)
+    return {"real.act": act, "real.slope": slope, "real.lo": lo, "real.hi": hi, "real.scale": scale}
 
 
 def add_fields(add: AddEpilogue) -> dict[str, Value]:
@@ -209,8 +252,16 @@ def _conv(spec: Conv2D, weights: Mapping[str, np.ndarray | None], device: Device
         rounding = "RQH" if np.all(shift == HALF_SHIFT) else "RQ1"
     else:
         return None
-    kernel = Conv(spec, rounding, device.isa != "c")
+    kind = FullyConnected if rounding != "RQ1" and _one_row(spec) else Conv
+    kernel = kind(spec, rounding)
     return kernel if kernel.units < 2**15 else None
+
+
+def _one_row(spec: Conv2D) -> bool:
+    """Whether the kernel covers the input, which is one column as it lies in memory."""
+    covers = spec.kernel == (spec.h, spec.w) and not any(spec.padding) and spec.dilation == (1, 1)
+    whole = spec.groups == 1 and not spec.residual and spec.h * spec.w * spec.ci % UNIT == 0
+    return covers and whole and spec.macs >= ROW_MACS
 
 
 RULES: dict[type, Callable[..., McuKernel | None]] = {Conv2D: _conv}

@@ -1,0 +1,275 @@
+"""How much memory a graph needs at each step, and the order of its steps that needs least.
+
+A model of what `edgec.plan` does with the calls that a graph becomes: it knows sizes, lifetimes and which results may
+take over the memory of an operand, and thereby its lower bound, but not where buffers are put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from edgec import regions as regions  # registers the operators looked up below
+from edgec.lowering.graph import RESHAPES, is_identity
+from edgec.plan import ALIGN
+from edgec.program import is_call, output_nodes, shape_of
+
+aten = torch.ops.aten
+edgec = torch.ops.edgec
+
+# States of the exact search, and of the beam where there would be more.
+MOST_STATES = 20_000
+BEAM = 64
+# Above this many nodes between two cuts, downsets are too long to be worth counting.
+MOST_NODES = 400
+
+
+@dataclass(frozen=True)
+class Item:
+    """A value.
+
+    nbytes: aligned size in the arena, 0 for what is not in it. reads: positions of the items it is computed from.
+    inplace: those among `reads` whose memory it may take over, in order of preference. scratch: bytes while computed.
+    given: exists before the first step.
+    """
+
+    nbytes: int
+    reads: tuple[int, ...] = ()
+    inplace: tuple[int, ...] = ()
+    scratch: int = 0
+    given: bool = False
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def profile(items: Sequence[Item], kept: Sequence[int] = ()) -> list[int]:
+    """Bytes alive while each item is computed, in the order of `items`. kept: items that stay alive to the end.
+
+    A value that nothing reads lives while it is computed.
+    """
+    last = {i: i for i in range(len(items))}
+    for i, item in enumerate(items):
+        for read in item.reads:
+            last[read] = i
+    for i in kept:
+        last[i] = len(items)
+    ends: dict[int, list[int]] = {}
+    for i, step in last.items():
+        ends.setdefault(step, []).append(i)
+    alive = sum(item.nbytes for item in items if item.given)
+    levels = []
+    for i, item in enumerate(items):
+        if not item.given:
+            shared = victim(items, i, lambda read, i=i: last[read] == i)
+            alive += item.nbytes
+            levels.append(alive + item.scratch - (0 if shared is None else items[shared].nbytes))
+        else:
+            levels.append(0)
+        alive -= sum(items[dead].nbytes for dead in ends.get(i, ()))
+    return levels
+
+
+def victim(items: Sequence[Item], i: int, dies: Callable[[int], bool]) -> int | None:
+    """The operand whose memory item i takes over."""
+    for read in items[i].inplace:
+        if items[read].nbytes == items[i].nbytes and not items[read].given and dies(read):
+            return read
+    return None
+
+
+def best_order(items: Sequence[Item], kept: Sequence[int] = ()) -> list[int]:
+    """The order of `items` with the smallest peak; the given order where none is better.
+
+    Between the values that everything before leads to and everything behind comes from (cuts), orders are independent.
+    Each part is searched over its downsets: exactly where there are at most MOST_STATES, else with a beam, and then
+    the result need not be the best.
+    """
+    order = list(range(len(items)))
+    made = [i for i in order if not items[i].given]
+    before = _ancestors(items)
+    behind = [0] * len(items)
+    for i in reversed(made):
+        for read in items[i].reads:
+            behind[read] |= behind[i] | 1 << i
+    everything = sum(1 << i for i in made)
+    mine = {i: before[i] & everything for i in made}
+    cuts = [i for i in made if mine[i] | behind[i] | 1 << i == everything]
+    result = [i for i in order if items[i].given]
+    done = 0
+    for cut in [*cuts, None]:
+        part = everything & ~done if cut is None else (mine[cut] | 1 << cut) & ~done
+        members = [i for i in made if part >> i & 1]
+        result += _search(items, members, set(kept)) if len(members) > 2 else members
+        done |= part
+    return result if max(_peaks(items, result, kept), default=0) < max(profile(items, kept), default=0) else order
+
+
+def _peaks(items: Sequence[Item], order: Sequence[int], kept: Sequence[int]) -> list[int]:
+    return profile(*reordered(items, order, kept))
+
+
+def reordered(items: Sequence[Item], order: Sequence[int], kept: Sequence[int]) -> tuple[list[Item], list[int]]:
+    """The same items in another order."""
+    place = {old: new for new, old in enumerate(order)}
+    moved = [
+        Item(
+            item.nbytes,
+            tuple(place[r] for r in item.reads),
+            tuple(place[r] for r in item.inplace),
+            item.scratch,
+            item.given,
+        )
+        for item in (items[i] for i in order)
+    ]
+    return moved, [place[i] for i in kept]
+
+
+def _ancestors(items: Sequence[Item]) -> list[int]:
+    found: list[int] = []
+    for item in items:
+        mask = 0
+        for read in item.reads:
+            mask |= found[read] | 1 << read
+        found.append(mask)
+    return found
+
+
+def _search(items: Sequence[Item], members: Sequence[int], kept: set[int]) -> list[int]:
+    """The order of `members` with the smallest peak, when all that they read from outside has been computed."""
+    if len(members) > MOST_NODES:
+        return list(members)
+    bit = {i: 1 << k for k, i in enumerate(members)}
+    needs = {i: sum(bit[r] for r in set(items[i].reads) if r in bit) for i in members}
+    readers: dict[int, int] = {}
+    for i in members:
+        for read in set(items[i].reads):
+            readers[read] = readers.get(read, 0) | bit[i]
+    outside = [r for r in readers if r not in bit and r not in kept and not items[r].given]
+    own = set(members)
+    # What nobody in here reads is read behind the part, or kept.
+    dying = {i for i in (*members, *outside) if i in readers and i not in kept}
+
+    def dead(value: int, state: int) -> bool:
+        return value in dying and readers[value] & ~state == 0
+
+    start = sum(items[r].nbytes for r in outside)
+    full = (1 << len(members)) - 1
+    # state: (peak so far, bytes alive, order as a linked list)
+    level: dict[int, tuple[int, int, Any]] = {0: (0, start, None)}
+    seen, exact = 1, True
+    for _ in members:
+        following: dict[int, tuple[int, int, Any]] = {}
+        for state, (peak, alive, path) in level.items():
+            for i in members:
+                if state & bit[i] or needs[i] & ~state:
+                    continue
+                after = state | bit[i]
+                shared = victim(items, i, lambda read, after=after: dead(read, after))
+                now = alive + items[i].nbytes + items[i].scratch - (0 if shared is None else items[shared].nbytes)
+                top = max(peak, now)
+                found = following.get(after)
+                if found is not None and found[0] <= top:
+                    continue
+                gone = {r for r in items[i].reads if (r in own or r in outside) and dead(r, after)}
+                left = alive + items[i].nbytes - sum(items[r].nbytes for r in gone)
+                following[after] = (top, left, (path, i))
+        seen += len(following)
+        if exact and seen > MOST_STATES:
+            exact = False
+        if not exact and len(following) > BEAM:
+            best = sorted(following.items(), key=lambda entry: entry[1][:2])
+            following = dict(best[:BEAM])
+        level = following
+    order: list[int] = []
+    path = level[full][2]
+    while path is not None:
+        path, i = path
+        order.append(i)
+    return order[::-1]
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def nbytes(node: fx.Node) -> int:
+    """Bytes of a node's tensor, without alignment."""
+    value = node.meta.get("val")
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def inplace_operands(node: Any) -> tuple[fx.Node, ...]:
+    """The operands whose memory the kernel of a region may overwrite with its result."""
+    candidates: tuple[Any, ...] = ()
+    if is_call(node, edgec.qconv2d_add.default):
+        candidates = (node.args[5],)
+    elif is_call(node, edgec.place_nhwc.default, edgec.qrescale.default, edgec.qlut.default):
+        candidates = (node.args[0],)
+    elif is_call(node, edgec.conv2d_nhwc.default, edgec.linear_act.default):
+        candidates = (node.args[3],)
+    elif is_call(node, edgec.qadd.default, edgec.qmul.default):
+        candidates = tuple(a for a in node.args[:2] if shape_of(a) == shape_of(node))
+    return tuple(a for a in candidates if isinstance(a, fx.Node) and a.op == "call_function")
+
+
+def is_view(node: Any) -> bool:
+    """Whether a node becomes another name of its operand's memory."""
+    if is_call(node, aten.permute.default):
+        shape = shape_of(node.args[0])
+        kept = [axis % len(shape) for axis in node.args[1] if shape[axis] != 1]
+        return kept == sorted(kept)
+    return is_call(node, *RESHAPES) or is_identity(node)
+
+
+def items_of(
+    module: fx.GraphModule, scratch: Callable[[fx.Node], int] = lambda node: 0
+) -> tuple[list[fx.Node], list[Item], list[int]]:
+    """(nodes, their items, positions of the items kept to the end) of a graph in its order.
+
+    Inputs and outputs belong to the caller, weights are not in the arena and views share memory: all have no bytes. A
+    view is kept as an item that is alive together with what it shows.
+    """
+    returned = {_root(n) for n in output_nodes(module)}
+    nodes = [n for n in module.graph.nodes if n.op not in ("get_attr", "output")]
+    # What only depends on weights is computed by the compiler.
+    stored: set[fx.Node] = set()
+    for n in nodes:
+        if n.op == "call_function" and all(a.op == "get_attr" or a in stored for a in n.all_input_nodes):
+            stored.add(n)
+    nodes = [n for n in nodes if n not in stored]
+    place = {n: i for i, n in enumerate(nodes)}
+    items = []
+    for n in nodes:
+        roots = [_root(a) for a in n.all_input_nodes if a in place]
+        reads = tuple(dict.fromkeys(place[a] for a in (*roots, *n.all_input_nodes) if a in place))
+        shares = tuple(place[_root(a)] for a in inplace_operands(n) if a in place)
+        own = 0 if n.op == "placeholder" or n in returned or is_view(n) else aligned(nbytes(n))
+        items.append(Item(own, reads, shares if own else (), scratch(n), n.op == "placeholder"))
+    return nodes, items, []
+
+
+def _root(node: fx.Node) -> fx.Node:
+    while is_view(node) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def reorder(module: fx.GraphModule, scratch: Callable[[fx.Node], int] = lambda node: 0) -> tuple[int, int]:
+    """Put the nodes of a graph into the order that needs least memory, in place; (peak before, peak after) in bytes."""
+    nodes, items, kept = items_of(module, scratch)
+    order = best_order(items, kept)
+    before = max(profile(items, kept), default=0)
+    after = max(_peaks(items, order, kept), default=0)
+    if after < before:
+        (output,) = [n for n in module.graph.nodes if n.op == "output"]
+        for i in order:
+            if nodes[i].op == "call_function":
+                output.prepend(nodes[i])
+        module.graph.lint()
+        module.recompile()
+    return before, after
