@@ -237,7 +237,9 @@ def fit_memory(
         # Below what these stages and the other steps need, so that something else is chosen.
         peak = max(memory.profile(memory.items_of(candidate.module, scratch)[1]))
         budget = min(budget - (found.arena_bytes - sram_bytes), peak - 1)
-    raise _too_large(plan, sram_bytes, _smallest(staged, plan_of, network, known, sram_bytes, needs, methods))
+    needed, how = _smallest(staged, plan_of, network, known, sram_bytes, needs, methods)
+    reached = f"smallest arena found: {needed:,} bytes ({how})" if needed < plan.arena_bytes else "tiling does not help"
+    raise too_large(plan, sram_bytes, reached, needed)
 
 
 def _scratch(plan: Plan) -> Callable[[fx.Node], int]:
@@ -265,7 +267,7 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     """The network with its stages tiled, in a copy, and a line for each."""
     module = copy.deepcopy(network.module)
     twins = dict(zip(network.module.graph.nodes, module.graph.nodes, strict=True))
-    total = sum(_macs(n) for n in network.steps)
+    total = sum(macs_of(n) for n in network.steps)
     lines = []
     # From the last one: the parts of a stage name the result of the stage before it.
     for choice in reversed(choices):
@@ -279,7 +281,7 @@ def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tup
     return _program(staged, module), lines[::-1]
 
 
-def _macs(node: fx.Node) -> int:
+def macs_of(node: fx.Node) -> int:
     """Multiplications of a convolution; 0 for other nodes, which tiles leave as they are."""
     if node.target not in tiles.CONVOLUTIONS:
         return 0
@@ -313,19 +315,19 @@ def _smallest(
     return needs[how], how
 
 
-def _too_large(plan: Plan, sram_bytes: int, smallest: tuple[int, str]) -> EdgecError:
+def too_large(plan: Plan, sram_bytes: int, reached: str, needed: int | None = None) -> EdgecError:
+    """What to say of a plan whose arena exceeds `sram_bytes`. needed: the smallest arena there is."""
     rows = plan.timeline()
     alive = {step: [r for r in rows if r["first"] <= step <= r["last"]] for step in range(len(plan.steps))}
     peak = max(alive, key=lambda step: sum(r["nbytes"] for r in alive[step]))
     largest = sorted(alive[peak], key=lambda r: -r["nbytes"])[:NAMED]
     named = ", ".join(f"{r['layer'] or r['name']} {r['nbytes']:,}" for r in largest)
-    needed, how = smallest
-    reached = f"smallest arena found: {needed:,} bytes ({how})" if needed < plan.arena_bytes else "tiling does not help"
     step = plan.steps[peak]
+    board = "" if needed is None else f", or a board with {needed:,} bytes for the arena"
     return EdgecError(
-        f"the arena takes {plan.arena_bytes:,} bytes and may take {sram_bytes:,}; alive at the peak: {named}; {reached}",
+        f"the arena takes {plan.arena_bytes:,} bytes and may take {sram_bytes:,}; at the peak: {named}; {reached}",
         where=f"layer {step.layer or step.op} of {plan.name}",
-        hint=f"remove channels with prune-channels, use a smaller input, or a board with {needed:,} bytes for the arena",
+        hint=f"remove channels with prune-channels, use a smaller input{board}",
     )
 
 

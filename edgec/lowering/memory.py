@@ -152,8 +152,9 @@ def _search(items: Sequence[Item], members: Sequence[int], kept: set[int]) -> li
             readers[read] = readers.get(read, 0) | bit[i]
     outside = [r for r in readers if r not in bit and r not in kept and not items[r].given]
     own = set(members)
-    # What nobody in here reads is read behind the part, or kept.
+    # What nobody in here reads is read behind the part, kept, or nobody's.
     dying = {i for i in (*members, *outside) if i in readers and i not in kept}
+    unread = set(members) - kept - {read for item in items for read in item.reads}
 
     def dead(value: int, state: int) -> bool:
         return value in dying and readers[value] & ~state == 0
@@ -177,7 +178,8 @@ def _search(items: Sequence[Item], members: Sequence[int], kept: set[int]) -> li
                 if found is not None and found[0] <= top:
                     continue
                 gone = {r for r in items[i].reads if (r in own or r in outside) and dead(r, after)}
-                left = alive + items[i].nbytes - sum(items[r].nbytes for r in gone)
+                own_bytes = 0 if i in unread else items[i].nbytes
+                left = alive + own_bytes - sum(items[r].nbytes for r in gone)
                 following[after] = (top, left, (path, i))
         seen += len(following)
         if exact and seen > MOST_STATES:

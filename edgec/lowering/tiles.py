@@ -440,10 +440,12 @@ def estimate_patches(
     window = spans[0][largest[0]], spans[1][largest[1]]
     tile = _sorted(stage, _patch(stage, *window), {})
     whole = (0, stage.extent(stage.out, 0)), (0, stage.extent(stage.out, 1))
-    # Twice, with the canvas alive while the second one is computed.
-    parts = [*tile, Part("place", stage.out, *whole, (len(tile) - 1,), window=window)]
-    parts += [_renumbered(part, lambda i: i + len(tile) + 1) for part in tile]
-    parts.append(Part("place", stage.out, *whole, (len(tile), len(parts) - 1), window=window))
+    # Three times: the second one is computed while canvas and sources are alive.
+    parts: list[Part] = []
+    for _ in range(3):
+        start, canvas = len(parts), (len(parts) - 1,) if parts else ()
+        parts += [_renumbered(part, lambda i, start=start: i + start) for part in tile]
+        parts.append(Part("place", stage.out, *whole, (*canvas, len(parts) - 1), window=window))
     items, _ = items_of(stage, parts, scratch, returned)
     count = len(spans[0]) * len(spans[1])
     total = sum(stage.macs(n) * sums[0][n] * sums[1][n] for n in stage.nodes)

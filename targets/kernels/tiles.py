@@ -29,12 +29,15 @@ class _Move:
 
     name = "move"
     macs = 0
-    inplace: Any = ()
 
     def __post_init__(self) -> None:
         inside = 0 <= self.top <= self.h - self.rows and 0 <= self.left <= self.w - self.columns
         if not inside or min(self.rows, self.columns) < 1:
             raise ValueError(f"{self} reaches beyond the map")
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return ()
 
     def key(self) -> str:
         return repr(self)
@@ -84,7 +87,7 @@ class Place(_Move):
     name = "place"
 
     @property
-    def inplace(self) -> tuple[int, ...]:  # type: ignore[override]
+    def inplace(self) -> tuple[int, ...]:
         return (0,) if self.canvas else ()
 
     def prim_func(self, device: Device) -> Any:
