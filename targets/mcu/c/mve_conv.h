@@ -13,11 +13,11 @@
 /*
  * steps: vectors of 16 places in a column. pixels: of a row, how many are worked on at a time. shared: whether columns
  * of neighbours overlap in scratch memory. direct: with a 1 x 1 kernel, how many pixels have columns that may be read
- * from the input, since no vector goes beyond its end; 0 with other kernels. added: whether `add` follows.
+ * from the input, since no vector goes beyond its end; 0 with other kernels. add: of the fused addition, if any.
  */
 typedef struct {
     int32_t ih, iw, ci, oh, ow, co, kh, kw, sh, sw, dh, dw, top, left, steps, pixels, shared, pointwise, direct;
-    int32_t x_zero, y_zero, lo, hi, added;
+    int32_t x_zero, y_zero, lo, hi;
     ek_mve_add_t add;
 } ek_mve_conv_t;
 
@@ -213,12 +213,63 @@ EK_INLINE void ek_mve_spread(int8_t *to, const int8_t *from, int32_t n, int32_t 
 #endif
 }
 
-/* n pixels, whose columns lie `step` bytes apart. */
-__attribute__((noinline, unused)) static void ek_mve_pixels(const ek_mve_conv_t *p, const int8_t *col, int32_t step,
-                                                            int32_t n, const int8_t *w, const int8_t *res, int8_t *y) {
+/* Sums of 4 output channels, from their block of packed weights. depth: places of the column in use. */
+EK_INLINE void ek_mve_sums(const int8_t *col, const int8_t *block, int32_t steps, int32_t depth, int32_t *sums) {
+    int32_t a = ek_mve_int(block), b = ek_mve_int(block + 4), c = ek_mve_int(block + 8), d = ek_mve_int(block + 12);
+    block += 32;
+#if EK_MVE
+    (void)depth;
+    __asm__ volatile(
+        "dls lr, %6\n"
+        "1: vldrb.8 q0, [%4], #16\n"
+        "vldrb.8 q1, [%5], #16\n"
+        "vmladava.s8 %0, q0, q1\n"
+        "vldrb.8 q2, [%5], #16\n"
+        "vmladava.s8 %1, q0, q2\n"
+        "vldrb.8 q3, [%5], #16\n"
+        "vmladava.s8 %2, q0, q3\n"
+        "vldrb.8 q1, [%5], #16\n"
+        "vmladava.s8 %3, q0, q1\n"
+        "le lr, 1b"
+        : "+Te"(a), "+Te"(b), "+Te"(c), "+Te"(d), "+r"(col), "+r"(block)
+        : "r"(steps)
+        : "lr", "q0", "q1", "q2", "q3", "memory");
+#else
+    (void)steps;
+    for (int32_t k = 0; k < depth; k++) {
+        const int8_t *w = block + (k >> 4) * 64 + (k & 15);
+        a += col[k] * w[0];
+        b += col[k] * w[16];
+        c += col[k] * w[32];
+        d += col[k] * w[48];
+    }
+#endif
+    sums[0] = a;
+    sums[1] = b;
+    sums[2] = c;
+    sums[3] = d;
+}
+
+/* What pixels are computed from and stored to: packed weights, the residual or 0, the output. */
+typedef struct {
+    const int8_t *w;
+    const void *res;
+    void *y;
+} ek_mve_out_t;
+
+/* Computes n pixels from number `first` on, whose columns lie `step` bytes apart. */
+typedef void (*ek_mve_pixels_t)(const ek_mve_conv_t *p, const ek_mve_out_t *out, const int8_t *col, int32_t step,
+                                int32_t first, int32_t n);
+
+/* Codes, of the addition where there is a residual. */
+__attribute__((noinline, unused)) static void ek_mve_codes(const ek_mve_conv_t *p, const ek_mve_out_t *out,
+                                                           const int8_t *col, int32_t step, int32_t first, int32_t n) {
+    const int8_t *res = (const int8_t *)out->res;
+    int8_t *y = (int8_t *)out->y + first * p->co;
+    if (res) res += first * p->co;
 #if EK_MVE
     int32_t beside = (int32_t)((uintptr_t)res - (uintptr_t)y);
-    ek_mve_mm_t mm = {col, col, p->steps, p->co, p->added ? &p->add : 0, beside, y, w, p->y_zero, p->lo, p->hi};
+    ek_mve_mm_t mm = {col, col, p->steps, p->co, res ? &p->add : 0, beside, y, out->w, p->y_zero, p->lo, p->hi};
     for (; n > 1; n -= 2) {
         mm.x1 = mm.x0 + step;
         ek_mve_mm2(&mm);
@@ -227,22 +278,25 @@ __attribute__((noinline, unused)) static void ek_mve_pixels(const ek_mve_conv_t 
     }
     if (n) ek_mve_mm1(&mm);
 #else
-    int32_t depth = p->kh * p->kw * p->ci;
-    for (; n; n--, col += step, y += p->co, res = p->added ? res + p->co : res) {
-        for (int32_t o = 0; o < p->co; o++) {
-            const int8_t *block = w + (o >> 2) * (32 + 64 * p->steps), *row = block + 32 + (o & 3) * 16;
-            int32_t sum = ek_mve_int(block + (o & 3) * 4);
-            for (int32_t k = 0; k < depth; k++) sum += col[k] * row[(k >> 4) * 64 + (k & 15)];
-            int32_t code = ek_clamp(ek_rqh(sum, ek_mve_int(block + 16 + (o & 3) * 4)) + p->y_zero, p->lo, p->hi);
-            y[o] = (int8_t)(p->added ? ek_mve_add(&p->add, code, res[o]) : code);
+    for (; n; n--, col += step, y += p->co) {
+        const int8_t *block = out->w;
+        for (int32_t o = 0; o < p->co; o += 4, block += 32 + 64 * p->steps) {
+            int32_t sums[4], some = p->co - o < 4 ? p->co - o : 4;
+            ek_mve_sums(col, block, p->steps, p->kh * p->kw * p->ci, sums);
+            for (int32_t i = 0; i < some; i++) {
+                int32_t v = ek_rqh(sums[i], ek_mve_int(block + 16 + 4 * i));
+                v = ek_clamp(v + p->y_zero, p->lo, p->hi);
+                y[o + i] = (int8_t)(res ? ek_mve_add(&p->add, v, res[o + i]) : v);
+            }
         }
+        if (res) res += p->co;
     }
 #endif
 }
 
 /* `count` strips, of kh pieces of ci bytes each, from input columns ix, ix + across, ... and rows iy, iy + dh, ... */
-EK_INLINE void ek_mve_strips(const ek_mve_conv_t *p, const int8_t *x, int32_t iy, int32_t ix, int32_t across,
-                             int32_t count, int8_t *to) {
+__attribute__((noinline, unused)) static void ek_mve_strips(const ek_mve_conv_t *p, const int8_t *x, int32_t iy,
+                                                            int32_t ix, int32_t across, int32_t count, int8_t *to) {
     int32_t ci = p->ci, strip = p->kh * ci, inside;
     int8_t *end = to + count * strip, *start = to;
     for (; count && ix < 0; count--, ix += across) to += strip;
@@ -270,31 +324,36 @@ EK_INLINE void ek_mve_columns(const ek_mve_conv_t *p, const int8_t *x, int32_t o
     for (; n; n--, ix += p->sw, to += p->kw * p->kh * p->ci) ek_mve_strips(p, x, iy, ix, p->dw, p->kw, to);
 }
 
-EK_KERNEL void ek_mve_conv_add_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, const int8_t *res,
-                                  int8_t *y, int8_t *scratch) {
-    int32_t ci = p->ci, co = p->co;
+__attribute__((noinline, unused)) static void ek_mve_walk(const ek_mve_conv_t *p, const int8_t *x, int8_t *scratch,
+                                                          ek_mve_pixels_t pixels, const ek_mve_out_t *out) {
+    int32_t ci = p->ci, step = (p->shared ? p->sw : p->kw) * p->kh * ci;
     if (p->pointwise) {
-        int32_t rest = p->oh * p->ow - p->direct, done = p->direct * co;
-        ek_mve_pixels(p, x, ci, p->direct, w, res, y);
+        int32_t rest = p->oh * p->ow - p->direct;
+        pixels(p, out, x, ci, 0, p->direct);
         if (!rest) return;
         ek_mve_copy(scratch, x + p->direct * ci, rest * ci);
-        ek_mve_pixels(p, scratch, ci, rest, w, p->added ? res + done : res, y + done);
+        pixels(p, out, scratch, ci, p->direct, rest);
         return;
     }
-    int32_t step = (p->shared ? p->sw : p->kw) * p->kh * ci;
     for (int32_t oy = 0; oy < p->oh; oy++) {
         for (int32_t ox = 0; ox < p->ow; ox += p->pixels) {
             int32_t n = p->ow - ox < p->pixels ? p->ow - ox : p->pixels;
             ek_mve_columns(p, x, oy, ox, n, scratch);
-            ek_mve_pixels(p, scratch, step, n, w, res, y);
-            y += n * co;
-            if (p->added) res += n * co;
+            pixels(p, out, scratch, step, oy * p->ow + ox, n);
         }
     }
 }
 
 EK_KERNEL void ek_mve_conv_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, int8_t *y, int8_t *scratch) {
-    ek_mve_conv_add_s8(p, x, w, 0, y, scratch);
+    ek_mve_out_t out = {w, 0, y};
+    ek_mve_walk(p, x, scratch, ek_mve_codes, &out);
+}
+
+/* y may be res. */
+EK_KERNEL void ek_mve_conv_add_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, const int8_t *res,
+                                  int8_t *y, int8_t *scratch) {
+    ek_mve_out_t out = {w, res, y};
+    ek_mve_walk(p, x, scratch, ek_mve_codes, &out);
 }
 
 #endif

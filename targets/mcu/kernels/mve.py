@@ -19,6 +19,7 @@ from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize, broadcast_shape
 from edgec.targets.kernels.pool import AvgPool, MaxPool
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
+from edgec.targets.mcu.kernels.conv import ACTIVATIONS, real_fields
 
 Weights = Mapping[str, np.ndarray | None]
 
@@ -27,7 +28,7 @@ LANES = 16
 # Output channels that the matrix product takes at a time.
 BLOCK = 4
 # Scratch memory for columns, where two pixels do not need more.
-COLUMNS = 1024
+COLUMNS = 576
 
 
 def add_fields(add: AddEpilogue | None) -> tuple[int, ...]:
@@ -53,7 +54,7 @@ class MveConv(McuKernel):
 
     @property
     def inplace(self) -> tuple[int, ...]:
-        return (2,) if self.spec.epilogue.add else ()
+        return (2,) if self.spec.inplace else ()
 
     @property
     def depth(self) -> int:
@@ -67,9 +68,10 @@ class MveConv(McuKernel):
 
     def operands(self) -> tuple[Operand, ...]:
         s = self.spec
-        out = Operand(math.prod(s.out) * s.co)
+        size = math.prod(s.out) * s.co
         packed = -(-s.co // BLOCK) * (2 * 4 * BLOCK + self.steps * LANES * BLOCK)
-        return (Operand(s.h * s.w * s.ci), Operand(packed), *([out] if s.epilogue.add else []), out)
+        residual = [Operand(size, s.epilogue.residual_type("int8"))] if s.residual else []
+        return (Operand(s.h * s.w * s.ci), Operand(packed), *residual, Operand(size, s.out_type))
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """Per 4 channels: biases, multipliers, and weights by 16 places of the column."""
@@ -81,7 +83,7 @@ class MveConv(McuKernel):
         rows = rows.reshape(blocks, BLOCK, self.steps, LANES).transpose(0, 2, 1, 3).reshape(blocks, -1)
         heads = np.zeros((2, blocks * BLOCK), np.int32)
         heads[0, :outputs] = 0 if bias is None else bias
-        heads[1, :outputs] = m
+        heads[1, :outputs] = m.view(np.int32)
         heads = heads.reshape(2, blocks, BLOCK).transpose(1, 0, 2).reshape(blocks, -1)
         return (np.concatenate([little_endian(heads), rows], axis=1).reshape(-1),)
 
@@ -116,22 +118,35 @@ class MveConv(McuKernel):
         most = range(2, max(self.spec.out[1], 2) + 1, 2)
         return max([n for n in most if self.columns(n) <= COLUMNS], default=2)
 
+    @property
+    def scratch(self) -> int:
+        """Bytes of the columns that are put together at a time."""
+        s = self.spec
+        return max(LANES, self.columns(s.h * s.w - self.direct if self.pointwise else min(self.pixels, s.out[1])))
+
     def call(self) -> Call:
+        add = self.spec.epilogue.add
+        fields = {**self.geometry(), "add": add_fields(add)}
+        return Call(f"ek_mve_conv{'_add' if add else ''}_s8", "mve_conv", "ek_mve_conv_t", fields, (self.scratch,))
+
+    def geometry(self) -> dict[str, Value]:
+        """Fields of `ek_mve_conv_t` but for the addition."""
         s, e = self.spec, self.spec.epilogue
-        rest = s.h * s.w - self.direct if self.pointwise else min(self.pixels, s.out[1])
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "ci": s.ci, "oh": s.out[0], "ow": s.out[1], "co": s.co}
         fields |= window_fields(s) | {"steps": self.steps, "pixels": self.pixels, "shared": int(self.shared)}
-        fields |= {
-            "pointwise": int(self.pointwise),
-            "direct": self.direct,
-            "x_zero": s.x_zp,
-            "y_zero": e.y_zp,
-            "lo": code_range(e)[0],
-            "hi": code_range(e)[1],
-        }
-        fields |= {"added": int(e.add is not None), "add": add_fields(e.add)}
-        function = "ek_mve_conv_add_s8" if e.add else "ek_mve_conv_s8"
-        return Call(function, "mve_conv", "ek_mve_conv_t", fields, (max(LANES, self.columns(rest)),))
+        fields |= {"pointwise": int(self.pointwise), "direct": self.direct, "x_zero": s.x_zp}
+        return fields | {"y_zero": e.y_zp, **code_range(e)}
+
+
+@dataclass(frozen=True)
+class MveRealConv(MveConv):
+    """`MveConv` with real results, as float32 or as codes of them; the residual is float32."""
+
+    def call(self) -> Call:
+        fields: dict[str, Value] = {f"conv.{name}": value for name, value in self.geometry().items()}
+        fields |= {**real_fields(self.spec.epilogue), "coded": int(self.spec.out_type == "int8")}
+        function = f"ek_mve_conv{'_add' if self.spec.residual else ''}_f32"
+        return Call(function, "mve_real", "ek_mve_real_t", fields, (self.scratch,))
 
 
 @dataclass(frozen=True)
@@ -188,14 +203,8 @@ class MveDepthwise(McuKernel):
     def call(self) -> Call:
         s, e = self.spec, self.spec.epilogue
         fields: dict[str, Value] = {"ih": s.h, "iw": s.w, "c": s.c, "oh": s.out[0], "ow": s.out[1]}
-        fields |= window_fields(s) | {"taps": self.taps, "padded": int(self.padded)}
-        fields |= {
-            "joined": int(self.joined),
-            "x_zero": s.x_zp,
-            "y_zero": e.y_zp,
-            "lo": code_range(e)[0],
-            "hi": code_range(e)[1],
-        }
+        fields |= window_fields(s) | {"taps": self.taps, "padded": int(self.padded), "joined": int(self.joined)}
+        fields |= {"x_zero": s.x_zp, "y_zero": e.y_zp, **code_range(e)}
         scratch = 12 * self.taps + (round_up(s.c, LANES) if self.padded else 0)
         return Call("ek_mve_depthwise_s8", "mve_depthwise", "ek_mve_depthwise_t", fields, (scratch,))
 
@@ -309,9 +318,11 @@ def window_fields(spec: Conv2D | Depthwise | AvgPool | MaxPool) -> dict[str, Val
     return dict(zip(names, (*spec.kernel, *spec.stride, *spec.dilation, *spec.padding[::2]), strict=True))
 
 
-def code_range(epilogue: Epilogue) -> tuple[int, int]:
-    """lo and hi of an int8 epilogue, whose defaults are infinite."""
-    return int(max(epilogue.lo, -128)), int(min(epilogue.hi, 127))
+def code_range(epilogue: Epilogue) -> dict[str, Value]:
+    """lo and hi of an int8 epilogue, which are infinite by default; all codes where results are real."""
+    if epilogue.requant == "float":
+        return {"lo": -128, "hi": 127}
+    return {"lo": int(max(epilogue.lo, -128)), "hi": int(min(epilogue.hi, 127))}
 
 
 def takes(epilogue: Epilogue, dtype: str, weights: Weights, device: Device) -> bool:
@@ -324,9 +335,11 @@ def takes(epilogue: Epilogue, dtype: str, weights: Weights, device: Device) -> b
 
 
 def _conv(spec: Conv2D, weights: Weights, device: Device) -> McuKernel | None:
-    if spec.groups != 1 or not takes(spec.epilogue, spec.dtype, weights, device):
+    if spec.groups != 1 or device.isa != "mve":
         return None
-    return MveConv(spec)
+    if spec.dtype == "int8" and spec.epilogue.requant == "float":
+        return MveRealConv(spec) if spec.epilogue.act in ACTIVATIONS else None
+    return MveConv(spec) if takes(spec.epilogue, spec.dtype, weights, device) else None
 
 
 def _depthwise(spec: Depthwise, weights: Weights, device: Device) -> McuKernel | None:
