@@ -206,6 +206,30 @@ def test_every_shift_of_an_average(shift: int) -> None:
     check([simple(spec, codes(rng, 2, 300, 5))])
 
 
+def steep_layers(seed: int) -> list[tuple[Case, np.ndarray]]:
+    """Every shape with a multiplier of more than one half, with and without a fused addition."""
+    rng, found = np.random.default_rng(seed), []
+    for k, plain in enumerate(CONVOLUTIONS):
+        spec = replace(plain, epilogue=some_epilogue(rng, "RQ1", bool((k + seed) % 2)))
+        x, weights, other = random_operands(spec, "RQ1", seed)
+        kernel = rule(spec, weights)
+        assert isinstance(kernel, mve.MveRq1Conv)
+        given = [x] if other is None else [x, other]
+        # With an array more than `run_at_ends` has memories, the output takes the residual's.
+        found.append((Case(kernel, given, weights, 1, bool(kernel.inplace)), definition(spec, x, weights, other)))
+    return found
+
+
+@ON_DEVICE
+@pytest.mark.parametrize("seed", (0, 1))
+def test_multipliers_above_one_half(seed: int) -> None:
+    check(steep_layers(seed))
+
+
+def test_multipliers_above_one_half_in_portable_c() -> None:
+    check_on_host(steep_layers(2)[::3])
+
+
 def real_layers(seed: int) -> list[tuple[Case, np.ndarray]]:
     """Every shape with real results or their codes, with and without a residual, whose memory the output takes."""
     rng, found = np.random.default_rng(seed), []
@@ -274,11 +298,12 @@ def test_what_is_left_to_other_kernels() -> None:
     assert rule(spec, weights) is not None
     assert rule(spec, weights, "cortex-m85") is not None
     assert rule(spec, weights, "cortex-m4") is None
-    assert rule(spec, {**weights, "shift": np.array([32] * 6 + [31], np.int32)}) is None
+    assert rule(spec, {**weights, "m": np.ones(7, np.float32)}) is None
     assert rule(replace(spec, epilogue=Epilogue(act="gelu", requant="float")), weights) is None
     assert rule(replace(spec, ci=2, groups=2), weights) is None
     add = add_epilogue(np.random.default_rng(0))
     assert rule(replace(DEPTHWISE[0], epilogue=Epilogue(add=add)), weights) is None
+    assert rule(DEPTHWISE[0], {**weights, "shift": np.array([32] * 6 + [31], np.int32)}) is None
     assert rule(QAdd((1, 5), (3, 5), add), {}) is None
     assert rule(QAdd((5,), (1, 5), add), {}) is not None
     # The sum of a window does not fit 32 bits where it must be shifted far left.

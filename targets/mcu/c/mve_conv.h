@@ -250,11 +250,12 @@ EK_INLINE void ek_mve_sums(const int8_t *col, const int8_t *block, int32_t steps
     sums[3] = d;
 }
 
-/* What pixels are computed from and stored to: packed weights, the residual or 0, the output. */
+/* What pixels are computed from and stored to: packed weights, the residual or 0, the output, shifts or 0. */
 typedef struct {
     const int8_t *w;
     const void *res;
     void *y;
+    const int8_t *shift;
 } ek_mve_out_t;
 
 /* Computes n pixels from number `first` on, whose columns lie `step` bytes apart. */
@@ -317,8 +318,8 @@ __attribute__((noinline, unused)) static void ek_mve_strips(const ek_mve_conv_t 
 /* The columns of n pixels from (oy, ox). */
 EK_INLINE void ek_mve_columns(const ek_mve_conv_t *p, const int8_t *x, int32_t oy, int32_t ox, int32_t n, int8_t *to) {
     int32_t iy = oy * p->sh - p->top, ix = ox * p->sw - p->left;
-    if (p->shared) {
-        ek_mve_strips(p, x, iy, ix, 1, (n - 1) * p->sw + p->kw, to);
+    if (p->shared || p->kw == 1) {
+        ek_mve_strips(p, x, iy, ix, p->shared ? 1 : p->sw, p->shared ? (n - 1) * p->sw + p->kw : n, to);
         return;
     }
     for (; n; n--, ix += p->sw, to += p->kw * p->kh * p->ci) ek_mve_strips(p, x, iy, ix, p->dw, p->kw, to);
@@ -345,14 +346,14 @@ __attribute__((noinline, unused)) static void ek_mve_walk(const ek_mve_conv_t *p
 }
 
 EK_KERNEL void ek_mve_conv_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, int8_t *y, int8_t *scratch) {
-    ek_mve_out_t out = {w, 0, y};
+    ek_mve_out_t out = {w, 0, y, 0};
     ek_mve_walk(p, x, scratch, ek_mve_codes, &out);
 }
 
 /* y may be res. */
 EK_KERNEL void ek_mve_conv_add_s8(const ek_mve_conv_t *p, const int8_t *x, const int8_t *w, const int8_t *res,
                                   int8_t *y, int8_t *scratch) {
-    ek_mve_out_t out = {w, res, y};
+    ek_mve_out_t out = {w, res, y, 0};
     ek_mve_walk(p, x, scratch, ek_mve_codes, &out);
 }
 

@@ -36,14 +36,14 @@ EK_KERNEL void ek_mve_reals(const ek_mve_conv_t *p, const ek_mve_out_t *out, con
 }
 
 EK_KERNEL void ek_mve_conv_f32(const ek_mve_real_t *p, const int8_t *x, const int8_t *w, void *y, int8_t *scratch) {
-    ek_mve_out_t out = {w, 0, y};
+    ek_mve_out_t out = {w, 0, y, 0};
     ek_mve_walk(&p->conv, x, scratch, ek_mve_reals, &out);
 }
 
 /* y may be res. */
 EK_KERNEL void ek_mve_conv_add_f32(const ek_mve_real_t *p, const int8_t *x, const int8_t *w, const float *res, void *y,
                                    int8_t *scratch) {
-    ek_mve_out_t out = {w, res, y};
+    ek_mve_out_t out = {w, res, y, 0};
     ek_mve_walk(&p->conv, x, scratch, ek_mve_reals, &out);
 }
 

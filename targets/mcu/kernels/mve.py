@@ -1,4 +1,4 @@
-"""Kernels for Helium (Armv8.1-M MVE): int8 layers whose multipliers are all below one half, and what goes with them.
+"""Kernels for Helium (Armv8.1-M MVE): int8 layers and what goes with them.
 
 They are asked first and answer for devices of isa "mve" only; what they decline goes to the kernels for all cores.
 """
@@ -136,6 +136,30 @@ class MveConv(McuKernel):
         fields |= window_fields(s) | {"steps": self.steps, "pixels": self.pixels, "shared": int(self.shared)}
         fields |= {"pointwise": int(self.pointwise), "direct": self.direct, "x_zero": s.x_zp}
         return fields | {"y_zero": e.y_zp, **code_range(e)}
+
+
+@dataclass(frozen=True)
+class MveRq1Conv(MveConv):
+    """`MveConv` with multipliers of one half and more: a shift for every channel, behind the weights."""
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (3,) if self.spec.inplace else ()
+
+    def operands(self) -> tuple[Operand, ...]:
+        x, w, *rest = super().operands()
+        return (x, w, Operand(self.spec.co), *rest)
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """As `MveConv`, and the shifts."""
+        shift = weights["shift"]
+        assert shift is not None
+        return (*super().pack(device, **weights), shift.astype(np.int8))
+
+    def call(self) -> Call:
+        add = self.spec.epilogue.add
+        fields = {**self.geometry(), "add": add_fields(add)}
+        return Call(f"ek_mve_conv_rq1{'_add' if add else ''}_s8", "mve_rq1", "ek_mve_conv_t", fields, (self.scratch,))
 
 
 @dataclass(frozen=True)
@@ -326,12 +350,16 @@ def code_range(epilogue: Epilogue) -> dict[str, Value]:
 
 
 def takes(epilogue: Epilogue, dtype: str, weights: Weights, device: Device) -> bool:
-    """Whether a layer is one of these kernels': int8 in and out, and all its multipliers below one half (RQH)."""
-    m, shift = weights.get("m"), weights.get("shift")
+    """Whether a layer has int8 results by integer multipliers (RQ1)."""
     plain = epilogue.requant == "RQ1" and epilogue.act == "none" and not epilogue.residual
-    if device.isa != "mve" or dtype != "int8" or not plain or m is None or shift is None:
-        return False
-    return m.dtype == np.int32 and bool(np.all(shift == HALF_SHIFT))
+    m = weights.get("m")
+    return device.isa == "mve" and dtype == "int8" and plain and m is not None and m.dtype == np.int32
+
+
+def half(weights: Weights) -> bool:
+    """Whether all multipliers are below one half: RQH, one instruction."""
+    shift = weights["shift"]
+    return shift is not None and bool(np.all(shift == HALF_SHIFT))
 
 
 def _conv(spec: Conv2D, weights: Weights, device: Device) -> McuKernel | None:
@@ -339,13 +367,15 @@ def _conv(spec: Conv2D, weights: Weights, device: Device) -> McuKernel | None:
         return None
     if spec.dtype == "int8" and spec.epilogue.requant == "float":
         return MveRealConv(spec) if spec.epilogue.act in ACTIVATIONS else None
-    return MveConv(spec) if takes(spec.epilogue, spec.dtype, weights, device) else None
+    if not takes(spec.epilogue, spec.dtype, weights, device):
+        return None
+    return MveConv(spec) if half(weights) else MveRq1Conv(spec)
 
 
 def _depthwise(spec: Depthwise, weights: Weights, device: Device) -> McuKernel | None:
     if spec.epilogue.add is not None or not takes(spec.epilogue, spec.dtype, weights, device):
         return None
-    return MveDepthwise(spec)
+    return MveDepthwise(spec) if half(weights) else None
 
 
 def _add(spec: QAdd, weights: Weights, device: Device) -> McuKernel | None:
