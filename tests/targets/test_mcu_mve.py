@@ -16,7 +16,7 @@ from edgec.targets.device import load_device
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
-from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Requant
 from edgec.targets.mcu.kernels import mve
 from tests.targets.kernel_cases import add_epilogue, code_range, codes, convolutions, depthwise, operands
@@ -146,12 +146,30 @@ def simple(spec: Any, *activations: np.ndarray, inplace: bool = False) -> tuple[
     return Case(rule(spec, {}), flat, {}, None, inplace), expected.reshape(-1)
 
 
+def scaled(rng: np.random.Generator, n: int) -> list[tuple[Case, np.ndarray]]:
+    """Products, other grids and a table."""
+    found = []
+    za, zb, zy = (int(v) for v in rng.integers(-128, 128, 3))
+    lo, hi = code_range(rng)
+    m, shift = quantize_multiplier(float(rng.uniform(0.001, 0.1)))
+    for rows in (1, 3):
+        product = QMul((rows, n), (n,), m, shift, za, zb, zy, lo, hi)
+        found.append(simple(product, codes(rng, rows, n), codes(rng, n), inplace=bool(n % 2)))
+    m, shift = quantize_multiplier(float(rng.uniform(0.2, 3.0)))
+    found.append(simple(QRescale((n,), m, shift, za, zy, lo, hi), codes(rng, n), inplace=bool(n % 2)))
+    x, table = codes(rng, n), codes(rng, 256)
+    spec = QLut((n,), False, 0)
+    found.append((Case(rule(spec, {}), [x], {"table": table}, 1), spec.reference(x, table)))
+    return found
+
+
 def others(rng: np.random.Generator) -> list[tuple[Case, np.ndarray]]:
     """Additions, pools and both ends of an integer region, with odd sizes."""
     found = []
     for n in (1, 3, 4, 37, 130, 4099):
         spec = QAdd((1, n), (1, n), add_epilogue(rng))
         found.append(simple(spec, codes(rng, 1, n), codes(rng, 1, n), inplace=bool(n % 2)))
+        found += scaled(rng, n)
         scale, zero = float(np.float32(rng.uniform(0.001, 0.2))), int(rng.integers(-128, 128))
         found.append(simple(Dequantize((n,), scale, zero), codes(rng, n)))
         # Among them halves of codes, and values far beyond the range.
@@ -308,5 +326,11 @@ def test_what_is_left_to_other_kernels() -> None:
     assert rule(QAdd((5,), (1, 5), add), {}) is not None
     # The sum of a window does not fit 32 bits where it must be shifted far left.
     assert rule(AvgPool(4, 4, 1, (4, 4), (1, 1), dtype="int8", requant=Requant(1, 8, 0, 0, 0, 1)), {}) is None
+    assert rule(QMul((1, 5), (3, 5), 1, 40, 0, 0, 0, 0, 1), {}) is None
+    assert rule(QMul((3, 5), (3, 1), 1, 40, 0, 0, 0, 0, 1), {}) is None
+    assert rule(QMul((2, 3, 5), (2, 1, 5), 1, 40, 0, 0, 0, 0, 1), {}) is None
+    assert rule(QMul((3, 5), (1, 5), 1, 10, 0, 0, 0, 0, 1), {}) is None
+    assert rule(QRescale((5,), 1, 5, 0, 0, 0, 1), {}) is None
+    assert rule(QLut((5,), True, 0), {}) is None
     assert rule(Quantize((1,), 1e-30, 0), {}) is None
     assert rule(Dequantize((1,), 1e-30, 0), {}) is None

@@ -16,7 +16,7 @@ from edgec.targets.device import Device
 from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
-from edgec.targets.kernels.eltwise import Dequantize, QAdd, Quantize, broadcast_shape
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize, broadcast_shape, merged_axes
 from edgec.targets.kernels.pool import AvgPool, MaxPool
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
 from edgec.targets.mcu.kernels.conv import ACTIVATIONS, real_fields
@@ -254,6 +254,75 @@ class MveAdd(McuKernel):
 
 
 @dataclass(frozen=True)
+class MveMul(McuKernel):
+    """Product of two int8 tensors: elements of one shape, or rows of the first with all of the second."""
+
+    spec: QMul
+
+    name = "qmul"
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return self.spec.inplace
+
+    def operands(self) -> tuple[Operand, ...]:
+        a, b = (Operand(math.prod(shape)) for shape in (self.spec.a, self.spec.b))
+        return a, b, a
+
+    def call(self) -> Call:
+        s = self.spec
+        n = math.prod(s.b)
+        rows = math.prod(s.a) // n
+        fields: dict[str, Value] = {"rows": rows, "n": n, "again": int(rows > 1), "za": s.za, "zb": s.zb}
+        fields |= rescale_fields(s.m, s.shift, s.zy, s.lo, s.hi)
+        return Call("ek_mve_qmul_s8", "mve_elementwise", "ek_mve_qmul_t", fields)
+
+
+@dataclass(frozen=True)
+class MveRescale(McuKernel):
+    """Codes of the same values on another grid."""
+
+    spec: QRescale
+
+    name = "qrescale"
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (0,)
+
+    def operands(self) -> tuple[Operand, ...]:
+        return (Operand(math.prod(self.spec.shape)),) * 2
+
+    def call(self) -> Call:
+        s = self.spec
+        fields: dict[str, Value] = {"n": math.prod(s.shape), "zero": s.zx}
+        fields |= rescale_fields(s.m, s.shift, s.zy, s.lo, s.hi)
+        return Call("ek_mve_qrescale_s8", "mve_elementwise", "ek_mve_qrescale_t", fields)
+
+
+@dataclass(frozen=True)
+class MveLut(McuKernel):
+    """One table for all codes, read 16 at a time."""
+
+    spec: QLut
+
+    name = "qlut"
+
+    def operands(self) -> tuple[Operand, ...]:
+        n = Operand(math.prod(self.spec.shape))
+        return n, Operand(256), n
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """The table as it is."""
+        table = weights["table"]
+        assert table is not None
+        return (np.ascontiguousarray(table).reshape(-1),)
+
+    def call(self) -> Call:
+        return Call("ek_mve_lut_s8", "mve_elementwise", "ek_mve_lut_t", {"n": math.prod(self.spec.shape)})
+
+
+@dataclass(frozen=True)
 class MvePool(McuKernel):
     """Average or maximum of int8 windows."""
 
@@ -273,9 +342,7 @@ class MvePool(McuKernel):
             return Call("ek_mve_max_pool_s8", "mve_elementwise", "ek_mve_pool_t", fields)
         q = s.requant
         assert q is not None
-        grow = growth(q.shift)
-        fields |= {"x_zero": q.x_zp, "m": q.m, "grow": grow, "shrink": q.shift + grow - 32}
-        fields |= {"y_zero": q.y_zp, "lo": q.lo, "hi": q.hi}
+        fields |= {"x_zero": q.x_zp, **rescale_fields(q.m, q.shift, q.y_zp, q.lo, q.hi)}
         return Call("ek_mve_avg_pool_s8", "mve_elementwise", "ek_mve_pool_t", fields)
 
 
@@ -331,6 +398,17 @@ def growth(shift: int) -> int:
     return max(0, HALF_SHIFT + 1 - shift)
 
 
+def rescale_fields(m: int, shift: int, zero: int, lo: int, hi: int) -> dict[str, Value]:
+    """Values of `ek_mve_rescale_t`, a field `to`."""
+    grow = growth(shift)
+    return {"to": (m, grow, shift + grow - HALF_SHIFT, zero, lo, hi)}
+
+
+def fits(largest: int, shift: int) -> bool:
+    """Whether integers up to `largest` can be shifted left as RQ1 with this shift needs it."""
+    return largest << growth(shift) < ACCUMULATOR_LIMIT
+
+
 def little_endian(values: np.ndarray) -> np.ndarray:
     """int32 [n, k] as bytes [n, 4 k]."""
     return np.ascontiguousarray(values, dtype="<i4").view(np.int8)
@@ -383,11 +461,27 @@ def _add(spec: QAdd, weights: Weights, device: Device) -> McuKernel | None:
     return MveAdd(spec) if device.isa == "mve" and len(sizes) == 1 else None
 
 
+def _mul(spec: QMul, weights: Weights, device: Device) -> McuKernel | None:
+    if device.isa != "mve" or not fits(CODE_SPAN**2, spec.shift):
+        return None
+    out = broadcast_shape(spec.a, spec.b)
+    shape, (a, b) = merged_axes(out, [spec.a, spec.b])
+    return MveMul(spec) if a == shape and b in (shape, (1, *shape[1:])) and len(shape) < 3 else None
+
+
+def _rescale(spec: QRescale, weights: Weights, device: Device) -> McuKernel | None:
+    return MveRescale(spec) if device.isa == "mve" and fits(CODE_SPAN, spec.shift) else None
+
+
+def _lut(spec: QLut, weights: Weights, device: Device) -> McuKernel | None:
+    return MveLut(spec) if device.isa == "mve" and not spec.per_channel else None
+
+
 def _average(spec: AvgPool, weights: Weights, device: Device) -> McuKernel | None:
     q = spec.requant
     if device.isa != "mve" or spec.dtype != "int8" or q is None:
         return None
-    return MvePool(spec) if CODE_SPAN * spec.taps << growth(q.shift) < ACCUMULATOR_LIMIT else None
+    return MvePool(spec) if fits(CODE_SPAN * spec.taps, q.shift) else None
 
 
 def _maximum(spec: MaxPool, weights: Weights, device: Device) -> McuKernel | None:
@@ -411,6 +505,9 @@ RULES: dict[type, Callable[..., McuKernel | None]] = {
     Conv2D: _conv,
     Depthwise: _depthwise,
     QAdd: _add,
+    QMul: _mul,
+    QRescale: _rescale,
+    QLut: _lut,
     AvgPool: _average,
     MaxPool: _maximum,
     Quantize: _quantize,
