@@ -84,6 +84,10 @@ DEPTHWISE = [
     Depthwise(7, 9, 37, (5, 5), (1, 1), (2, 2, 2, 2), **PLAIN),
     Depthwise(5, 5, 16, (3, 3), **PLAIN),
     Depthwise(6, 7, 17, (2, 2), (2, 2), **PLAIN),
+    # Neighbours as channels, and an even number of taps, with which they are not.
+    Depthwise(3, 40, 8, (3, 3), (2, 1), (1, 1, 1, 1), **PLAIN),
+    Depthwise(4, 30, 2, (1, 5), **PLAIN),
+    Depthwise(4, 30, 4, (2, 2), **PLAIN),
     Depthwise(4, 4, 1, (1, 1), **PLAIN),
     Depthwise(9, 9, 20, (3, 2), (1, 2), (2, 2, 3, 1), (2, 3), **PLAIN),
     # A window larger than the map, and one that sees nothing but padding.

@@ -15,8 +15,8 @@
 
 /*
  * taps: odd. padded: whether a tap may lie beside the input, or is the one of zeros. joined: whether neighbours in a
- * row are taken as channels of one pixel, with a stride of 1 and 1, 2, 4 or 8 channels, which the packed weights repeat
- * up to 16.
+ * row are taken as channels of one pixel, with a stride of 1, an odd number of taps, and 1, 2, 4 or 8 channels, which
+ * the packed weights repeat up to 16.
  */
 typedef struct {
     int32_t ih, iw, c, oh, ow, kh, kw, sh, sw, dh, dw, top, left, taps, padded, joined, x_zero, y_zero, lo, hi;

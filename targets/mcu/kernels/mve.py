@@ -203,8 +203,9 @@ class MveDepthwise(McuKernel):
 
     @property
     def joined(self) -> bool:
-        """Whether neighbouring pixels are taken as one with 16 channels."""
-        return self.spec.c < LANES and LANES % self.spec.c == 0 and self.spec.stride[1] == 1
+        """Whether neighbouring pixels are taken as one with 16 channels: the taps of all then lie in the input."""
+        s = self.spec
+        return s.c < LANES and LANES % s.c == 0 and s.stride[1] == 1 and math.prod(s.kernel) == self.taps
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """Per 16 channels: biases, weights of each tap, multipliers; first and last in the order of the sums."""
