@@ -138,6 +138,47 @@ def test_a_network_that_no_tile_can_help() -> None:
 
 
 @pytest.mark.pure
+@pytest.mark.parametrize("methods", [("strips",), ("patches",)])
+def test_values_that_pass_by_a_stage_count(methods: tuple[str, ...]) -> None:
+    """A map that is used again at the end (as in detectors) is alive beside the tiles in between."""
+    b = Builder(1, (1, 32, 32, 3))
+    early = b.conv(b.x, 8, *HALF)
+    x = early
+    for c in (12, 8):
+        wide = b.conv(x, 64, *POINT)
+        deep = b.conv(wide, 64, *HALF, groups=64)
+        x = b.conv(deep, c, *POINT)
+    mean = b.call(edgec.qmean.default, x, [1, 2], True, 2**24, 28, 0, 0, -128, 127)
+    b.call(edgec.qmul.default, early, mean, 2**24, 28, 0, 0, 0, -128, 127)
+    program = Program("early", b.module(), (b.example,))
+    whole = plan_of(program).arena_bytes
+    fitted, lines = fit_memory(program, plan_of, whole // 2, methods)
+    assert plan_of(fitted).arena_bytes <= whole // 2
+    assert torch.equal(run(fitted), run(program))
+    assert any(f"in {methods[0]} of" in line for line in lines)
+
+
+@pytest.mark.pure
+def test_what_the_search_expects_is_what_is_planned() -> None:
+    program = mobile()
+    expected, planned = [], []
+    original = fit._fitting
+
+    def fitting(*args):
+        found = original(*args)
+        assert found is not None
+        expected.append(found[2])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "_fitting", fitting)
+        for share in (0.8, 0.6, 0.5, 0.4):
+            fitted, _ = fit_memory(program, plan_of, int(plan_of(program).arena_bytes * share))
+            planned.append(plan_of(fitted).arena_bytes)
+    assert planned == expected
+
+
+@pytest.mark.pure
 def test_flash() -> None:
     builder = PlanBuilder("net")
     x = builder.add_input("x", (4,), "int8")
