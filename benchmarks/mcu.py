@@ -1,10 +1,12 @@
 """int8 networks on microcontrollers, as tables: exact instructions, stack, arena and flash of one inference.
 
-    python -m benchmarks.mcu [--target cortex-m4 ...] [--model NAME ...] [--steps] [--layers]
+    python -m benchmarks.mcu [--target cortex-m4 ...] [--model NAME ...] [--samples N] [--steps]
+    python -m benchmarks.mcu --layers [--target cortex-m4 ...]
 
 Counted by a QEMU plugin on QEMU's board for the core, from the call of the model's function to its return; the C
 library's functions count. Counts, not cycles: a load of several registers is one instruction and several cycles.
-`--steps` prints every step of the networks. `--layers` prints single layers instead, beside CMSIS-NN's.
+`--samples` runs so many inputs on the board and on this machine, compiled as portable C, and says how many give the
+same bits. `--steps` prints every step of the networks. `--layers` prints single layers instead, beside CMSIS-NN's.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -38,7 +40,7 @@ MODELS = (
 )
 PASSES = "fold-bn, quantize-int8"
 SAMPLES = 64
-HEAD = "| model | core | MACs | instructions | per MAC | stack, bytes | arena, bytes | flash, bytes | of it weights |"
+HEAD = "| model | core | MACs | instructions | per MAC | stack | arena | flash | weights | same bits |"
 # What others take for ResNet-8. CMSIS-NN (commit 99f736a6, -Ofast): convolutions and additions only, counted the same
 # way (`shared/notes/mcu.md`, section 3). ST: published for STM32Cube.AI 3.0.0 in ST's model zoo at commit 7f3764d5,
 # image_classification/resnet/README: activations 62.51 and runtime 1.26 KiB, weights 76.9 and code 36.08 KiB.
@@ -129,8 +131,17 @@ def quantized(program: Program, data: Dataset) -> Program:
     return program
 
 
-def measure(program: Program, core: str) -> tuple[Lowered, dict[str, Any], Measurement]:
-    """(the compiled program, the manifest of its bundle, what one inference took). Raises EdgecError."""
+class Measured(NamedTuple):
+    """A compiled program, the manifest of its bundle, what one inference took, how many samples gave the same bits."""
+
+    lowered: Lowered
+    manifest: dict[str, Any]
+    found: Measurement
+    same: int
+
+
+def measure(program: Program, core: str, samples: Sequence[np.ndarray] = ()) -> Measured:
+    """Compile for a core and run: one inference counted, and `samples`, an array for each input. Raises EdgecError."""
     from edgec.bundle import build_bundle
     from edgec.lowering.lower import lower
     from edgec.targets.device import load_device
@@ -141,28 +152,38 @@ def measure(program: Program, core: str) -> tuple[Lowered, dict[str, Any], Measu
     with tempfile.TemporaryDirectory(prefix="edgec-mcu-") as folder:
         bundle = build_bundle(lowered, device, Path(folder) / "bundle")
         inputs = [random.normal(size=p["shape"]).astype(p["dtype"]) for p in bundle.manifest["inputs"]]
-        return lowered, dict(bundle.manifest), bundle.measure(*inputs)
+        found = bundle.measure(*inputs)
+        same = 0
+        if len(samples):
+            here = bundle.run(*samples)
+            bundle.emulate = True
+            there = bundle.run(*samples)
+            same = sum(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
+        return Measured(lowered, dict(bundle.manifest), found, same)
 
 
-def model_rows(name: str, cores: Sequence[str], steps: bool) -> Iterator[str]:
-    """The lines of a model."""
-    program = quantized(*load(name))
+def model_rows(name: str, cores: Sequence[str], count: int, steps: bool) -> Iterator[str]:
+    """The lines of a model. count: samples that run on the board; there are no more than the calibration data has."""
+    original, data = load(name)
+    program = quantized(original, data)
+    samples: Sequence[np.ndarray] = data.limit(count).read()[0] if count else []
     for core in cores:
-        lowered, m, found = measure(program, core)
+        lowered, m, found, same = measure(program, core, samples)
         sizes = f"{found.stack_bytes:,} | {m['arena_bytes']:,} | {m['flash_bytes']:,} | {m['weight_bytes']:,}"
         per_mac = found.instructions / m["macs"]
-        yield f"| {name} | {core} | {m['macs']:,} | {found.instructions:,} | {per_mac:.3f} | {sizes} |"
+        bits = f"{same} of {len(samples[0])}" if count else ""
+        yield f"| {name} | {core} | {m['macs']:,} | {found.instructions:,} | {per_mac:.3f} | {sizes} | {bits} |"
         if steps:
             yield from step_rows(lowered, found)
     for who, instructions, per_mac, arena, flash in OTHERS.get(name, ()):
-        yield f"| {name} | {who} | {m['macs']:,} | {instructions} | {per_mac} | | {arena} | {flash} | |"
+        yield f"| {name} | {who} | {m['macs']:,} | {instructions} | {per_mac} | | {arena} | {flash} | | |"
 
 
 def step_rows(lowered: Lowered, found: Measurement) -> Iterator[str]:
     """A line for each step of the plan."""
     for step, count in zip(lowered.plan.steps, found.steps, strict=True):
         per_mac = f"{count / step.macs:.3f}" if step.macs else ""
-        yield f"| - {step.op}: {step.layer} | | {step.macs:,} | {count:,} | {per_mac} | | | | |"
+        yield f"| - {step.op}: {step.layer} | | {step.macs:,} | {count:,} | {per_mac} | | | | | |"
 
 
 def layer_row(layer: Layer, cores: Sequence[str]) -> str:
@@ -173,7 +194,7 @@ def layer_row(layer: Layer, cores: Sequence[str]) -> str:
     program = quantized(program, _random_data(program))
     cells = []
     for core in cores:
-        lowered, _, found = measure(program, core)
+        lowered, _, found, _ = measure(program, core)
         cells.append(f"{found.steps[0] / lowered.plan.steps[0].macs:.2f} | {layer.cmsis.get(core, '')}")
     return f"| {layer.name} | {' | '.join(cells)} |"
 
@@ -181,6 +202,7 @@ def layer_row(layer: Layer, cores: Sequence[str]) -> str:
 def main(
     target: Annotated[list[str] | None, typer.Option(help="A core; may be given several times.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="A shared model; may be given several times.")] = None,
+    samples: Annotated[int, typer.Option(help="Inputs to run on the board.")] = 0,
     steps: Annotated[bool, typer.Option("--steps", help="Print every step.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Print single layers beside CMSIS-NN's.")] = False,
 ) -> None:
@@ -196,9 +218,9 @@ def main(
                 print(layer_row(layer, cores), flush=True)
             return
         print(HEAD)
-        print("|---" * 9 + "|")
+        print("|---" * 10 + "|")
         for name in model or MODELS:
-            for line in model_rows(name, cores, steps):
+            for line in model_rows(name, cores, samples, steps):
                 print(line, flush=True)
     except EdgecError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -94,9 +94,20 @@ class Bundle:
         return self.manifest["name"]
 
     @property
+    def runner(self) -> str:
+        """Where it runs: "native", or the emulator."""
+        return "native" if self.is_mcu and not self.emulate else self.manifest["runner"]
+
+    @property
     def is_mcu(self) -> bool:
         """Whether it is C source for a microcontroller."""
         return "flash_bytes" in self.manifest
+
+    def use_board(self) -> None:
+        """Run a microcontroller's code in the emulator of its board from now on; EdgecError for other bundles."""
+        if not self.is_mcu:
+            raise EdgecError("is not for a microcontroller", where=f"bundle {self.name}", hint="leave out --on-board")
+        self.emulate = True
 
     def use_threads(self, threads: int) -> None:
         """Run every sample on so many threads from now on; at first it is the number given to the compile.
@@ -409,7 +420,8 @@ def _assemble_mcu(
         bundle = folder / "bundle"
         bundle.mkdir()
         flash = build(plan, lowered.kernels, device, bundle, selftest, __version__)
-        facts = {"code_bytes": flash - plan.weight_bytes, "flash_bytes": flash, "threads": 1}
+        steps = [{"layer": step.layer, "op": step.op, "macs": step.macs} for step in plan.steps]
+        facts = {"code_bytes": flash - plan.weight_bytes, "flash_bytes": flash, "threads": 1, "steps": steps}
         manifest = _manifest(plan, device, selftest, meta, bundle, facts)
         _write_manifest(bundle, manifest)
         install(bundle, target)

@@ -147,6 +147,18 @@ def compile_command(
     tuning: Annotated[
         Path | None, typer.Option(help="A table of `edgec tune` (default: the file that EDGEC_TUNING names).")
     ] = None,
+    sram: Annotated[
+        str | None, typer.Option(help="SRAM of a microcontroller, like 320KiB (default: the board's).")
+    ] = None,
+    flash: Annotated[
+        str | None, typer.Option(help="Flash of a microcontroller, like 1MiB (default: the board's).")
+    ] = None,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Make the model fit into --sram, without changing results.")
+    ] = False,
+    external_io: Annotated[
+        bool, typer.Option("--external-io", help="Inputs and outputs lie in memory that --sram does not count.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compile a model, checking accuracy after every step."""
@@ -181,6 +193,10 @@ def compile_command(
             stop_after=stop_after,
             dump=dump,
             tuning=tuning,
+            sram=sram,
+            flash=flash,
+            fit=fit,
+            external_io=external_io,
             progress=progress,
         )
     if json:
@@ -208,6 +224,10 @@ def run_command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads for each sample (default: what it was compiled for).")
     ] = None,
+    on_board: Annotated[
+        bool,
+        typer.Option("--on-board", help="Run a microcontroller's code on QEMU's board, and count."),
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the outputs to this .npz file.")] = None,
     json: Json = False,
 ) -> None:
@@ -216,6 +236,8 @@ def run_command(
     from edgec.execute import run_bundle, save_outputs, selftest
 
     loaded = load_bundle(bundle)
+    if on_board:
+        loaded.use_board()
     if threads is not None:
         loaded.use_threads(threads)
     if eval is None:
@@ -244,6 +266,8 @@ def run_command(
     if json:
         console.print_json(result.to_json())
     else:
+        if result.layers:
+            console.print_rows(result.rows())
         console.print_line(result.text())
 
 

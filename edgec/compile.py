@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgec.budget import Budget, check_stack, fitted
 from edgec.errors import EdgecError, GateFailed
 from edgec.lowering import STEPS
 from edgec.passbase import Context, Needs, Pass, Skip
@@ -199,6 +200,10 @@ def compile_model(
     stop_after: str | None = None,
     dump: str | Path | None = None,
     tuning: str | Path | None = None,
+    sram: str | None = None,
+    flash: str | None = None,
+    fit: bool = False,
+    external_io: bool = False,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Compile `model` for `target` into the folder `output`, checking accuracy after every step.
@@ -216,6 +221,10 @@ def compile_model(
     dump: folder that receives the text form after each step.
     tuning: a table of `edgec tune` with register tiles for the target (default: the file that EDGEC_TUNING names).
 
+    sram, flash: for microcontrollers, what the model may take in all: "320KiB" (default: the board's memory); a model
+        that does not fit is not compiled. fit: make it fit, by tiling, without changing a result.
+    external_io: inputs and outputs lie in memory that does not count.
+
     Raises EdgecError (bad input), GateFailed (drop too large), ToolchainMissing. Nothing is left at `output` then.
     """
     from edgec.bundle import Bundle, install, refuse_existing, seal, staging
@@ -230,6 +239,7 @@ def compile_model(
     pipeline = Pipeline.of(passes)
     _known_stage(stop_after, pipeline)
     device = tuned_device(get_device(target), tuning)
+    budget = Budget.of(device, sram, flash, fit, external_io)
     destination = Path(output) if output is not None else None
     if destination is not None:
         refuse_existing(destination, force)
@@ -273,10 +283,8 @@ def compile_model(
         if stop_after == step.name:
             return CompileResult(run.ledger, None, program)
 
-    from edgec.lowering.lower import lower
-
     tell("lower", 0.0)
-    lowered = lower(program, device, dump=writer)
+    lowered = _lower(run, program, device, budget, writer)
     for skip in lowered.fallbacks:
         run.context.skip(skip.layer, skip.what, skip.reason)
     if device.tuning and not lowered.tiles:
@@ -289,8 +297,14 @@ def compile_model(
         staged = folder / "bundle"
         tell("build", 0.0)
         bundle = _build(run, original, program, lowered, device, pipeline, staged)
+        if budget.flash_bytes is not None:
+            from edgec.fit import check_flash
+
+            check_flash(lowered.plan, bundle.manifest["code_bytes"], budget.flash_bytes)
         tell("check", 0.0)
         _device_check(run, bundle, program, lowered, device)
+        if run.ledger.device is not None and run.ledger.device.board is not None:
+            check_stack(budget, lowered.plan, run.ledger.device.board.stack_bytes)
         run.ledger.skipped = list(run.context.skipped)
         _write_reports(run, lowered, program, staged)
         # The reports hold times, so they differ between equal compiles; everything else is sealed by its digest.
@@ -417,6 +431,26 @@ def _dumper(folder: str | Path | None) -> Callable[[str, Any], None]:
 
 def _gate_hint(step: Pass) -> str:
     return "allow more with --max-drop, weaken the pass, or use --on-fail revert"
+
+
+def _lower(run: _Run, program: Program, device: Device, budget: Budget, writer: Callable[[str, Any], None]) -> Lowered:
+    """Plan and kernels, within the budget."""
+    from edgec.lowering.lower import lower_staged, stage
+
+    staged, forms = stage(program, device, writer)
+    lowered = lower_staged(staged, forms, device, writer)
+    arena = budget.arena((*lowered.plan.inputs, *lowered.plan.outputs))
+    if arena is not None and lowered.plan.arena_bytes > arena:
+        run.progress("fit", 0.0)
+        staged, measures = fitted(staged, lambda graph: lower_staged(graph, forms, device).plan, arena, budget.fit)
+        for measure in measures:
+            run.context.skip(program.name, "fitted", measure)
+        lowered = lower_staged(staged, forms, device, writer)
+    if budget.flash_bytes is not None:
+        from edgec.fit import check_flash
+
+        check_flash(lowered.plan, 0, budget.flash_bytes)
+    return lowered
 
 
 def _build(

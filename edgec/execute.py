@@ -27,6 +27,7 @@ class RunResult:
     """What the generated code gave.
 
     metric, unit, value: of the generated code on `n` samples; a fraction is 0..1. outputs: one array [n, ...] each.
+    Of a microcontroller's board: instructions of one inference (the first sample), exact, and by layer; bytes of stack.
     """
 
     bundle: str
@@ -37,16 +38,36 @@ class RunResult:
     value: float
     n: int
     outputs: tuple[np.ndarray, ...]
+    instructions: int | None = None
+    stack_bytes: int | None = None
+    layers: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        plain = ("bundle", "target", "runner", "metric", "unit", "value", "n")
+        plain = ["bundle", "target", "runner", "metric", "unit", "value", "n"]
+        plain += ["instructions", "stack_bytes", "layers"] if self.instructions is not None else []
         return {key: getattr(self, key) for key in plain}
 
     def text(self) -> str:
         """One line for a person."""
         percent = self.unit == FRACTION
         value = f"{100 * self.value:.2f} %" if percent else f"{self.value:.4g} {self.unit}"
-        return f"{self.bundle} on {self.target} ({self.runner}): {self.metric} {value}, n = {self.n:,}"
+        line = f"{self.bundle} on {self.target} ({self.runner}): {self.metric} {value}, n = {self.n:,}"
+        if self.instructions is None:
+            return line
+        return f"{line}; {self.instructions:,} instructions an inference, {self.stack_bytes:,} bytes of stack"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Instructions of each layer as a table; empty where they were not counted."""
+        return [
+            {
+                "layer": row["layer"] or "(model)",
+                "op": row["op"],
+                "instructions": f"{row['instructions']:,}",
+                "MACs": f"{row['macs']:,}",
+                "per MAC": f"{row['instructions'] / row['macs']:.2f}" if row["macs"] else "",
+            }
+            for row in self.layers
+        ]
 
 
 def run_bundle(
@@ -80,15 +101,22 @@ def run_bundle(
     batch = fixed if fixed > 1 else BATCH
     got = evaluate(bundle.run, dataset, measure, batch=batch, progress=lambda done: tell(stage, done))
     value = got.value if got.value is not None else _against_program(bundle, dataset, measure, got)
+    counted: dict[str, Any] = {}
+    if bundle.emulate:
+        measured = bundle.measure(*(a[:fixed] for a in dataset.read(slice(0, fixed))[0]))
+        pairs = zip(bundle.manifest["steps"], measured.steps, strict=True)
+        layers = tuple({**step, "instructions": count} for step, count in pairs)
+        counted = {"instructions": measured.instructions, "stack_bytes": measured.stack_bytes, "layers": layers}
     return RunResult(
         bundle=bundle.name,
         target=bundle.manifest["target"],
-        runner=bundle.manifest["runner"],
+        runner=bundle.runner,
         metric=measure.name,
         unit=measure.unit,
         value=value,
         n=got.n,
         outputs=got.outputs,
+        **counted,
     )
 
 

@@ -234,8 +234,9 @@ def fit_memory(
             return candidate, [*lines, *said]
         needs[", ".join(said)] = plan_found.arena_bytes
         excess = max(plan_found.arena_bytes - expected, excess + sram_bytes // 100)
-    smallest = _smallest(staged, plan_of, network, sram_bytes, needs, methods)
-    raise _too_large(plan, sram_bytes, smallest)
+    needed, how = _smallest(staged, plan_of, network, sram_bytes, needs, methods)
+    reached = f"smallest arena found: {needed:,} bytes ({how})" if needed < plan.arena_bytes else "tiling does not help"
+    raise too_large(plan, sram_bytes, reached, needed)
 
 
 def _fitting(
@@ -330,20 +331,20 @@ def _smallest(
     return needs[how], how
 
 
-def _too_large(plan: Plan, sram_bytes: int, smallest: tuple[int, str]) -> EdgecError:
+def too_large(plan: Plan, sram_bytes: int, reached: str, needed: int | None = None) -> EdgecError:
+    """What to say of a plan whose arena exceeds `sram_bytes`. reached: what else there is. needed: the smallest arena
+    that is known."""
     rows = plan.timeline()
     alive = {step: [r for r in rows if r["first"] <= step <= r["last"]] for step in range(len(plan.steps))}
     peak = max(alive, key=lambda step: sum(r["nbytes"] for r in alive[step]))
     largest = sorted(alive[peak], key=lambda r: -r["nbytes"])[:NAMED]
     named = ", ".join(f"{r['layer'] or r['name']} {r['nbytes']:,}" for r in largest)
-    needed, how = smallest
-    reached = f"smallest arena found: {needed:,} bytes ({how})" if needed < plan.arena_bytes else "tiling does not help"
     step = plan.steps[peak]
+    board = "" if needed is None else f", or a board with {needed:,} bytes for the arena"
     return EdgecError(
-        f"the arena takes {plan.arena_bytes:,} bytes and may take {sram_bytes:,}; "
-        f"alive at the peak: {named}; {reached}",
+        f"the arena takes {plan.arena_bytes:,} bytes and may take {sram_bytes:,}; at the peak: {named}; {reached}",
         where=f"layer {step.layer or step.op} of {plan.name}",
-        hint=f"remove channels with prune-channels, use a smaller input, or a board with {needed:,} bytes free",
+        hint=f"remove channels with prune-channels, use a smaller input{board}",
     )
 
 

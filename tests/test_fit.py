@@ -116,7 +116,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_arena() -> None:
     whole = plan_of(program)
     assert f"the arena takes {whole.arena_bytes:,} bytes and may take 500" in error.what
     # The largest map of the network, of the layer that makes it, stands first.
-    assert "alive at the peak: layer" in error.what
+    assert "at the peak: layer" in error.what
     assert f"{max(b.nbytes for b in whole.buffers.values() if b.kind == 'temp'):,}" in error.what
     assert "prune-channels" in (error.hint or "") and "smaller input" in (error.hint or "")
     smallest = int(error.what.split("smallest arena found: ")[1].split(" ")[0].replace(",", ""))

@@ -48,10 +48,15 @@ def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] 
     be compiled, with its layer.
     """
     show = dump or (lambda step, text: None)
-    staged, forms = lower_torch(program, show), {}
-    if device.is_mcu:
-        staged, forms = device_io(staged)
-    return lower_staged(staged, forms, device, show)
+    return lower_staged(*stage(program, device, show), device, show)
+
+
+def stage(
+    program: Program, device: Device, show: Callable[[str, str], Any] = lambda step, text: None
+) -> tuple[Program, dict[str, Form]]:
+    """The first half of `lower`: (graph of region operators, forms of its inputs and outputs on the device)."""
+    staged = lower_torch(program, show)
+    return device_io(staged) if device.is_mcu else (staged, {})
 
 
 def lower_staged(

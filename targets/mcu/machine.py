@@ -36,23 +36,25 @@ RUNTIME = ("semihost.h", "semihost.c", "marks.h")
 class Board:
     """Memory of one of QEMU's boards as (address, bytes).
 
-    code: where the core starts. ram: stack and data. flash: the constants, where the code's memory is small.
+    code: where the core starts. ram: stack and data. flash: the constants, where the code's memory is small. mhz: of
+    the core's clock in QEMU, which does not say how fast it is; 0 where the clock counts instructions.
     """
 
     code: tuple[int, int]
     ram: tuple[int, int]
     flash: tuple[int, int] | None = None
+    mhz: int = 0
     options: tuple[str, ...] = ()
 
 
 # From QEMU's hw/arm/mps2.c and mps2-tz.c, whose addresses are those of the secure state in which the core starts, and
 # hw/riscv/virt.c. Constants lie in the boards' PSRAM and DDR: code memory is too small for a large model.
 BOARDS = {
-    "mps2-an385": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x21000000, 16 << 20)),
-    "mps2-an386": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x21000000, 16 << 20)),
-    "mps2-an500": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x60000000, 16 << 20)),
-    "mps2-an505": Board((0x10000000, 4 << 20), (0x38000000, 4 << 20), (0x80000000, 16 << 20)),
-    "mps3-an547": Board((0x00000000, 512 << 10), (0x31000000, 4 << 20), (0x70000000, 64 << 20)),
+    "mps2-an385": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x21000000, 16 << 20), 25),
+    "mps2-an386": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x21000000, 16 << 20), 25),
+    "mps2-an500": Board((0x00000000, 4 << 20), (0x20000000, 4 << 20), (0x60000000, 16 << 20), 25),
+    "mps2-an505": Board((0x10000000, 4 << 20), (0x38000000, 4 << 20), (0x80000000, 16 << 20), 20),
+    "mps3-an547": Board((0x00000000, 512 << 10), (0x31000000, 4 << 20), (0x70000000, 64 << 20), 32),
     "virt": Board((0x80000000, 64 << 20), (0x84000000, 64 << 20), options=("-bios", "none")),
 }
 
@@ -123,14 +125,16 @@ def run_program(
     *,
     counts: Path | None = None,
     function: str = "main",
+    clocked: bool = False,
     timeout: float = TIMEOUT,
 ) -> Run:
     """Run a program of `build_program` on the device's board.
 
     arguments: words without spaces. cwd: the folder in which the program finds its files. counts: where the counter
-    writes what ran from entry to return of `function`; `read_counts` reads it. Raises EdgecError when the program
-    faults, with reason and place, when it takes more than `timeout` seconds, and for what else QEMU complains of;
-    ToolchainMissing when QEMU or, for counts, the host's compiler is not installed.
+    writes what ran from entry to return of `function`; `counter.read_report` reads it. clocked: `semihost_clock`
+    follows the instructions, see `instructions_per_tick`. Raises EdgecError when the program faults, with reason and
+    place, when it takes more than `timeout` seconds, and for what else QEMU complains of; ToolchainMissing when QEMU
+    or, for counts, the host's compiler is not installed.
     """
     memory = board(device)
     words = [elf.name, *arguments]
@@ -150,6 +154,8 @@ def run_program(
         "none",
     ]
     command += ["-semihosting-config", f"enable=on,target=native{semihosting}", "-kernel", str(elf.absolute())]
+    if clocked:
+        command += ["-icount", "shift=0"]
     if counts is not None:
         address = counter.Symbols(elf).address(function)
         command += counter.plugin_options(device, counts, address, counter.marks(elf))
@@ -179,6 +185,11 @@ def run_program(
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise EdgecError(f"{device.runner} ended with status {done.returncode}: {lines[-1]}", where=where)
     return Run(done.returncode, done.stdout)
+
+
+def instructions_per_tick(device: Device) -> float:
+    """Of `semihost_clock` in a clocked run: QEMU lets an instruction take 1 ns then."""
+    return 1000 / board(device).mhz if board(device).mhz else 1.0
 
 
 def count_program(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 import numpy as np
 
-from edgec.errors import EdgecError
+from edgec.errors import EdgecError, ToolchainMissing
 from edgec.targets.cpu.emit import CTYPES
 from edgec.targets.cpu.runner import stream
 from edgec.targets.device import Device
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 FOLDER = "qemu"
 # Seconds for one chunk of samples.
 TIMEOUT = 3600
-USAGE = re.compile(r"^edgec: samples (\d+) stack_bytes (\d+) arena_bytes (\d+)$", re.M)
+USAGE = re.compile(r"^edgec: samples (\d+) stack_bytes (\d+) arena_bytes (\d+) ticks (\d+)$", re.M)
+# Instructions between the readings of the clock that are not the model's, at most.
+CLOCK_READING = 40
 # Every step of the model becomes a mark of the counter, which costs no instruction.
 MARKS = ("-include", "marks.h", "-DEDGEC_STEP(i)=EDGEC_MARK(i);")
 
@@ -53,7 +55,8 @@ class Measurement:
 
     steps: of each step of the plan, in its order; their sum is less than `instructions` by entry and return.
     functions: by C function, most first. stack_bytes: of the model's function and all that it calls. arena_bytes: up to
-    the last byte of the arena that was written to.
+    the last byte of the arena that was written to. tolerance: 0, or by how much `instructions` may be off, which an
+    emulated clock gave where the counter cannot be compiled; there are no steps and functions then.
     """
 
     instructions: int
@@ -61,6 +64,15 @@ class Measurement:
     functions: dict[str, int]
     stack_bytes: int
     arena_bytes: int
+    tolerance: int = 0
+
+
+class _Usage(NamedTuple):
+    """What a run reports."""
+
+    stack_bytes: int
+    arena_bytes: int
+    ticks: int
 
 
 def build_runner(
@@ -86,7 +98,10 @@ def build_runner(
     (folder / "runner.c").write_text(text)
     sources = [folder / "runner.c", root / "src" / f"{name}.c"]
     sources += [root / "src" / f"{name}_selftest.c"] if selftest else []
-    return build_program(sources, device, folder, name=name, flags=[f"-I{(root / 'src').absolute()}", *MARKS])
+    flags = [f"-I{(root / 'src').absolute()}", *MARKS]
+    # The self-test has its results on the stack.
+    stack = machine.STACK_BYTES + (sum(t.nbytes for t in outputs) if selftest else 0)
+    return build_program(sources, device, folder, name=name, flags=flags, stack_bytes=stack)
 
 
 def run_samples(
@@ -117,7 +132,8 @@ def measure(bundle: Bundle, inputs: Sequence[np.ndarray], device: Device) -> Mea
     """Exact counts of one inference under QEMU, and the memory it used.
 
     inputs: one array for each input, as the device takes it: see `edgec.bundle.Bundle.measure`. Raises EdgecError when
-    there is no program or it fails, ToolchainMissing without emulator or host compiler.
+    there is no program or it fails, ToolchainMissing without emulator. Without a compiler for this machine, which the
+    counter needs, an emulated clock counts, for less than some 600 million instructions.
     """
     name = bundle.name
     specs = [s.get("device") or s for s in bundle.manifest["inputs"]]
@@ -130,15 +146,21 @@ def measure(bundle: Bundle, inputs: Sequence[np.ndarray], device: Device) -> Mea
     with tempfile.TemporaryDirectory(prefix="edgec-count-") as work:
         folder = Path(work)
         (folder / "in.bin").write_bytes(b"".join(a.tobytes() for a in arrays))
+        arguments = ["in.bin", "out.bin", "1"]
         report = folder / "counts"
-        done = _run(program, device, ["in.bin", "out.bin", "1"], folder, counts=report, function=f"{name}_run")
-        stack, arena = _check(done, program, device)
+        try:
+            counter.build_plugin(device.runner, device.runner_package)
+        except ToolchainMissing:
+            used = _check(_run(program, device, arguments, folder, clocked=True), program, device)
+            tick = machine.instructions_per_tick(device)
+            return Measurement(round(used.ticks * tick), (), {}, *used[:2], tolerance=round(tick) + CLOCK_READING)
+        done = _run(program, device, arguments, folder, counts=report, function=f"{name}_run")
+        used = _check(done, program, device)
         profile = counter.read_report(report, program)
     marks = profile.by_mark
     # The last mark stands behind the last step.
-    last = max(marks)
-    steps = tuple(marks.get(i, 0) for i in range(last))
-    return Measurement(profile.total, steps, profile.by_symbol, stack, arena)
+    steps = tuple(marks.get(i, 0) for i in range(max(marks)))
+    return Measurement(profile.total, steps, profile.by_symbol, *used[:2])
 
 
 def program_of(bundle: Bundle) -> Path:
@@ -153,14 +175,14 @@ def _run(program: Path, device: Device, arguments: Sequence[str], cwd: Path | No
     return run_program(program, device, arguments, cwd, timeout=TIMEOUT, **counting)
 
 
-def _check(done: machine.Run, program: Path, device: Device) -> tuple[int, int]:
-    """(bytes of stack, bytes of arena) that a run reports; raises EdgecError when it failed."""
+def _check(done: machine.Run, program: Path, device: Device) -> _Usage:
+    """What a run reports; raises EdgecError when it failed."""
     where = f"{program.name} on {device.machine}"
     found = USAGE.search(done.text)
     if done.status or not found:
         lines = done.text.strip().splitlines() or ["no message"]
         raise EdgecError(f"ended with status {done.status}: {lines[-1]}", where=where)
-    return int(found[2]), int(found[3])
+    return _Usage(int(found[2]), int(found[3]), int(found[4]))
 
 
 def flash_bytes(root: Path, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], device: Device) -> int:

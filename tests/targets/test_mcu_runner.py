@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgec.bundle import Bundle
-from edgec.errors import EdgecError
+from edgec.errors import EdgecError, ToolchainMissing
 from edgec.targets.device import Device, load_device
 from edgec.targets.mcu import machine, runner
 from edgec.targets.mcu.runner import Tensor
@@ -111,8 +111,29 @@ def test_measurements(name: str, tmp_path: Path) -> None:
     assert 0 < measured.instructions - copied - multiplied < 40
     assert measured.arena_bytes == 5
     assert 256 <= measured.stack_bytes < 600
-    with pytest.raises(EdgecError, match=r"input 'codes' of bundle toy: has shape \(1, 5\), expected \(5\)"):
+    with pytest.raises(EdgecError, match=r"input of bundle toy: has shape \(1, 5\), expected \(5\)"):
         runner.measure(bundle, [codes, factor[0]], device)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_clock_counts_where_the_counter_cannot_be_compiled(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = load_device(name)
+    build(tmp_path, device)
+    specs = [{"name": n, "shape": t.shape, "dtype": t.dtype} for n, t in zip(("codes", "factor"), INPUTS, strict=True)]
+    bundle = Bundle(tmp_path, {"name": "toy", "inputs": specs})
+    codes, factor = samples(1)
+    exact = runner.measure(bundle, [codes[0], factor[0]], device)
+
+    def missing(*_: object) -> Path:
+        raise ToolchainMissing("'cc' is not installed")
+
+    monkeypatch.setattr("edgec.targets.qemu.counter.build_plugin", missing)
+    clocked = runner.measure(bundle, [codes[0], factor[0]], device)
+    assert 0 < clocked.tolerance <= 100 and clocked.steps == () and clocked.functions == {}
+    assert abs(clocked.instructions - exact.instructions) <= clocked.tolerance
+    assert (clocked.stack_bytes, clocked.arena_bytes) == (exact.stack_bytes, exact.arena_bytes)
 
 
 @pytest.mark.qemu("cortex-m4")

@@ -137,3 +137,30 @@ uint32_t semihost_stack_below(uintptr_t sp) {
     while ((uintptr_t)p < sp && *p == PAINT) p++;
     return (uint32_t)(sp - (uintptr_t)p);
 }
+
+#if defined(__riscv)
+uint32_t semihost_clock(void) {
+    uint32_t clock;
+    __asm__ volatile(".option push\n.option arch, +zicsr\ncsrr %0, minstret\n.option pop" : "=r"(clock));
+    return clock;
+}
+
+uint32_t semihost_ticks_since(uint32_t clock) { return semihost_clock() - clock; }
+#else
+#define SYST_CSR (*(volatile uint32_t *)0xE000E010u)
+#define SYST_RVR (*(volatile uint32_t *)0xE000E014u)
+#define SYST_CVR (*(volatile uint32_t *)0xE000E018u)
+
+uint32_t semihost_clock(void) {
+    if (!(SYST_CSR & 1u)) {
+        SYST_RVR = 0xFFFFFFu;
+        SYST_CVR = 0;
+        /* Enabled, on the processor's clock, no interrupt; the counter starts with its first tick. */
+        SYST_CSR = 5;
+        while (!SYST_CVR) continue;
+    }
+    return 0xFFFFFFu - SYST_CVR;
+}
+
+uint32_t semihost_ticks_since(uint32_t clock) { return (semihost_clock() - clock) & 0xFFFFFFu; }
+#endif

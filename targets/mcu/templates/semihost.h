@@ -41,6 +41,13 @@ void semihost_exit(int status) __attribute__((noreturn));
 void semihost_fill_stack(uintptr_t sp);
 uint32_t semihost_stack_below(uintptr_t sp);
 
+/*
+ * A clock: of SysTick on Arm, where it has 24 bits and starts with the first call; on RISC-V the instructions executed,
+ * 32 bits. It follows the instructions when QEMU does (-icount shift=0), else the host's time. And the ticks since.
+ */
+uint32_t semihost_clock(void);
+uint32_t semihost_ticks_since(uint32_t clock);
+
 static inline __attribute__((always_inline)) uintptr_t semihost_sp(void) {
     uintptr_t sp;
 #if defined(__riscv)
