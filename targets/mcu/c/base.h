@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__ARM_FEATURE_DSP) && !defined(EK_PORTABLE)
+#if defined(__ARM_FEATURE_DSP) && __ARM_ARCH_PROFILE == 'M' && !defined(EK_PORTABLE)
 #define EK_DSP 1
 #include <arm_acle.h>
 #else
@@ -29,6 +29,13 @@
 #define EK_INLINE static inline __attribute__((always_inline))
 /* A kernel: unused ones leave no code and no warning. */
 #define EK_KERNEL static __attribute__((noinline, unused))
+/* A function in assembly, of which compilers must not believe to know what registers it leaves alone. */
+#if defined(__clang__)
+#define EK_ASSEMBLY static __attribute__((naked, noinline, unused))
+#else
+#define EK_ASSEMBLY static __attribute__((naked, noipa, unused))
+#endif
+#define EK_UNUSED __attribute__((unused))
 
 typedef uint32_t __attribute__((may_alias)) ek_u32;
 typedef int16_t __attribute__((may_alias)) ek_i16;
@@ -72,7 +79,7 @@ EK_INLINE int32_t ek_smmla(int32_t a, int32_t b, int32_t c) {
 }
 
 EK_INLINE int32_t ek_sat8(int32_t v) {
-#if EK_DSP
+#if defined(__ARM_FEATURE_SAT) && !defined(EK_PORTABLE)
     int32_t r;
     __asm__("ssat %0, #8, %1" : "=r"(r) : "r"(v));
     return r;
