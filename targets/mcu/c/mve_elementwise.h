@@ -236,6 +236,13 @@ EK_KERNEL void ek_mve_max_pool_s8(const ek_mve_pool_t *p, const int8_t *x, int8_
     }
 }
 
+/* The integer instructions may be there alone. */
+#if EK_MVE && (__ARM_FEATURE_MVE & 2)
+#define EK_MVE_FLOAT 1
+#else
+#define EK_MVE_FLOAT 0
+#endif
+
 /* limit: 512 scales, beyond which codes are at their ends. inverse: the rounded reciprocal. */
 typedef struct {
     int32_t n;
@@ -245,7 +252,7 @@ typedef struct {
 
 /* x / scale by two steps of Markstein's division, which give the correctly rounded quotient; Helium does not divide. */
 EK_KERNEL void ek_mve_quantize_f32(const ek_mve_grid_t *p, const float *x, int8_t *y) {
-#if EK_MVE
+#if EK_MVE_FLOAT
     float32x4_t low = vdupq_n_f32(-p->limit), high = vdupq_n_f32(p->limit);
     int32x4_t lo = vdupq_n_s32(-128), hi = vdupq_n_s32(127);
     __asm__ volatile(
@@ -281,7 +288,7 @@ EK_KERNEL void ek_mve_quantize_f32(const ek_mve_grid_t *p, const float *x, int8_
 }
 
 EK_KERNEL void ek_mve_dequantize_s8(const ek_mve_grid_t *p, const int8_t *x, float *y) {
-#if EK_MVE
+#if EK_MVE_FLOAT
     __asm__ volatile(
         "dlstp.32 lr, %2\n"
         "1: vldrb.s32 q0, [%0], #4\n"
