@@ -116,7 +116,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_arena() -> None:
     whole = plan_of(program)
     assert f"the arena takes {whole.arena_bytes:,} bytes and may take 500" in error.what
     # The largest map of the network, of the layer that makes it, stands first.
-    assert "alive at the peak: layer" in error.what
+    assert "at the peak: layer" in error.what
     assert f"{max(b.nbytes for b in whole.buffers.values() if b.kind == 'temp'):,}" in error.what
     assert "prune-channels" in (error.hint or "") and "smaller input" in (error.hint or "")
     smallest = int(error.what.split("smallest arena found: ")[1].split(" ")[0].replace(",", ""))
@@ -135,6 +135,47 @@ def test_a_network_that_no_tile_can_help() -> None:
     program = Program("global", b.module(), (b.example,))
     with pytest.raises(EdgecError, match="tiling does not help"):
         fit_memory(program, plan_of, 3000)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("methods", [("strips",), ("patches",)])
+def test_values_that_pass_by_a_stage_count(methods: tuple[str, ...]) -> None:
+    """A map that is used again at the end (as in detectors) is alive beside the tiles in between."""
+    b = Builder(1, (1, 32, 32, 3))
+    early = b.conv(b.x, 8, *HALF)
+    x = early
+    for c in (12, 8):
+        wide = b.conv(x, 64, *POINT)
+        deep = b.conv(wide, 64, *HALF, groups=64)
+        x = b.conv(deep, c, *POINT)
+    mean = b.call(edgec.qmean.default, x, [1, 2], True, 2**24, 28, 0, 0, -128, 127)
+    b.call(edgec.qmul.default, early, mean, 2**24, 28, 0, 0, 0, -128, 127)
+    program = Program("early", b.module(), (b.example,))
+    whole = plan_of(program).arena_bytes
+    fitted, lines = fit_memory(program, plan_of, whole // 2, methods)
+    assert plan_of(fitted).arena_bytes <= whole // 2
+    assert torch.equal(run(fitted), run(program))
+    assert any(f"in {methods[0]} of" in line for line in lines)
+
+
+@pytest.mark.pure
+def test_what_the_search_expects_is_what_is_planned() -> None:
+    program = mobile()
+    expected, planned = [], []
+    original = fit._fitting
+
+    def fitting(*args):
+        found = original(*args)
+        assert found is not None
+        expected.append(found[2])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "_fitting", fitting)
+        for share in (0.8, 0.6, 0.5, 0.4):
+            fitted, _ = fit_memory(program, plan_of, int(plan_of(program).arena_bytes * share))
+            planned.append(plan_of(fitted).arena_bytes)
+    assert planned == expected
 
 
 @pytest.mark.pure
