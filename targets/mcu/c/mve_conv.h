@@ -222,11 +222,6 @@ EK_INLINE void ek_mve_spread(int8_t *to, const int8_t *from, int32_t n, int32_t 
 #endif
 }
 
-/* The multiplier of one of the 4 channels of a block of packed weights. */
-EK_INLINE int32_t ek_mve_factor(const int8_t *block, int32_t steps, int32_t i) {
-    return ek_mve_int(block + 64 * steps + 16 + 4 * i);
-}
-
 /* Sums of 4 output channels, from their block of packed weights. depth: places of the column in use. */
 EK_INLINE void ek_mve_sums(const int8_t *col, const int8_t *block, int32_t steps, int32_t depth, int32_t *sums) {
     const int8_t *bias = block + 64 * steps;
@@ -295,10 +290,11 @@ __attribute__((noinline, unused)) static void ek_mve_codes(const ek_mve_conv_t *
     for (; n; n--, col += step, y += p->co) {
         const int8_t *block = out->w;
         for (int32_t o = 0; o < p->co; o += 4, block += 32 + 64 * p->steps) {
+            const int8_t *factors = block + 64 * p->steps + 16;
             int32_t sums[4], some = p->co - o < 4 ? p->co - o : 4;
             ek_mve_sums(col, block, p->steps, p->kh * p->kw * p->ci, sums);
             for (int32_t i = 0; i < some; i++) {
-                int32_t v = ek_rqh(sums[i], ek_mve_factor(block, p->steps, i));
+                int32_t v = ek_rqh(sums[i], ek_mve_int(factors + 4 * i));
                 v = ek_clamp(v + p->y_zero, p->lo, p->hi);
                 y[o + i] = (int8_t)(res ? ek_mve_add(&p->add, v, res[o + i]) : v);
             }
