@@ -285,9 +285,9 @@ def test_in_portable_c(specs: list[Any]) -> None:
 LIMITS: list[tuple[Any, float, float]] = [
     (Conv2D(32, 32, 16, 16, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN), 0.18, 0.39),
     (Conv2D(16, 16, 32, 64, (3, 3), (2, 2), (0, 1, 0, 1), **PLAIN), 0.15, 0.24),
-    (Conv2D(25, 5, 64, 64, **PLAIN), 0.19, 0.40),
+    (Conv2D(25, 5, 64, 64, **PLAIN), 0.185, 0.40),
     (Conv2D(1, 1, 640, 128, **PLAIN), 0.17, 0.49),
-    (Conv2D(32, 32, 3, 16, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN), 0.385, 1.36),
+    (Conv2D(32, 32, 3, 16, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN), 0.37, 1.36),
     (Depthwise(25, 5, 64, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN), 0.915, 2.32),
     (Depthwise(48, 48, 64, (3, 3), (1, 1), (1, 1, 1, 1), **PLAIN), 0.865, 2.30),
     # CMSIS-NN does not fuse additions.
@@ -305,6 +305,17 @@ def test_instructions() -> None:
         what = f"{spec.name} {spec.h}x{spec.w}, {case_channels(spec)}, kernel {spec.kernel}, stride {spec.stride}"
         print(f"{what}: {count / spec.macs:.3f} ({count}); CMSIS-NN {other}")
         assert count <= limit * spec.macs, what
+
+
+@ON_DEVICE
+def test_without_optimisation() -> None:
+    """Assembler gets its registers at -O0 too."""
+    rng = np.random.default_rng(6)
+    cases = [layer(spec, k) for k, spec in enumerate((CONVOLUTIONS[4], DEPTHWISE[0], DEPTHWISE[2]))]
+    cases += [real_layers(0)[1], steep_layers(1)[1], *others(rng)]
+    measured = run_cases_on_device([case for case, _ in cases], DEVICE, flags=["-O0"])
+    for (case, expected), (got, _) in zip(cases, measured, strict=True):
+        np.testing.assert_array_equal(got, expected, err_msg=str(case.kernel))
 
 
 def case_channels(spec: Conv2D | Depthwise) -> str:

@@ -3,8 +3,8 @@
  * Convolutions and matrix products of int8 codes on Helium.
  *
  * Products are summed 16 at a time from a column (the window of one output pixel: left to right, from top to bottom,
- * channels) and from the weights of 4 output channels. Packed weights, per 4 channels: 4 int32 biases, 4 int32
- * multipliers, then for every 16 places of the column 16 weights of each channel. Weights behind the end of a column
+ * channels) and from the weights of 4 output channels. Packed weights, per 4 channels: for every 16 places of the
+ * column 16 weights of each channel, then 4 int32 biases and 4 int32 multipliers. Weights behind the end of a column
  * are zero, so what is read there does not matter.
  */
 #ifndef EK_MVE_CONV_H
@@ -48,9 +48,36 @@ typedef struct {
     "add sp, sp, #24\n"                    \
     "vpop {d8-d15}\n"                      \
     "pop {r4-r11, pc}\n"
-/* Sums of 4 channels in vector q to codes. */
+/* 16 places of the columns by 4 channels. op: of the first 16, which set the sums, and of those that add to them. */
+#define EK_MVE_MM_STEP2(op)                \
+    "vldrb.8 q0, [r1], #16\n"              \
+    "vldrb.8 q2, [r11], #16\n"             \
+    op " r0, q0, q2\n"                     \
+    "vldrb.8 q1, [r3], #16\n"              \
+    op " r8, q1, q2\n"                     \
+    "vldrb.8 q3, [r11], #16\n"             \
+    op " r2, q0, q3\n"                     \
+    "vldrb.8 q2, [r11], #16\n"             \
+    op " r10, q1, q3\n"                    \
+    "vldrb.8 q3, [r11], #16\n"             \
+    op " r4, q0, q2\n"                     \
+    op " r12, q1, q2\n"                    \
+    op " r6, q0, q3\n"                     \
+    op " lr, q1, q3\n"
+#define EK_MVE_MM_STEP1(op)                \
+    "vldrb.8 q0, [r1], #16\n"              \
+    "vldrb.8 q1, [r11], #16\n"             \
+    op " r0, q0, q1\n"                     \
+    "vldrb.8 q2, [r11], #16\n"             \
+    op " r2, q0, q2\n"                     \
+    "vldrb.8 q3, [r11], #16\n"             \
+    op " r4, q0, q3\n"                     \
+    "vldrb.8 q1, [r11], #16\n"             \
+    op " r6, q0, q1\n"
+/* Sums of 4 channels in vector q, without the biases in q2, by the multipliers in q3 to codes. */
 #define EK_MVE_MM_CODE(q)                  \
-    "vrmulh.s32 " q ", " q ", q4\n"        \
+    "vadd.i32 " q ", " q ", q2\n"          \
+    "vrmulh.s32 " q ", " q ", q3\n"        \
     "vadd.i32 " q ", " q ", q5\n"          \
     "vmax.s32 " q ", " q ", q6\n"          \
     "vmin.s32 " q ", " q ", q7\n"
@@ -59,40 +86,27 @@ typedef struct {
 __attribute__((naked, noinline, unused)) static void ek_mve_mm2(const ek_mve_mm_t *p __attribute__((unused))) {
     __asm__ volatile(
         EK_MVE_MM_ENTER
-        "1: ldrd r0, r2, [r11], #8\n"
-        "ldrd r4, r6, [r11], #8\n"
-        "vldrw.32 q4, [r11], #16\n"
-        "mov r8, r0\n"
-        "mov r10, r2\n"
-        "mov r12, r4\n"
-        "mov lr, r6\n"
-        "ldrd r1, r3, [sp]\n"
+        "1: ldrd r1, r3, [sp]\n"
         "ldr r7, [sp, #8]\n"
-        "2: vldrb.8 q0, [r1], #16\n"
-        "vldrb.8 q2, [r11], #16\n"
-        "vmladava.s8 r0, q0, q2\n"
-        "vldrb.8 q1, [r3], #16\n"
-        "vmladava.s8 r8, q1, q2\n"
-        "vldrb.8 q3, [r11], #16\n"
-        "vmladava.s8 r2, q0, q3\n"
-        "vldrb.8 q2, [r11], #16\n"
-        "vmladava.s8 r10, q1, q3\n"
-        "vldrb.8 q3, [r11], #16\n"
-        "vmladava.s8 r4, q0, q2\n"
-        "vmladava.s8 r12, q1, q2\n"
-        "vmladava.s8 r6, q0, q3\n"
-        "vmladava.s8 lr, q1, q3\n"
+        EK_MVE_MM_STEP2("vmladav.s8")
+        "subs r7, r7, #1\n"
+        "beq 3f\n"
+        "2:\n"
+        EK_MVE_MM_STEP2("vmladava.s8")
         "subs r7, r7, #1\n"
         "bne 2b\n"
+        "3:\n"
         "vmov q0[2], q0[0], r0, r4\n"
         "vmov q0[3], q0[1], r2, r6\n"
         "vmov q1[2], q1[0], r8, r12\n"
         "vmov q1[3], q1[1], r10, lr\n"
+        "vldrw.32 q2, [r11], #16\n"
+        "vldrw.32 q3, [r11], #16\n"
         EK_MVE_MM_CODE("q0")
         EK_MVE_MM_CODE("q1")
         "ldrd r7, r2, [sp, #12]\n"
         "vctp.32 r9\n"
-        "cbz r2, 3f\n"
+        "cbz r2, 4f\n"
         "ldr r1, [sp, #20]\n"
         "add r1, r1, r5\n"
         "adds r3, r1, r7\n"
@@ -117,7 +131,7 @@ __attribute__((naked, noinline, unused)) static void ek_mve_mm2(const ek_mve_mm_
         "vmax.s32 q1, q1, q2\n"
         "vmin.s32 q0, q0, q3\n"
         "vmin.s32 q1, q1, q3\n"
-        "3: add r7, r7, r5\n"
+        "4: add r7, r7, r5\n"
         "vpstt\n"
         "vstrbt.32 q0, [r5], #4\n"
         "vstrbt.32 q1, [r7]\n"
@@ -129,28 +143,23 @@ __attribute__((naked, noinline, unused)) static void ek_mve_mm2(const ek_mve_mm_
 __attribute__((naked, noinline, unused)) static void ek_mve_mm1(const ek_mve_mm_t *p __attribute__((unused))) {
     __asm__ volatile(
         EK_MVE_MM_ENTER
-        "1: ldrd r0, r2, [r11], #8\n"
-        "ldrd r4, r6, [r11], #8\n"
-        "vldrw.32 q4, [r11], #16\n"
-        "ldr r1, [sp]\n"
+        "1: ldr r1, [sp]\n"
         "ldr r7, [sp, #8]\n"
-        "dls lr, r7\n"
-        "2: vldrb.8 q0, [r1], #16\n"
-        "vldrb.8 q1, [r11], #16\n"
-        "vmladava.s8 r0, q0, q1\n"
-        "vldrb.8 q2, [r11], #16\n"
-        "vmladava.s8 r2, q0, q2\n"
-        "vldrb.8 q3, [r11], #16\n"
-        "vmladava.s8 r4, q0, q3\n"
-        "vldrb.8 q1, [r11], #16\n"
-        "vmladava.s8 r6, q0, q1\n"
+        "subs r7, r7, #1\n"
+        EK_MVE_MM_STEP1("vmladav.s8")
+        "wls lr, r7, 3f\n"
+        "2:\n"
+        EK_MVE_MM_STEP1("vmladava.s8")
         "le lr, 2b\n"
+        "3:\n"
         "vmov q0[2], q0[0], r0, r4\n"
         "vmov q0[3], q0[1], r2, r6\n"
+        "vldrw.32 q2, [r11], #16\n"
+        "vldrw.32 q3, [r11], #16\n"
         EK_MVE_MM_CODE("q0")
         "ldr r2, [sp, #16]\n"
         "vctp.32 r9\n"
-        "cbz r2, 3f\n"
+        "cbz r2, 4f\n"
         "ldr r1, [sp, #20]\n"
         "add r1, r1, r5\n"
         "ldm r2, {r2, r4, r6, r8, r10, r12, lr}\n"
@@ -166,7 +175,7 @@ __attribute__((naked, noinline, unused)) static void ek_mve_mm1(const ek_mve_mm_
         "vdup.32 q3, lr\n"
         "vmax.s32 q0, q0, q2\n"
         "vmin.s32 q0, q0, q3\n"
-        "3: vpst\n"
+        "4: vpst\n"
         "vstrbt.32 q0, [r5], #4\n"
         "subs r9, r9, #4\n"
         "bgt 1b\n"
@@ -215,8 +224,8 @@ EK_INLINE void ek_mve_spread(int8_t *to, const int8_t *from, int32_t n, int32_t 
 
 /* Sums of 4 output channels, from their block of packed weights. depth: places of the column in use. */
 EK_INLINE void ek_mve_sums(const int8_t *col, const int8_t *block, int32_t steps, int32_t depth, int32_t *sums) {
-    int32_t a = ek_mve_int(block), b = ek_mve_int(block + 4), c = ek_mve_int(block + 8), d = ek_mve_int(block + 12);
-    block += 32;
+    const int8_t *bias = block + 64 * steps;
+    int32_t a = ek_mve_int(bias), b = ek_mve_int(bias + 4), c = ek_mve_int(bias + 8), d = ek_mve_int(bias + 12);
 #if EK_MVE
     (void)depth;
     __asm__ volatile(
@@ -235,7 +244,6 @@ EK_INLINE void ek_mve_sums(const int8_t *col, const int8_t *block, int32_t steps
         : "r"(steps)
         : "lr", "q0", "q1", "q2", "q3", "memory");
 #else
-    (void)steps;
     for (int32_t k = 0; k < depth; k++) {
         const int8_t *w = block + (k >> 4) * 64 + (k & 15);
         a += col[k] * w[0];
@@ -282,10 +290,11 @@ __attribute__((noinline, unused)) static void ek_mve_codes(const ek_mve_conv_t *
     for (; n; n--, col += step, y += p->co) {
         const int8_t *block = out->w;
         for (int32_t o = 0; o < p->co; o += 4, block += 32 + 64 * p->steps) {
+            const int8_t *factors = block + 64 * p->steps + 16;
             int32_t sums[4], some = p->co - o < 4 ? p->co - o : 4;
             ek_mve_sums(col, block, p->steps, p->kh * p->kw * p->ci, sums);
             for (int32_t i = 0; i < some; i++) {
-                int32_t v = ek_rqh(sums[i], ek_mve_int(block + 16 + 4 * i));
+                int32_t v = ek_rqh(sums[i], ek_mve_int(factors + 4 * i));
                 v = ek_clamp(v + p->y_zero, p->lo, p->hi);
                 y[o + i] = (int8_t)(res ? ek_mve_add(&p->add, v, res[o + i]) : v);
             }

@@ -56,7 +56,7 @@ EK_KERNEL void ek_mve_qmul_s8(const ek_mve_qmul_t *p, const int8_t *a, const int
         const int8_t *factors = b;
 #if EK_MVE
         const ek_mve_rescale_t *q = &p->to;
-        int32x4_t m = vdupq_n_s32(q->m), lo = vdupq_n_s32(q->lo), hi = vdupq_n_s32(q->hi);
+        int32x4_t m = vdupq_n_s32(q->m), lo = vdupq_n_s32(q->lo), hi = vdupq_n_s32(q->hi), z = vdupq_n_s32(q->zero);
         __asm__ volatile(
             "dlstp.32 lr, %3\n"
             "1: vldrb.s32 q0, [%0], #4\n"
@@ -65,15 +65,15 @@ EK_KERNEL void ek_mve_qmul_s8(const ek_mve_qmul_t *p, const int8_t *a, const int
             "vsub.i32 q1, q1, %5\n"
             "vmul.i32 q0, q0, q1\n"
             "vshl.s32 q0, %6\n"
-            "vmulh.s32 q0, q0, %q9\n"
+            "vmulh.s32 q0, q0, %q8\n"
             "vrshl.s32 q0, %7\n"
-            "vadd.i32 q0, q0, %8\n"
+            "vadd.i32 q0, q0, %q9\n"
             "vmax.s32 q0, q0, %q10\n"
             "vmin.s32 q0, q0, %q11\n"
             "vstrb.32 q0, [%2], #4\n"
             "letp lr, 1b"
             : "+l"(a), "+l"(factors), "+l"(y)
-            : "r"(p->n), "r"(p->za), "r"(p->zb), "r"(q->grow), "r"(-q->shrink), "r"(q->zero), "w"(m), "w"(lo), "w"(hi)
+            : "r"(p->n), "r"(p->za), "r"(p->zb), "r"(q->grow), "r"(-q->shrink), "w"(m), "w"(z), "w"(lo), "w"(hi)
             : "lr", "q0", "q1", "memory");
         /* The last vector moved them beyond the row. */
         a -= -p->n & 3;
@@ -236,6 +236,13 @@ EK_KERNEL void ek_mve_max_pool_s8(const ek_mve_pool_t *p, const int8_t *x, int8_
     }
 }
 
+/* The integer instructions may be there alone. */
+#if EK_MVE && (__ARM_FEATURE_MVE & 2)
+#define EK_MVE_FLOAT 1
+#else
+#define EK_MVE_FLOAT 0
+#endif
+
 /* limit: 512 scales, beyond which codes are at their ends. inverse: the rounded reciprocal. */
 typedef struct {
     int32_t n;
@@ -245,7 +252,7 @@ typedef struct {
 
 /* x / scale by two steps of Markstein's division, which give the correctly rounded quotient; Helium does not divide. */
 EK_KERNEL void ek_mve_quantize_f32(const ek_mve_grid_t *p, const float *x, int8_t *y) {
-#if EK_MVE
+#if EK_MVE_FLOAT
     float32x4_t low = vdupq_n_f32(-p->limit), high = vdupq_n_f32(p->limit);
     int32x4_t lo = vdupq_n_s32(-128), hi = vdupq_n_s32(127);
     __asm__ volatile(
@@ -281,7 +288,7 @@ EK_KERNEL void ek_mve_quantize_f32(const ek_mve_grid_t *p, const float *x, int8_
 }
 
 EK_KERNEL void ek_mve_dequantize_s8(const ek_mve_grid_t *p, const int8_t *x, float *y) {
-#if EK_MVE
+#if EK_MVE_FLOAT
     __asm__ volatile(
         "dlstp.32 lr, %2\n"
         "1: vldrb.s32 q0, [%0], #4\n"

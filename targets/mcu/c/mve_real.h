@@ -21,10 +21,11 @@ EK_KERNEL void ek_mve_reals(const ek_mve_conv_t *p, const ek_mve_out_t *out, con
     for (; n; n--, col += step) {
         const int8_t *block = out->w;
         for (int32_t left = p->co; left > 0; left -= 4, block += 32 + 64 * p->steps) {
+            const int8_t *factors = block + 64 * p->steps + 16;
             int32_t sums[4], some = left < 4 ? left : 4;
             ek_mve_sums(col, block, p->steps, p->kh * p->kw * p->ci, sums);
             for (int32_t i = 0; i < some; i++, at++) {
-                float v = ek_real_of(sums[i], ek_mve_int(block + 16 + 4 * i));
+                float v = ek_real_of(sums[i], ek_mve_int(factors + 4 * i));
                 if (res) v += res[at];
                 if (plain)
                     ((float *)out->y)[at] = v;

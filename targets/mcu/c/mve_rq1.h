@@ -11,11 +11,12 @@ EK_KERNEL void ek_mve_rq1(const ek_mve_conv_t *p, const ek_mve_out_t *out, const
     for (; n; n--, col += step) {
         const int8_t *block = out->w;
         for (int32_t o = 0; o < p->co; block += 32 + 64 * p->steps) {
+            const int8_t *factors = block + 64 * p->steps + 16;
             int32_t sums[4], end = p->co - o < 4 ? p->co : o + 4;
             ek_mve_sums(col, block, p->steps, p->kh * p->kw * p->ci, sums);
             for (; o < end; o++, at++) {
                 int32_t i = o & 3;
-                int64_t v = ek_rq1(sums[i], ek_mve_int(block + 16 + 4 * i), out->shift[o]);
+                int64_t v = ek_rq1(sums[i], ek_mve_int(factors + 4 * i), out->shift[o]);
                 int32_t code = ek_code(v, p->y_zero, p->lo, p->hi);
                 y[at] = (int8_t)(res ? ek_mve_add(&p->add, code, res[at]) : code);
             }

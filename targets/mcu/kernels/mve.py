@@ -74,18 +74,18 @@ class MveConv(McuKernel):
         return (Operand(s.h * s.w * s.ci), Operand(packed), *residual, Operand(size, s.out_type))
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """Per 4 channels: biases, multipliers, and weights by 16 places of the column."""
+        """Per 4 channels: weights by 16 places of the column, biases, multipliers."""
         w, m, bias = weights["w"], weights["m"], weights.get("bias")
         assert w is not None and m is not None
         outputs, blocks = self.spec.co, -(-self.spec.co // BLOCK)
         rows = np.zeros((blocks * BLOCK, self.steps * LANES), np.int8)
         rows[:outputs, : self.depth] = w.transpose(0, 3, 2, 1).reshape(outputs, -1)
         rows = rows.reshape(blocks, BLOCK, self.steps, LANES).transpose(0, 2, 1, 3).reshape(blocks, -1)
-        heads = np.zeros((2, blocks * BLOCK), np.int32)
-        heads[0, :outputs] = 0 if bias is None else bias
-        heads[1, :outputs] = m.view(np.int32)
-        heads = heads.reshape(2, blocks, BLOCK).transpose(1, 0, 2).reshape(blocks, -1)
-        return (np.concatenate([little_endian(heads), rows], axis=1).reshape(-1),)
+        tails = np.zeros((2, blocks * BLOCK), np.int32)
+        tails[0, :outputs] = 0 if bias is None else bias
+        tails[1, :outputs] = m.view(np.int32)
+        tails = tails.reshape(2, blocks, BLOCK).transpose(1, 0, 2).reshape(blocks, -1)
+        return (np.concatenate([rows, little_endian(tails)], axis=1).reshape(-1),)
 
     @property
     def pointwise(self) -> bool:
