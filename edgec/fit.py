@@ -56,7 +56,8 @@ class Choice:
         return tiles.patches(self.stage, self.height, self.width)
 
     def text(self) -> str:
-        return f"strips of {self.height} rows" if self.method == "strips" else f"patches of {self.height}x{self.width}"
+        rows = "1 row" if self.height == 1 else f"{self.height} rows"
+        return f"strips of {rows}" if self.method == "strips" else f"patches of {self.height}x{self.width}"
 
 
 @dataclass
@@ -89,7 +90,8 @@ class _Network:
                 if nodes[read] in position:
                     self.last[position[nodes[read]]] = position[nodes[i]]
         for n in returned:
-            self.last[position[n]] = len(self.steps)
+            if n in position:
+                self.last[position[n]] = len(self.steps)
         inner = {i + 1 for i, n in enumerate(self.steps) if self._inside(n)}
         self.ends = set(range(len(self.steps) + 1)) - inner | {len(self.steps)}
 
