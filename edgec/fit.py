@@ -19,7 +19,7 @@ from edgec.lowering import memory, tiles
 from edgec.lowering.memory import Costs, nbytes
 from edgec.lowering.tiles import NotTileable, Part, Stage
 from edgec.plan import Plan
-from edgec.program import Program, layer_of, output_nodes, propagate, shape_of
+from edgec.program import Program, is_call, layer_of, output_nodes, propagate, shape_of
 
 PlanOf = Callable[[Program], Plan]
 
@@ -56,7 +56,8 @@ class Choice:
         return tiles.patches(self.stage, self.height, self.width)
 
     def text(self) -> str:
-        return f"strips of {self.height} rows" if self.method == "strips" else f"patches of {self.height}x{self.width}"
+        rows = "1 row" if self.height == 1 else f"{self.height} rows"
+        return f"strips of {rows}" if self.method == "strips" else f"patches of {self.height}x{self.width}"
 
 
 @dataclass
@@ -64,7 +65,7 @@ class _Network:
     """A graph in the order of its steps, and what is alive between them.
 
     levels: bytes alive during each step. last: the last step that reads the value of each one, or its memory through
-    a view. ends: steps before which the value just computed is not larger than those around it; stages lie between.
+    a view. ends: steps between which stages lie.
     """
 
     module: fx.GraphModule
@@ -89,11 +90,19 @@ class _Network:
                 if nodes[read] in position:
                     self.last[position[nodes[read]]] = position[nodes[i]]
         for n in returned:
-            self.last[position[n]] = len(self.steps)
-        sizes = [0, *map(nbytes, self.steps), 0]
-        around = range(1, len(self.steps) + 1)
-        high = {i for i in around if max(sizes[i - 1], sizes[i + 1]) <= sizes[i] > min(sizes[i - 1], sizes[i + 1])}
-        self.ends = {0, *around} - high | {len(self.steps)}
+            if n in position:
+                self.last[position[n]] = len(self.steps)
+        inner = {i + 1 for i, n in enumerate(self.steps) if self._inside(n)}
+        self.ends = set(range(len(self.steps) + 1)) - inner | {len(self.steps)}
+
+    def _inside(self, node: fx.Node) -> bool:
+        """Whether a stage that ends with a value had better end before it or behind it: the value is larger than what
+        it is computed from, or than what its only reader, a layer, makes of it."""
+        readers = list(node.users)
+        if len(readers) != 1 or not is_call(readers[0], *tiles.WINDOWS):
+            return False
+        maps = [nbytes(a) for a in node.all_input_nodes if a.op != "get_attr"]
+        return nbytes(node) > max(maps, default=0) or nbytes(node) > nbytes(readers[0])
 
     def choose(self, budget: int, methods: Sequence[str]) -> list[Choice] | None:
         """The cheapest stages with which no step needs more than `budget` bytes; None where there are none.

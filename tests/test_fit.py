@@ -85,6 +85,23 @@ def test_a_network_is_tiled_to_a_share_of_its_memory(methods: tuple[str, ...], s
 
 
 @pytest.mark.pure
+def test_a_residual_network_is_streamed_over_its_strides() -> None:
+    """Maps of equal size, a block with a residual, and one with a stride in both of its branches."""
+    b = Builder(2, (1, 24, 24, 3))
+    x = b.conv(b.x, 8, *SAME)
+    x = b.conv(b.conv(x, 8, *SAME), 8, *SAME, residual=x)
+    side = b.conv(x, 16, (1, 1), (2, 2), [0] * 4, (1, 1))
+    x = b.conv(b.conv(x, 16, *HALF), 16, *SAME, residual=side)
+    b.call(edgec.qmean.default, x, [1, 2], False, 2**20, 28, 0, 0, -128, 127)
+    program = Program("residual", b.module(), (b.example,))
+    whole = plan_of(program).arena_bytes
+    fitted, lines = fit_memory(program, plan_of, whole * 7 // 10)
+    assert plan_of(fitted).arena_bytes <= whole * 7 // 10
+    assert torch.equal(run(fitted), run(program))
+    assert all("no more MACs" in line for line in lines)
+
+
+@pytest.mark.pure
 def test_another_order_comes_first() -> None:
     b = Builder(0, (1, 8, 8, 4))
     wide = [b.conv(b.x, 16, *POINT) for _ in range(3)]

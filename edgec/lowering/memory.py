@@ -21,6 +21,8 @@ from edgec.program import is_call, origin_of, output_nodes, shape_of
 aten = torch.ops.aten
 edgec = torch.ops.edgec
 
+# Between the origin of a node and the number of the part of it that a tile computes.
+PART = ", part "
 # States of the exact search, and of the beam where there would be more.
 MOST_STATES = 20_000
 BEAM = 64
@@ -65,7 +67,9 @@ class Costs:
         return 0 if outside else self.aligned(nbytes(node))
 
     def scratch_of(self, node: fx.Node) -> int:
-        return self.scratch.get(origin_of(node), 0)
+        if is_call(node, edgec.crop_nhwc.default, edgec.place_nhwc.default):
+            return 0
+        return self.scratch.get(origin_of(node).partition(PART)[0], 0)
 
 
 def profile(items: Sequence[Item], kept: Sequence[int] = ()) -> list[int]:

@@ -24,7 +24,7 @@ from torch import fx
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.lowering.graph import is_tensor
 from edgec.lowering.layout import BINARY, UNARY
-from edgec.lowering.memory import Costs, Item, best_order, inplace_operands, is_view, nbytes, profile, root_of
+from edgec.lowering.memory import PART, Costs, Item, best_order, inplace_operands, is_view, nbytes, profile, root_of
 from edgec.lowering.regions import TO_NHWC
 from edgec.program import constant_of, is_call, layer_of, origin_of, shape_of
 
@@ -536,7 +536,7 @@ def rewrite(stage: Stage, parts: Sequence[Part]) -> None:
             new = _node(stage, part, inputs)
         last = number == len(parts) - 1
         origin = origin_of(part.node)
-        new.meta.update(edgec_layer=layer_of(part.node), edgec_origin=origin if last else f"{origin}, part {number}")
+        new.meta.update(edgec_layer=layer_of(part.node), edgec_origin=origin if last else f"{origin}{PART}{number}")
         made.append(new)
         anchor = new
     result = made[-1]
