@@ -32,7 +32,7 @@ POINT, SAME = ((1, 1), (1, 1), [0] * 4, (1, 1)), ((3, 3), (1, 1), [1] * 4, (1, 1
 HALF = ((3, 3), (2, 2), [1] * 4, (1, 1))
 
 
-def mobile(seed: int = 0, size: int = 32) -> Program:
+def mobile(seed: int = 0, size: int = 24) -> Program:
     """Inverted residuals behind a convolution, then a mean: int8 [1, size, size, 3] to [1, 24]."""
     b = Builder(seed, (1, size, size, 3))
     x = b.conv(b.x, 8, *HALF)
@@ -65,7 +65,7 @@ def test_what_fits_stays() -> None:
 @pytest.mark.parametrize("methods", [("strips", "patches"), ("patches",)])
 @pytest.mark.parametrize("share", [0.6, 0.35])
 def test_a_network_is_tiled_to_a_share_of_its_memory(methods: tuple[str, ...], share: float) -> None:
-    program = mobile()
+    program = mobile(size=32)
     whole = plan_of(program)
     budget = int(whole.arena_bytes * share)
     fitted, lines = fit_memory(program, plan_of, budget, methods)
@@ -221,7 +221,7 @@ def test_flash() -> None:
 @pytest.mark.qemu("cortex-m4")
 def test_compiled_for_a_microcontroller(tmp_path: Path) -> None:
     """The tiled network's C code gives the codes of the untiled graph."""
-    device, program = load_device("cortex-m4"), mobile(size=24)
+    device, program = load_device("cortex-m4"), mobile()
 
     def planned(staged: Program) -> Plan:
         return lower_staged(staged, {}, device).plan

@@ -140,7 +140,7 @@ def tiled(module: fx.GraphModule, tiling: Tiling) -> tuple[fx.GraphModule, Stage
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_patches_equal_the_whole(seed: int, height: int, width: int) -> None:
     module, x = random_stack(seed)
     want = module(x)[0]
@@ -156,7 +156,7 @@ def test_patches_equal_the_whole(seed: int, height: int, width: int) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_strips_equal_the_whole_and_compute_nothing_twice(seed: int, height: int) -> None:
     module, x = random_stack(seed)
     want = module(x)[0]
