@@ -19,7 +19,7 @@ ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1", 
 
 
 def test_names() -> None:
-    assert CPUS == ["host", *ARM64, "cortex-a7"]
+    assert list(CPUS) == ["host", *ARM64, "cortex-a7"]
     assert {"cortex-m0plus", "cortex-m4", "cortex-m55", "rv32imc", "nucleo-l4r5zi", "rp2040"} <= set(MCUS)
 
 
