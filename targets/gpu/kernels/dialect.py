@@ -189,6 +189,11 @@ class Code:
         self._depth = 1
         self._where = {b.name: b for b in buffers}
 
+    def add_buffer(self, position: int, buffer: Buffer) -> None:
+        """One more parameter, before the one that is at `position` now."""
+        self.buffers = (*self.buffers[:position], buffer, *self.buffers[position:])
+        self._where[buffer.name] = buffer
+
     # -- statements ----------------------------------------------------------------------------------------------------
 
     def line(self, text: str) -> None:
