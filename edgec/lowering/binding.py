@@ -79,7 +79,9 @@ class Binding:
         if device.is_mcu or device.is_gpu:
             where = "microcontrollers" if device.is_mcu else "GPUs"
             dense = f"no block-sparse kernel on {where}" if self.mask is not None else self.dense
-            made = (implement if device.is_mcu else gpu.implement)(self.spec, self.weights, device)
+            rule = implement if device.is_mcu else gpu.implement
+            # The kernels are written in two languages, of which Metal takes neither.
+            made = None if device.api == "metal" else rule(self.spec, self.weights, device)
             return dataclasses.replace(self, spec=made or self.spec, mask=None, dense=dense)
         if self.mask is None:
             return self

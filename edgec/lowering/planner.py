@@ -141,13 +141,19 @@ class _Reader:
             op=ours.symbol if ours else kernel,
             macs=ours.spec.macs if ours else 0,
             tuned=ours is not None and (not self.device.is_gpu or isinstance(ours.spec, GpuKernel)),
-            # One buffer is not read and written in one dispatch of Vulkan.
-            inplace=ours.spec.inplace if ours and self.device.api != "vulkan" else (),
+            inplace=self._inplace(ours.spec) if ours else (),
             scratch=self.kernels.scratch[symbol],
             outputs=len(outputs),
             origin=ours.origin if ours else "",
         )
         return tuple(outputs) if tuple_out else outputs[0]
+
+
+    def _inplace(self, spec: Any) -> tuple[int, ...]:
+        """Operands whose memory the result may take. Vulkan does not let one dispatch read and write one buffer, and
+        templates written as OpenCL C promise the compiler that it does not happen."""
+        own = not self.device.is_gpu or (self.device.api == "opencl" and isinstance(spec, GpuKernel))
+        return spec.inplace if own else ()
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -14,11 +14,14 @@ import numpy as np
 
 from edgec.plan import COPY, Plan
 from edgec.targets.device import Device
+from edgec.targets.gpu.kernels.base import Size
 from edgec.targets.gpu.lower import LoweredGpu
 
 SCHEMA = 1
 # Sizes of buffers and copies are multiples of this in Vulkan.
 WORD = 4
+# Halves of OpenCL C otherwise than behind a pointer, and WGSL's.
+HALF = re.compile(r"\bhalf\d*\b(?!\s*\*)|\bf16\b")
 PRELUDE = "#pragma OPENCL EXTENSION cl_khr_fp16 : enable\n"
 
 
@@ -29,8 +32,9 @@ def describe(plan: Plan, kernels: LoweredGpu, device: Device) -> dict[str, Any]:
     temps an offset in the arena and a slot of the pool. inputs, outputs: numbers of buffers, in the order of the model.
     arena_bytes, align: size of the arena and what its offsets and those of the weights are multiples of. pool: bytes
     of each slot. functions: names, in the order of their texts. launches, in order: function (-1: copy the first
-    argument to the second), args (numbers of buffers), grid, group, step. steps: layer, op and macs of each kernel call
-    of the model.
+    argument to the second), args (numbers of buffers), grid, group, step, variant: of each step the launches of one
+    variant are made. steps: layer, op and macs of each kernel call of the model, and how many variants there are.
+    half: whether the kernels compute in float16, which OpenCL devices may lack.
     """
     numbers: dict[str, int] = {}
     buffers: list[dict[str, Any]] = []
@@ -66,12 +70,13 @@ def describe(plan: Plan, kernels: LoweredGpu, device: Device) -> dict[str, Any]:
     for number, step in enumerate(plan.steps):
         args = [numbers[a] for a in step.args]
         if step.symbol == COPY:
-            launches.append({"function": -1, "args": args, "grid": [1, 1, 1], "group": [1, 1, 1], "step": number})
+            launches.append(_row(-1, args, (1, 1, 1), (1, 1, 1), number, 0))
             continue
-        for launch in kernels.launches[step.symbol]:
-            chosen = [args[i] for i in launch.arguments]
-            row = {"function": functions[launch.function], "args": chosen, "grid": list(launch.grid)}
-            launches.append({**row, "group": list(launch.group), "step": number})
+        for variant, made in enumerate(kernels.variants[step.symbol]):
+            for launch in made:
+                chosen = [args[i] for i in launch.arguments]
+                function = functions[launch.function]
+                launches.append(_row(function, chosen, launch.grid, launch.group, number, variant))
     return {
         "schema": SCHEMA,
         "name": plan.name,
@@ -85,8 +90,33 @@ def describe(plan: Plan, kernels: LoweredGpu, device: Device) -> dict[str, Any]:
         "outputs": outputs,
         "functions": list(functions),
         "launches": launches,
-        "steps": [{"layer": step.layer, "op": step.op, "macs": step.macs} for step in plan.steps],
+        "steps": [
+            {
+                "layer": step.layer,
+                "op": step.op,
+                "macs": step.macs,
+                "variants": 1 if step.symbol == COPY else len(kernels.variants[step.symbol]),
+            }
+            for step in plan.steps
+        ],
+        "half": _computes_in_half(kernels),
     }
+
+
+def _row(function: int, args: list[int], grid: Size, group: Size, step: int, variant: int) -> dict[str, Any]:
+    return {
+        "function": function,
+        "args": args,
+        "grid": list(grid),
+        "group": list(group),
+        "step": step,
+        "variant": variant,
+    }
+
+
+def _computes_in_half(kernels: LoweredGpu) -> bool:
+    """Whether values are halves: pointers to them and `vload_half` need no extension, WGSL's f16 does."""
+    return any(HALF.search(text) for text in kernels.texts().values())
 
 
 def pooled(plan: Plan) -> tuple[dict[str, int], list[int]]:
@@ -119,9 +149,7 @@ def weights(plan: Plan) -> bytes:
 
 def program(kernels: LoweredGpu) -> str:
     """OpenCL C of all functions, in one program."""
-    texts = kernels.texts().values()
-    half = any(re.search(r"\bhalf\d*\b", text) for text in texts)
-    return (PRELUDE if half else "") + "\n".join(texts)
+    return (PRELUDE if _computes_in_half(kernels) else "") + "\n".join(kernels.texts().values())
 
 
 def modules(kernels: LoweredGpu) -> Mapping[str, str]:

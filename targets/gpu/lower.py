@@ -35,6 +35,9 @@ from edgec.targets.mcu.scalar import scalarise
 TASK_GROUP = 32
 # Memory of one iteration that stays with the work item; more than that is asked of the memory planner.
 PRIVATE_BYTES = 4096
+# Text of all kernels up to which further variants are added: drivers of phones take long to compile it.
+SOURCE_BYTES = 190_000
+MOST_VARIANTS = 4
 # WGSL allows no more groups in one direction.
 MOST_GROUPS = 65535
 SECTION = re.compile(r"^(?://-+\n)?// Function: (\w+)\n", re.M)
@@ -50,10 +53,11 @@ ATTRIBUTES = {"calling_conv": 2, "tirx.is_global_func": True, "tirx.noalias": Tr
 class LoweredGpu:
     """Kernels as the emitters of GPU bundles print them.
 
-    launches: by symbol, to be dispatched one after the other. signature, scratch: as in `LoweredKernels`.
+    variants: by symbol the ways to compute it, each of launches to be dispatched one after the other; the first one is
+    what is used until a host has measured them. signature, scratch: as in `LoweredKernels`.
     """
 
-    launches: Mapping[str, tuple[Launch, ...]]
+    variants: Mapping[str, tuple[tuple[Launch, ...], ...]]
     signature: Mapping[str, tuple[str, ...]]
     scratch: Mapping[str, tuple[int, ...]]
 
@@ -68,8 +72,8 @@ class LoweredGpu:
         Raises AssertionError when one name stands for two texts: a bug of a kernel.
         """
         found: dict[str, str] = {}
-        for launches in self.launches.values():
-            for launch in launches:
+        for variants in self.variants.values():
+            for launch in (launch for launches in variants for launch in launches):
                 if found.setdefault(launch.function, launch.text) != launch.text:
                     raise AssertionError(f"two functions are called {launch.function}")
         return found
@@ -82,13 +86,17 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
     """
     found = LoweredGpu({}, {}, {})
     library, templates = {}, {}
+    macs: dict[str, int] = {}
     for var, function in sorted(module.functions.items(), key=lambda item: item[0].name_hint):
         if not isinstance(function, tirx.PrimFunc):
             continue
         symbol = var.name_hint
         if LAUNCHES in (function.attrs or {}):
-            launches, scratch = json.loads(str(function.attrs[LAUNCHES]))
-            made = tuple(Launch(f, text, tuple(a), tuple(grid), tuple(group)) for f, text, a, grid, group in launches)
+            variants, scratch, macs[symbol] = json.loads(str(function.attrs[LAUNCHES]))
+            made = tuple(
+                tuple(Launch(f, text, tuple(a), tuple(grid), tuple(group)) for f, text, a, grid, group in launches)
+                for launches in variants
+            )
             _add(found, symbol, function, made, scratch)
         elif _has_blocks(function):
             library[symbol] = function
@@ -107,16 +115,37 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
             _spread(Launch(name, _unbounded(texts[name], grid, device), arguments, grid, group), device)
             for name, arguments, grid, group in launches
         )
-        _add(found, symbol, module[symbol], made, sizes[symbol])
-    for symbol, launches in found.launches.items():
-        for launch in launches:
+        _add(found, symbol, module[symbol], (made,), sizes[symbol])
+    for symbol, variants in found.variants.items():
+        for launch in (launch for launches in variants for launch in launches):
             _check(symbol, launch, device)
-    return found
+    return replace(found, variants=_affordable(found.variants, macs))
 
 
-def _add(found: LoweredGpu, symbol: str, function: Any, launches: tuple[Launch, ...], scratch: Sequence[int]) -> None:
+def _affordable(
+    variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int]
+) -> dict[str, tuple[tuple[Launch, ...], ...]]:
+    """The first variant of each kernel, and further ones of those with most work as long as there is room for text."""
+    texts = {launch.function: launch.text for each in variants.values() for launch in each[0]}
+    kept = {symbol: [each[0]] for symbol, each in variants.items()}
+    for symbol in sorted(variants, key=lambda s: (-macs.get(s, 0), s)):
+        for launches in variants[symbol][1:MOST_VARIANTS]:
+            more = {launch.function: launch.text for launch in launches if launch.function not in texts}
+            if sum(map(len, texts.values())) + sum(map(len, more.values())) <= SOURCE_BYTES:
+                texts |= more
+                kept[symbol].append(launches)
+    return {symbol: tuple(each) for symbol, each in kept.items()}
+
+
+def _add(
+    found: LoweredGpu,
+    symbol: str,
+    function: Any,
+    variants: tuple[tuple[Launch, ...], ...],
+    scratch: Sequence[int],
+) -> None:
     types = tuple(str(p.ty.dtype.dtype) for p in function.params)
-    found.launches[symbol] = launches  # type: ignore[index]
+    found.variants[symbol] = variants  # type: ignore[index]
     found.signature[symbol] = (*types, *(["uint8"] * len(scratch)))  # type: ignore[index]
     found.scratch[symbol] = tuple(scratch)  # type: ignore[index]
 

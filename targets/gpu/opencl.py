@@ -74,6 +74,8 @@ class OpenCLRunner:
         self.split = split or self.device.mem_base_addr_align // 8 > plan["align"]
         self.buffers = self._allocate(weights)
         self.kernels = [self._kernel(launch) for launch in plan["launches"]]
+        # The variant of each step.
+        self.choices = [0] * len(plan["steps"])
 
     def _allocate(self, weights: bytes) -> list[Any]:
         cl, flags = self.cl, self.cl.mem_flags
@@ -123,18 +125,43 @@ class OpenCLRunner:
         cl, plan = self.cl, self.plan
         for number, array in zip(plan["inputs"], inputs, strict=True):
             cl.enqueue_copy(self.queue, self.buffers[number], array, is_blocking=False)
-        events = []
-        for kernel, launch in zip(self.kernels, plan["launches"], strict=True):
-            if kernel is None:
-                source, target = launch["args"]
-                size = plan["buffers"][target]["bytes"]
-                event = cl.enqueue_copy(self.queue, self.buffers[target], self.buffers[source], byte_count=size)
-            else:
-                total = [g * n for g, n in zip(launch["grid"], launch["group"], strict=True)]
-                event = cl.enqueue_nd_range_kernel(self.queue, kernel, total, launch["group"])
-            events.append(event)
+        chosen = [n for n, x in enumerate(plan["launches"]) if x["variant"] == self.choices[x["step"]]]
+        events = [self._enqueue(number) for number in chosen]
         for number, array in zip(plan["outputs"], outputs, strict=True):
             cl.enqueue_copy(self.queue, array, self.buffers[number], is_blocking=False)
         self.queue.finish()
         if self.profile:
-            self.times = [(event.profile.end - event.profile.start) / 1e6 for event in events]
+            self.times = [_milliseconds(event) for event in events]
+
+    def _enqueue(self, number: int) -> Any:
+        launch, kernel = self.plan["launches"][number], self.kernels[number]
+        if kernel is None:
+            source, target = launch["args"]
+            size = self.plan["buffers"][target]["bytes"]
+            return self.cl.enqueue_copy(self.queue, self.buffers[target], self.buffers[source], byte_count=size)
+        total = [g * n for g, n in zip(launch["grid"], launch["group"], strict=True)]
+        return self.cl.enqueue_nd_range_kernel(self.queue, kernel, total, launch["group"])
+
+    def tune(self, repeats: int = 5) -> list[int]:
+        """Measure the variants of each step and use the fastest from now on. Needs `profile`; returns the choices.
+
+        The values in the buffers are those of the last run, or none: kernels take the same time on any.
+        """
+        assert self.profile, "times are not measured"
+        for step, row in enumerate(self.plan["steps"]):
+            times = []
+            for variant in range(row["variants"] if row["variants"] > 1 else 0):
+                those = [
+                    n for n, x in enumerate(self.plan["launches"]) if (x["step"], x["variant"]) == (step, variant)
+                ]
+                runs = [[self._enqueue(n) for n in those] for _ in range(repeats)]
+                self.queue.finish()
+                # The first one may compile.
+                times.append(min(sum(map(_milliseconds, events)) for events in runs[1:] or runs))
+            if times:
+                self.choices[step] = times.index(min(times))
+        return self.choices
+
+
+def _milliseconds(event: Any) -> float:
+    return (event.profile.end - event.profile.start) / 1e6

@@ -67,7 +67,9 @@ class VulkanRunner:
         self.profile = profile and "timestamp-query" in wanted
         self.buffers = self._allocate(weights)
         self.pipelines = {name: self._pipeline(name, text) for name, text in modules.items()}
-        self.steps = [self._step(launch) for launch in plan["launches"]]
+        self.launches = [self._launch(launch) for launch in plan["launches"]]
+        # The variant of each step.
+        self.choices = [0] * len(plan["steps"])
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -105,7 +107,7 @@ class VulkanRunner:
                 layout="auto", compute={"module": module, "entry_point": name}
             )
 
-    def _step(self, launch: Mapping[str, Any]) -> Any:
+    def _launch(self, launch: Mapping[str, Any]) -> Any:
         """(pipeline, arguments, groups), or (None, (source, target), bytes) of a copy."""
         if launch["function"] < 0:
             source, target = launch["args"]
@@ -127,20 +129,25 @@ class VulkanRunner:
         for number, array in zip(self.plan["inputs"], inputs, strict=True):
             data = array.tobytes()
             queue.write_buffer(self.buffers[number], 0, data + bytes(-len(data) % 4))
+        chosen = [
+            made
+            for made, x in zip(self.launches, self.plan["launches"], strict=True)
+            if x["variant"] == self.choices[x["step"]]
+        ]
         with self._explained("run"):
             if self.profile:
-                self._dispatch_timed()
+                self.times = self._dispatch_timed(chosen)
             else:
-                self._dispatch()
+                self._dispatch(chosen)
             for number, array in zip(self.plan["outputs"], outputs, strict=True):
                 data = queue.read_buffer(self.buffers[number])
                 flat = np.frombuffer(data, np.uint8, array.nbytes).view(array.dtype)
                 np.copyto(array, flat.reshape(array.shape))
 
-    def _dispatch(self) -> None:
+    def _dispatch(self, launches: Sequence[Any]) -> None:
         encoder = self.device.create_command_encoder()
         work = None
-        for pipeline, group, size in self.steps:
+        for pipeline, group, size in launches:
             if pipeline is None:
                 if work is not None:
                     work.end()
@@ -156,13 +163,13 @@ class VulkanRunner:
             work.end()
         self.device.queue.submit([encoder.finish()])
 
-    def _dispatch_timed(self) -> None:
-        """As `_dispatch`, every launch in a pass of its own, between two time stamps."""
-        usage, count = self.wgpu.BufferUsage, 2 * len(self.steps)
+    def _dispatch_timed(self, launches: Sequence[Any]) -> list[float]:
+        """As `_dispatch`, every launch in a pass of its own, between two time stamps: milliseconds of each."""
+        usage, count = self.wgpu.BufferUsage, 2 * len(launches)
         stamps = self.device.create_query_set(type="timestamp", count=count)
         result = self.device.create_buffer(size=8 * count, usage=usage.QUERY_RESOLVE | usage.COPY_SRC)
         encoder = self.device.create_command_encoder()
-        for number, (pipeline, group, size) in enumerate(self.steps):
+        for number, (pipeline, group, size) in enumerate(launches):
             marks = {
                 "query_set": stamps,
                 "beginning_of_pass_write_index": 2 * number,
@@ -180,4 +187,21 @@ class VulkanRunner:
         encoder.resolve_query_set(stamps, 0, count, result, 0)
         self.device.queue.submit([encoder.finish()])
         ticks = np.frombuffer(self.device.queue.read_buffer(result), np.uint64).astype(np.int64).reshape(-1, 2)
-        self.times = [float(ms) for ms in (ticks[:, 1] - ticks[:, 0]) * TICK_MS]
+        return [float(ms) for ms in (ticks[:, 1] - ticks[:, 0]) * TICK_MS]
+
+    def tune(self, repeats: int = 5) -> list[int]:
+        """Measure the variants of each step and use the fastest from now on. Needs `profile`; returns the choices."""
+        assert self.profile, "times are not measured"
+        for step, row in enumerate(self.plan["steps"]):
+            times = []
+            for variant in range(row["variants"] if row["variants"] > 1 else 0):
+                those = [
+                    made
+                    for made, x in zip(self.launches, self.plan["launches"], strict=True)
+                    if (x["step"], x["variant"]) == (step, variant)
+                ]
+                runs = [self._dispatch_timed(those) for _ in range(repeats)]
+                times.append(min(map(sum, runs[1:] or runs)))
+            if times:
+                self.choices[step] = times.index(min(times))
+        return self.choices
