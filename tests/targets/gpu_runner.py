@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,10 +54,15 @@ def vulkan() -> Any:
     return adapters[0].request_device_sync(required_features=features, required_limits={})
 
 
-def run(kernel: GpuKernel, device: Device, operands: Sequence[np.ndarray], repeat: int = 0) -> tuple[np.ndarray, float]:
-    """(output, best seconds of `repeat` further runs) on operands without the output, in their order.
+def run(kernel: GpuKernel, device: Device, operands: Sequence[np.ndarray]) -> np.ndarray:
+    """The output for operands in their order. Raises AssertionError as `prepare`, and where a guard is overwritten."""
+    return prepare(kernel, device, operands)[0]
 
-    Raises AssertionError where an operand has another size than declared, or the kernel writes beyond a buffer.
+
+def prepare(kernel: GpuKernel, device: Device, operands: Sequence[np.ndarray]) -> tuple[np.ndarray, Callable[[], None]]:
+    """(output of a first run, function that runs again and waits).
+
+    Raises AssertionError where an operand has another size than declared, or the kernel writes beyond its output.
     """
     declared = kernel.operands()
     assert len(operands) == len(declared) - 1
@@ -71,12 +74,12 @@ def run(kernel: GpuKernel, device: Device, operands: Sequence[np.ndarray], repea
         image[: array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     number = len(declared) - 1
     start = _opencl if device.api == "opencl" else _vulkan
-    result, seconds = start(kernel.launches(device), images, number, repeat)
+    result, again = start(kernel.launches(device), images, number)
     assert np.all(result[sizes[number] :] == GUARD_BYTE), "written beyond the output"
-    return result[: sizes[number]].view(declared[number].dtype), seconds
+    return result[: sizes[number]].view(declared[number].dtype), again
 
 
-def _opencl(launches: Any, images: list[np.ndarray], number: int, repeat: int) -> tuple[np.ndarray, float]:
+def _opencl(launches: Any, images: list[np.ndarray], number: int) -> tuple[np.ndarray, Callable[[], None]]:
     import pyopencl as cl
 
     context, queue = opencl()
@@ -88,18 +91,18 @@ def _opencl(launches: Any, images: list[np.ndarray], number: int, repeat: int) -
         for position, argument in enumerate(launch.arguments):
             kernel.set_arg(position, buffers[argument])
         total = tuple(g * n for g, n in zip(launch.grid, launch.group, strict=True))
-        steps.append((kernel, total, launch.group))
+        # OpenCL does not keep the buffers of a kernel alive.
+        steps.append((kernel, total, launch.group, buffers))
 
     def once() -> None:
-        for kernel, total, group in steps:
+        for kernel, total, group, _ in steps:
             cl.enqueue_nd_range_kernel(queue, kernel, total, group)
         queue.finish()
 
     once()
-    best = _best(once, repeat)
     result = np.empty_like(images[number])
     cl.enqueue_copy(queue, result, buffers[number])
-    return result, best
+    return result, once
 
 
 @functools.cache
@@ -109,7 +112,7 @@ def _program(text: str) -> Any:
     return cl.Program(opencl()[0], text).build()
 
 
-def _vulkan(launches: Any, images: list[np.ndarray], number: int, repeat: int) -> tuple[np.ndarray, float]:
+def _vulkan(launches: Any, images: list[np.ndarray], number: int) -> tuple[np.ndarray, Callable[[], None]]:
     import wgpu
 
     device = vulkan()
@@ -118,9 +121,8 @@ def _vulkan(launches: Any, images: list[np.ndarray], number: int, repeat: int) -
     steps = []
     for launch in launches:
         module = device.create_shader_module(code=launch.text)
-        pipeline = device.create_compute_pipeline(
-            layout="auto", compute={"module": module, "entry_point": launch.function}
-        )
+        compute = {"module": module, "entry_point": launch.function}
+        pipeline = device.create_compute_pipeline(layout="auto", compute=compute)
         entries = [
             {"binding": position, "resource": {"buffer": buffers[a], "offset": 0, "size": buffers[a].size}}
             for position, a in enumerate(launch.arguments)
@@ -128,33 +130,20 @@ def _vulkan(launches: Any, images: list[np.ndarray], number: int, repeat: int) -
         group = device.create_bind_group(layout=pipeline.get_bind_group_layout(0), entries=entries)
         steps.append((pipeline, group, launch.grid))
 
-    def submit(times: int) -> None:
-        encoder = device.create_command_encoder()
-        compute = encoder.begin_compute_pass()
-        for _ in range(times):
-            for pipeline, group, grid in steps:
-                compute.set_pipeline(pipeline)
-                compute.set_bind_group(0, group)
-                compute.dispatch_workgroups(*grid)
-        compute.end()
-        device.queue.submit([encoder.finish()])
-
     def once() -> None:
-        submit(1)
+        encoder = device.create_command_encoder()
+        dispatch = encoder.begin_compute_pass()
+        for pipeline, group, grid in steps:
+            dispatch.set_pipeline(pipeline)
+            dispatch.set_bind_group(0, group)
+            dispatch.dispatch_workgroups(*grid)
+        dispatch.end()
+        device.queue.submit([encoder.finish()])
+        # Waits for what was submitted.
         device.queue.read_buffer(buffers[number], 0, 4)
 
     once()
-    best = _best(once, repeat)
-    return np.frombuffer(device.queue.read_buffer(buffers[number]), np.uint8), best
-
-
-def _best(once: Any, repeat: int) -> float:
-    best = math.inf
-    for _ in range(repeat):
-        start = time.perf_counter()
-        once()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return np.frombuffer(device.queue.read_buffer(buffers[number]), np.uint8), once
 
 
 def variants(kernel: Any, tiles: Sequence[Any]) -> list[Any]:

@@ -130,7 +130,7 @@ class _Conv:
             buffers.append(Buffer("r", spec.epilogue.residual_type(spec.dtype), 4 if self.whole_out else 1))
         buffers.append(Buffer("y", spec.out_type, 4 if self.whole_out else 1, written=True))
         extents = (spec.groups * self.blocks, -(-self.columns.out // self.tile.pixels), self.rows.out)
-        self.c = Code(device.api, "conv", buffers, extents, self.tile.group)  # type: ignore[attr-defined]
+        self.c = Code(device.api, "conv", buffers, extents, self.tile.group)
 
     def launch(self) -> Launch:
         c, spec, tile = self.c, self.spec, self.tile
@@ -314,31 +314,38 @@ def balanced(extent: int, most: int) -> int:
     return min(range(1, most + 1), key=lambda n: -(-extent // n) * (n + 1.5))
 
 
+# (pixels, vectors) by measurement: on lavapipe, whose loads are dear, the more of them are shared the better.
+SHAPES = {"opencl": ((4, 2), (4, 4), (8, 1), (8, 2)), "vulkan": ((8, 2), (4, 2), (8, 1), (4, 4))}
+
+
 def tiles_of(spec: Conv2D, device: Device) -> list[Tile]:
     """Tiles of a convolution, the one to start with first: a host may choose another on the device."""
     _, columns = spec.walk
     used = slices(spec.co // spec.groups)
     found = []
-    for pixels, vectors in ((4, 2), (8, 1), (4, 1), (8, 2)):
-        fitting = [v for v in range(vectors, 0, -1) if spec.groups == 1 or used % v == 0]
-        tile = Tile(balanced(columns.out, pixels), fitting[0] if used > 1 else 1, (1, 1, 1))
-        found.append(replace(tile, group=group_of(spec, tile, device)))
+    for pixels, most in SHAPES.get(device.api, SHAPES["vulkan"]):
+        # Slices that fill up a block are work for nothing.
+        vectors = max(v for v in (1, 2, 4) if v <= most and (used % v == 0 or (spec.groups == 1 and used > 4 * v)))
+        tile = Tile(balanced(columns.out, pixels), vectors, (1, 1, 1))
+        found.append(replace(tile, group=group_of(spec, tile)))
     return list(dict.fromkeys(found))
 
 
-def group_of(spec: Conv2D, tile: Tile, device: Device) -> Size:
-    """Work-group of a tile: output channels first, whose items read the same inputs, up to 64 items in all."""
+def group_of(spec: Conv2D, tile: Tile) -> Size:
+    """Work-group of a tile, 64 items: output channels first, whose items read the same inputs."""
     rows, columns = spec.walk
     across = spec.groups * -(-slices(spec.co // spec.groups) // tile.vectors)
     return fill((across, -(-columns.out // tile.pixels), rows.out), (8, 8, 1), 64)
 
 
 def fill(extents: Size, most: Size, items: int) -> Size:
-    """A work-group of powers of two, within `most` and `items`, for these extents."""
+    """A work-group of powers of two for these extents: within `most` first, then up to `items` where there is more."""
     group = [1, 1, 1]
-    for axis in range(3):
-        while group[axis] < most[axis] and group[axis] < extents[axis] and math.prod(group) * 2 <= items:
-            group[axis] *= 2
+    for limits in (most, (items, items, items)):
+        for axis in range(3):
+            limit = min(limits[axis], extents[axis])
+            while group[axis] < limit and math.prod(group) * 2 <= items:
+                group[axis] *= 2
     return tuple(group)  # type: ignore[return-value]
 
 
@@ -347,7 +354,7 @@ def _conv(spec: Conv2D, weights: Any, device: Device) -> Conv | None:
     if spec.dtype not in ("float32", "float16", "int8"):
         return None
     words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
-    if device.api != "opencl" and words and (spec.co // spec.groups) % 4:  # type: ignore[attr-defined]
+    if device.api != "opencl" and words and (spec.co // spec.groups) % 4:
         return None
     return Conv(spec, tiles_of(spec, device)[0])
 

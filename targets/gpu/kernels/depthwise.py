@@ -110,7 +110,7 @@ class _Depthwise:
             buffers.append(Buffer("r", spec.epilogue.residual_type(spec.dtype), units))
         buffers.append(Buffer("y", spec.out_type, units, written=True))
         extents = (self.slices, -(-self.columns.out // tile.pixels), -(-self.rows.out // tile.rows))
-        self.c = Code(device.api, "depthwise", buffers, extents, tile.group)  # type: ignore[attr-defined]
+        self.c = Code(device.api, "depthwise", buffers, extents, tile.group)
 
     def launch(self) -> Launch:
         c, tile, (rows, columns) = self.c, self.tile, (self.rows, self.columns)
@@ -224,7 +224,7 @@ def _depthwise(spec: Depthwise, weights: Any, device: Device) -> DepthwiseConv |
     if spec.dtype not in ("float32", "float16", "int8"):
         return None
     words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
-    if device.api != "opencl" and words and spec.c % 4:  # type: ignore[attr-defined]
+    if device.api != "opencl" and words and spec.c % 4:
         return None
     return DepthwiseConv(spec, tiles_of(spec, device)[0])
 

@@ -59,7 +59,7 @@ WGSL_MEMORY = {
 # Functions that kernels may need, by name. All OpenCL kernels of a model stand in one file, hence the guards.
 # erf: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-_HORNER = "t * ({0}f + t * ({1}f + t * ({2}f + t * ({3}f + t * {4}f))))".format(*_ERF)
+_HORNER = "t * ({}f + t * ({}f + t * ({}f + t * ({}f + t * {}f))))".format(*_ERF)
 OPENCL_HELPERS = {
     "erf": f"""\
 static inline float4 edgec_erf(float4 x) {{
@@ -148,7 +148,7 @@ fn edgec_rq1(acc: vec4<i32>, m: vec4<i32>, shift: vec4<i32>) -> vec4<i32> {
 
 @dataclass(frozen=True)
 class Buffer:
-    """A parameter of a kernel: `lanes` elements of `dtype` at a time. written: the kernel writes it and nothing else."""
+    """A parameter of a kernel: `lanes` elements of `dtype` at a time. written: only written, by the kernel."""
 
     name: str
     dtype: str

@@ -1,4 +1,4 @@
-"""From accumulators to what is stored: requantisation, residual, activation. The meaning is `common.finish_reference`."""
+"""From accumulators to what is stored: requantise, add, activate. The meaning is `common.finish_reference`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Pool(GpuKernel):
         buffers = [Buffer("x", spec.dtype, units), Buffer("y", spec.dtype, units, written=True)]
         rows, columns = spec.axes
         extents = (slices(spec.c), columns.out, rows.out)
-        c = Code(device.api, spec.name, buffers, extents, fill(extents, (16, 4, 4), 64))  # type: ignore[attr-defined]
+        c = Code(device.api, spec.name, buffers, extents, fill(extents, (16, 4, 4), 64))
         c.index(0, "slice")
         c.index(1, "ox")
         c.index(2, "oy")
@@ -132,7 +132,7 @@ class GlobalMean(GpuKernel):
             Buffer("y", spec.dtype, units, written=True) if last else Buffer("y", sums, 4, written=True),
         ]
         extents = (count, parts, 1)
-        c = Code(device.api, "mean", buffers, extents, fill(extents, (32, 8, 1), 64))  # type: ignore[attr-defined]
+        c = Code(device.api, "mean", buffers, extents, fill(extents, (32, 8, 1), 64))
         c.index(0, "slice")
         part = c.index(1, "part")
         end = f"{part} * {share} + {share}"
@@ -159,7 +159,7 @@ class GlobalMean(GpuKernel):
 
 def _pool(spec: AvgPool | MaxPool, weights: Any, device: Device) -> GpuKernel | None:
     """None for WGSL's int8 in other than whole words, and for types without kernel."""
-    if spec.dtype not in LEAST or (device.api != "opencl" and spec.dtype == "int8" and spec.c % 4):  # type: ignore[attr-defined]
+    if spec.dtype not in LEAST or (device.api != "opencl" and spec.dtype == "int8" and spec.c % 4):
         return None
     whole = spec.kernel == (spec.h, spec.w) and not any(spec.padding) and spec.dilation == (1, 1)
     return GlobalMean(spec) if whole and isinstance(spec, AvgPool) else Pool(spec)

@@ -1,0 +1,193 @@
+"""GPU kernels on PoCL and lavapipe against the NumPy meaning of their templates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgec.targets.gpu.kernels import depthwise, implement
+from edgec.targets.gpu.kernels.conv import Tile
+from edgec.targets.kernels.common import AddEpilogue, Epilogue
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.kernels.depthwise import Depthwise
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from tests.targets.gpu_runner import APIS, device_of, run
+
+# Relative to the largest value: sums of products in another order, and halves of 11 bits.
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3}
+CLIP = Epilogue("clip", 0.0, 6.0)
+SAME = (1, 1, 1, 1)
+
+
+def _name(spec: Any) -> str:
+    return f"{spec.name}-{getattr(spec, 'dtype', '')}"
+
+
+def _weighted(spec: Any, seed: int) -> tuple[list[np.ndarray | None], dict[str, np.ndarray | None]]:
+    """([x, residual], weights) of a convolution."""
+    rng = np.random.default_rng(seed)
+    inputs, outputs = (spec.c, spec.c) if isinstance(spec, Depthwise) else (spec.ci, spec.co)
+    shape = (outputs, inputs // spec.groups, *spec.kernel)
+    size = (*spec.out, outputs)
+    if spec.dtype != "int8":
+        fan = np.sqrt(np.prod(shape[1:]))
+        arrays = [rng.standard_normal((spec.h, spec.w, inputs)), rng.standard_normal(size) if spec.residual else None]
+        w = (rng.standard_normal(shape) / fan).astype(spec.dtype)
+        data = [None if a is None else a.astype(spec.dtype) for a in arrays]
+        return data, {"w": w, "bias": rng.standard_normal(outputs).astype(np.float32)}
+    x = rng.integers(-128, 128, (spec.h, spec.w, inputs)).astype(np.int8)
+    w = rng.integers(-127, 128, shape).astype(np.int8)
+    # Accumulators of a few thousands to a few hundreds of codes, so that clamps work, too.
+    real = rng.uniform(0.2, 2.0, outputs) * 100 / (74 * 74 * np.sqrt(np.prod(shape[1:])))
+    weights: dict[str, np.ndarray | None] = {"w": w, "bias": rng.integers(-9999, 9999, outputs).astype(np.int32)}
+    if spec.epilogue.requant == "RQ1":
+        shift = rng.integers(28, 40, outputs).astype(np.int32)
+        weights |= {"m": np.rint(real * 2.0**shift).clip(0, 2**31 - 1).astype(np.int32), "shift": shift}
+    else:
+        weights["m"] = real.astype(np.float32)
+    residual = None
+    if spec.epilogue.residual:
+        residual = rng.standard_normal(size).astype(np.float32)
+    elif spec.residual:
+        residual = rng.integers(-128, 128, size).astype(np.int8)
+    return [x, residual], weights
+
+
+def _check_weighted(spec: Any, api: str, tile: Tile | None = None) -> None:
+    device = device_of(api)
+    (x, residual), weights = _weighted(spec, 1)
+    kernel: Any = implement(spec, weights, device)
+    assert kernel is not None
+    if tile is not None:
+        kernel = replace(kernel, tile=tile)
+    after = [] if residual is None else [residual]
+    assert x is not None
+    found = run(kernel, device, [x, *kernel.pack(device, **weights), *after])
+    factors = (weights.get("m"), weights.get("shift"))
+    expected = spec.reference(x, weights["w"], weights["bias"], *factors, residual)
+    _compare(found, expected, spec)
+
+
+def _compare(found: np.ndarray, expected: np.ndarray, spec: Any) -> None:
+    assert found.dtype == expected.dtype
+    found = found.reshape(expected.shape)
+    if expected.dtype == np.int8:
+        # A product with the inverse of y_scale may round a tie the other way than the division.
+        slack = 1 if getattr(getattr(spec, "epilogue", None), "requant", "") == "float" else 0
+        assert len(np.unique(expected)) > 3
+        assert np.abs(found.astype(int) - expected).max() <= slack
+        return
+    error = np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max()
+    assert error <= TOLERANCE[getattr(spec, "dtype", "float32") if found.dtype == np.float16 else "float32"]
+
+
+CONVOLUTIONS = [
+    Conv2D(7, 7, 16, 24, epilogue=replace(CLIP, residual=True)),
+    Conv2D(5, 7, 8, 10, epilogue=Epilogue("gelu")),
+    Conv2D(1, 1, 41, 10),
+    Conv2D(9, 11, 3, 16, (3, 3), (2, 2), SAME, epilogue=Epilogue("hardswish")),
+    Conv2D(9, 11, 8, 12, (3, 3), (1, 1), SAME, epilogue=Epilogue("mish")),
+    Conv2D(9, 11, 10, 6, (3, 3), (1, 2), (2, 1, 1, 2), (2, 1), epilogue=Epilogue("silu")),
+    Conv2D(6, 5, 16, 16, (3, 3), (1, 1), SAME, groups=2, epilogue=Epilogue("leaky_relu", 0.1)),
+    Conv2D(6, 5, 6, 10, (3, 3), (1, 1), SAME, groups=2, epilogue=Epilogue("gelu_tanh")),
+]
+DEPTHWISE = [
+    Depthwise(9, 11, 16, (3, 3), (1, 1), SAME, epilogue=CLIP),
+    Depthwise(9, 11, 12, (5, 5), (2, 2), (2, 2, 2, 2), epilogue=Epilogue("tanh", residual=True)),
+    Depthwise(9, 11, 10, (3, 3), (2, 2), (0, 1, 0, 1), epilogue=Epilogue("sigmoid")),
+    Depthwise(7, 6, 8, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), epilogue=Epilogue("hardsigmoid")),
+]
+POOLS = [
+    AvgPool(9, 11, 12, (3, 3), (2, 2), SAME),
+    MaxPool(9, 11, 10, (3, 3), (2, 2), SAME),
+    MaxPool(9, 11, 8, (2, 2), (2, 2), dilation=(2, 1)),
+    Mean(7, 7, 24),
+    Mean(16, 17, 10),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("spec", CONVOLUTIONS + DEPTHWISE, ids=_name)
+def test_float_convolution(spec: Any, dtype: str, api: str) -> None:
+    _check_weighted(replace(spec, dtype=dtype), api)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("tile", [Tile(8, 2, (4, 2, 1)), Tile(4, 4, (1, 2, 4)), Tile(2, 1, (8, 1, 1))], ids=str)
+def test_other_tiles_of_a_convolution_give_the_same(tile: Tile, api: str) -> None:
+    # Nine slices of outputs and nine columns fill no block.
+    _check_weighted(Conv2D(5, 9, 12, 36, (3, 3), (1, 1), SAME, epilogue=CLIP), api, tile)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_other_tiles_of_a_depthwise_convolution_give_the_same(api: str) -> None:
+    spec = Depthwise(9, 11, 16, (3, 3), (1, 1), SAME)
+    for tile in depthwise.tiles_of(spec, device_of(api))[1:]:
+        _check_weighted(spec, api, tile)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("spec", POOLS, ids=_name)
+def test_float_pool(spec: Any, dtype: str, api: str) -> None:
+    spec = replace(spec, dtype=dtype)
+    device = device_of(api)
+    x = np.random.default_rng(2).standard_normal((spec.h, spec.w, spec.c)).astype(dtype)
+    kernel = implement(spec, {}, device)
+    assert kernel is not None
+    _compare(run(kernel, device, [x]), spec.reference(x), spec)
+
+
+RQ1 = Epilogue(lo=-128, hi=127, y_zp=-5)
+RQF = replace(RQ1, requant="RQF", lo=-100)
+ADD = replace(RQF, add=AddEpilogue(700_000, 900_000, 20, -5, 7, 3, -128, 127))
+REAL = Epilogue("gelu", requant="float", residual=True)
+CODED = Epilogue("hardswish", y_zp=4, requant="float", y_scale=0.02)
+INTEGER = [
+    Conv2D(7, 7, 16, 24, epilogue=RQ1),
+    Conv2D(7, 7, 16, 24, epilogue=ADD),
+    Conv2D(7, 6, 8, 12, epilogue=REAL),
+    Conv2D(7, 6, 8, 12, epilogue=CODED),
+    Conv2D(9, 11, 3, 16, (3, 3), (2, 2), SAME, x_zp=-7, epilogue=RQF),
+    Conv2D(9, 7, 8, 12, (3, 3), (1, 1), SAME, x_zp=-7, epilogue=replace(RQ1, add=ADD.add)),
+    Depthwise(9, 11, 16, (3, 3), (1, 1), SAME, x_zp=3, epilogue=RQ1),
+    Depthwise(9, 11, 12, (5, 5), (2, 2), (2, 2, 2, 2), epilogue=ADD),
+]
+# What WGSL cannot write: codes that are not four to a word.
+ODD = [
+    Conv2D(5, 7, 9, 10, epilogue=RQF),
+    Conv2D(6, 5, 6, 10, (3, 3), (1, 1), SAME, groups=2, epilogue=ADD),
+    Depthwise(9, 11, 10, (3, 3), (2, 2), (0, 1, 0, 1), x_zp=5, epilogue=RQ1),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", INTEGER, ids=_name)
+def test_integer_convolution_is_exact(spec: Any, api: str) -> None:
+    spec = replace(spec, dtype="int8")
+    _check_weighted(spec, api)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("spec", ODD, ids=_name)
+def test_integer_convolution_of_odd_channels(spec: Any) -> None:
+    spec = replace(spec, dtype="int8")
+    assert implement(spec, _weighted(spec, 0)[1], device_of("vulkan")) is None
+    _check_weighted(spec, "opencl")
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", POOLS, ids=_name)
+def test_integer_pool_is_exact(spec: Any, api: str) -> None:
+    requant = Requant(int(2.0**38 * 1.5 / (spec.taps * 2**7)), 31, 3, -4, -120, 127)
+    fields = {"requant": requant} if isinstance(spec, AvgPool) else {}
+    spec = replace(spec, dtype="int8", c=spec.c + (-spec.c % 4 if api == "vulkan" else 0), **fields)
+    device = device_of(api)
+    x = np.random.default_rng(3).integers(-128, 128, (spec.h, spec.w, spec.c)).astype(np.int8)
+    kernel = implement(spec, {}, device)
+    assert kernel is not None
+    _compare(run(kernel, device, [x]), spec.reference(x), spec)
