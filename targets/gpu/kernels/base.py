@@ -74,11 +74,18 @@ class GpuKernel:
         """What to dispatch, one after the other, in the device's language (`device.api`)."""
         raise NotImplementedError
 
+    def variants(self, device: Device) -> tuple[tuple[Launch, ...], ...]:
+        """`launches`, and other ones that compute the same from the same operands and scratch: a host measures them on
+        the device and keeps the fastest."""
+        return (self.launches(device),)
+
     def prim_func(self, device: Device) -> Any:
         """A PrimFunc with these operands that says what to launch."""
         with common.prim_func(self.name, self.inplace) as builder:
             for number, operand in enumerate(self.operands()):
                 common.param(f"p{number}", (operand.elements,), operand.dtype)
             T.evaluate(0)
-        plain = [[x.function, x.text, x.arguments, x.grid, x.group] for x in self.launches(device)]
-        return builder.get().with_attr(LAUNCHES, json.dumps([plain, self.scratch()]))
+        plain = [
+            [[x.function, x.text, x.arguments, x.grid, x.group] for x in launches] for launches in self.variants(device)
+        ]
+        return builder.get().with_attr(LAUNCHES, json.dumps([plain, self.scratch(), self.macs]))
