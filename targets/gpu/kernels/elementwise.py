@@ -47,20 +47,26 @@ class Walk:
     """
 
     def __init__(
-        self, device: Device, stem: str, shape: Shape, inputs: Sequence[tuple[str, list[int], str]], out: str
+        self,
+        device: Device,
+        stem: str,
+        shape: Shape,
+        inputs: Sequence[tuple[str, list[int], str]],
+        out: str,
+        inplace: Sequence[int] = (),
     ) -> None:
         self.shape, self.rest, self.out = shape, shape[-1] % 4, out
         self.steps = {name: steps for name, steps, _ in inputs}
         self.types = {name: dtype for name, _, dtype in inputs}
         self.units: dict[str, int] = {}
         buffers = []
-        for name, steps, dtype in inputs:
+        for number, (name, steps, dtype) in enumerate(inputs):
             # Four neighbours are one vector, or there is one element for all.
             whole = self.rest == 0 and steps[-1] == 1 and all(s % 4 == 0 for s in steps[:-1])
             self.units[name] = 4 if whole else 1
-            buffers.append(Buffer(name, dtype, self.units[name]))
+            buffers.append(Buffer(name, dtype, self.units[name], shared=number in inplace))
         self.lanes = 1 if self.rest else 4
-        buffers.append(Buffer("y", out, self.lanes, written=True))
+        buffers.append(Buffer("y", out, self.lanes, written=True, shared=bool(inplace)))
         outer = shape[:-1]
         middle = outer[-1] if outer else 1
         extents = (slices(shape[-1]), middle, elements(outer[:-1]))
@@ -130,6 +136,10 @@ class Pair(GpuKernel):
     spec: QAdd | QMul
 
     @property
+    def inplace(self) -> tuple[int, ...]:
+        return self.spec.inplace
+
+    @property
     def name(self) -> str:  # type: ignore[override]
         return self.spec.name
 
@@ -144,7 +154,7 @@ class Pair(GpuKernel):
             shape = _flat(shape)
             sources = [shape, shape]
         inputs = [(name, steps_of(source), "int8") for name, source in zip("ab", sources, strict=True)]
-        walk = Walk(device, s.name, shape, inputs, "int8")
+        walk = Walk(device, s.name, shape, inputs, "int8", self.inplace)
         c = walk.c
 
         def compute(count: int) -> str:
@@ -170,6 +180,10 @@ class Single(GpuKernel):
     spec: QRescale | Quantize | Dequantize
 
     @property
+    def inplace(self) -> tuple[int, ...]:
+        return self.spec.inplace
+
+    @property
     def name(self) -> str:  # type: ignore[override]
         return self.spec.name
 
@@ -185,7 +199,7 @@ class Single(GpuKernel):
         s = self.spec
         shape = _flat(s.shape)
         source, target = self._types
-        walk = Walk(device, s.name, shape, [("x", steps_of(shape), source)], target)
+        walk = Walk(device, s.name, shape, [("x", steps_of(shape), source)], target, self.inplace)
         c = walk.c
 
         def compute(count: int) -> str:

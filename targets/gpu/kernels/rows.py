@@ -93,8 +93,8 @@ def softmax(
     hidden: rows with nothing but values up to this one become zero.
     """
     lanes = 4 if columns % 4 == 0 else 1
-    buffers = [Buffer("x", "float32", lanes)] if len(arguments) == 2 else []
-    buffers.append(Buffer("y", "float32", lanes, written=True))
+    buffers = [Buffer("x", "float32", lanes, shared=True)] if len(arguments) == 2 else []
+    buffers.append(Buffer("y", "float32", lanes, written=True, shared=True))
     source = buffers[0].name
     row = Row(device, "softmax", buffers, rows, columns)
     c = row.c
@@ -122,6 +122,10 @@ class SoftmaxRows(GpuKernel):
     spec: Softmax
 
     @property
+    def inplace(self) -> tuple[int, ...]:
+        return (0,)
+
+    @property
     def name(self) -> str:  # type: ignore[override]
         return self.spec.name
 
@@ -138,6 +142,10 @@ class Norm(GpuKernel):
     """`LayerNorm` or `RMSNorm`. Operands: x, weight, bias, y. The variance is that of differences from the mean."""
 
     spec: LayerNorm | RMSNorm
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return self.spec.inplace
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -160,8 +168,9 @@ class Norm(GpuKernel):
     def launches(self, device: Device) -> tuple[Launch, ...]:
         s = self.spec
         lanes = 4 if s.columns % 4 == 0 else 1
-        names = ("x", "weight", "bias")
-        buffers = [Buffer(name, "float32", lanes) for name in names] + [Buffer("y", s.dtype, lanes, written=True)]
+        both = bool(s.inplace)
+        buffers = [Buffer("x", "float32", lanes, shared=both), Buffer("weight", "float32", lanes)]
+        buffers += [Buffer("bias", "float32", lanes), Buffer("y", s.dtype, lanes, written=True, shared=both)]
         row = Row(device, "norm", buffers, s.rows, s.columns)
         c, share = row.c, literal(1.0 / s.columns)
         value = c.load("x", "first + i")
