@@ -208,8 +208,8 @@ class Code:
         return kind if self.opencl else WGSL_KINDS[kind]
 
     def let(self, kind: str, name: str, value: str) -> str:
-        """A value that does not change."""
-        self.line(f"const {kind} {name} = {value};" if self.opencl else f"let {name}: {self.type(kind)} = {value};")
+        """A value that does not change. WGSL knows its type, and texts are short."""
+        self.line(f"const {kind} {name} = {value};" if self.opencl else f"let {name} = {value};")
         return name
 
     def var(self, kind: str, name: str, value: str) -> str:
