@@ -16,10 +16,11 @@ from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
 from edgec.targets.kernels.matmul import MatMul
-from edgec.targets.kernels.norm import LayerNorm, RMSNorm
+from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
 from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.kernels.transpose import Transpose
+from edgec.targets.kernels.weight_only import CodedConv2D
 from tests.targets.gpu_runner import APIS, device_of, run
 
 # Relative to the largest value: sums of products in another order, and halves of 11 bits.
@@ -62,13 +63,15 @@ def _weighted(spec: Any, seed: int) -> tuple[list[np.ndarray | None], dict[str, 
     return [x, residual], weights
 
 
-def _check_weighted(spec: Any, api: str, tile: Tile | None = None) -> None:
+def _check_weighted(spec: Any, api: str, tile: Tile | None = None, dot: bool = False) -> None:
     device = device_of(api)
     (x, residual), weights = _weighted(spec, 1)
     kernel: Any = implement(spec, weights, device)
     assert kernel is not None
     if tile is not None:
         kernel = replace(kernel, tile=tile)
+    if dot:
+        kernel = replace(kernel, dot=True)
     after = [] if residual is None else [residual]
     assert x is not None
     found = run(kernel, device, [x, *kernel.pack(device, **weights), *after])
@@ -150,7 +153,8 @@ def test_float_pool(spec: Any, dtype: str, api: str) -> None:
 
 RQ1 = Epilogue(lo=-128, hi=127, y_zp=-5)
 RQF = replace(RQ1, requant="RQF", lo=-100)
-ADD = replace(RQF, add=AddEpilogue(700_000, 900_000, 20, -5, 7, 3, -128, 127))
+FUSED = AddEpilogue(700_000, 900_000, 20, -5, 7, 3, -128, 127)
+ADD = replace(RQF, add=FUSED)
 REAL = Epilogue("gelu", requant="float", residual=True)
 CODED = Epilogue("hardswish", y_zp=4, requant="float", y_scale=0.02)
 INTEGER = [
@@ -176,6 +180,34 @@ ODD = [
 def test_integer_convolution_is_exact(spec: Any, api: str) -> None:
     spec = replace(spec, dtype="int8")
     _check_weighted(spec, api)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("spec", [s for s in INTEGER if isinstance(s, Conv2D)], ids=_name)
+def test_integer_convolution_by_dot_products_is_exact(spec: Any) -> None:
+    """The order of weights that the instructions take, with products that any device has."""
+    _check_weighted(replace(spec, dtype="int8"), "opencl", dot=True)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_many_products_of_extreme_codes_are_exact(kernel: tuple[int, int]) -> None:
+    # More of the largest product than float32 adds exactly: 128 * 128 * 1040 and 9 * 128 * 128 * 260.
+    channels = 1040 if kernel == (1, 1) else 260
+    spec = Conv2D(4, 3, channels, 4, kernel, dtype="int8", epilogue=Epilogue(requant="float"))
+    x = np.full((4, 3, channels), -128, np.int8)
+    w = np.full((4, channels, *kernel), -128, np.int8)
+    w[1:, ::7] = 127
+    w[2, 0, 0, 0] = -127
+    w[3, 5, 0, 0] = 13
+    # Real results show the sums themselves, to their last bits.
+    weights = {"w": w, "bias": np.array([1, -1, 3, 0], np.int32), "m": np.full(4, 2.0**-8, np.float32)}
+    device = device_of("opencl")
+    kernel_ = implement(spec, weights, device)
+    assert kernel_ is not None
+    found = run(kernel_, device, [x, *kernel_.pack(device, **weights)])
+    sums = spec.reference(x, w, weights["bias"], weights["m"])
+    assert np.array_equal(found.reshape(sums.shape), sums)
 
 
 @pytest.mark.opencl
@@ -279,14 +311,39 @@ def test_norm(spec: Any, api: str) -> None:
     _check(spec, api, [x], weights)
 
 
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("pixels, channels, groups", [(20, 16, 2), (9, 6, 3)])
+def test_group_norm(pixels: int, channels: int, groups: int, layout: str, api: str) -> None:
+    spec = GroupNorm(pixels, channels, groups, 1e-5, layout, Epilogue("silu"))
+    x = _normal(pixels, channels) * 2 + 1
+    weights = {"weight": _normal(channels, seed=7), "bias": _normal(channels, seed=8)}
+    _check(spec, api, [x.T.copy() if layout == "NCHW" else x], weights)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_convolution_of_stored_codes(api: str) -> None:
+    spec = CodedConv2D(1, 6, 24, 12, bits=4, group=8, zeros=True, epilogue=Epilogue("silu"))
+    rng = np.random.default_rng(12)
+    codes, zero = (rng.integers(-8, 8, shape).astype(np.int8) for shape in ((12, 24, 1, 1), (12, 3)))
+    scale = rng.uniform(0.01, 0.1, (12, 3)).astype(np.float32)
+    bias = _normal(12)
+    device, x = device_of(api), _normal(1, 6, 24)
+    weights: dict[str, Any] = {"w": codes, "bias": bias, "scale": scale, "zero": zero}
+    kernel = implement(spec, weights, device)
+    assert kernel is not None
+    found = run(kernel, device, [x, *kernel.pack(device, **weights)])
+    _compare(found, spec.reference(x, codes, bias, scale, zero), spec)
+
+
 def _codes(shape: tuple[int, ...], seed: int = 9) -> np.ndarray:
     return np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
 
 
 PAIRS = [
-    QAdd((4, 6, 8), (4, 6, 8), ADD.add),
-    QAdd((4, 6, 8), (8,), ADD.add),
-    QAdd((4, 6, 8), (4, 1, 1), ADD.add),
+    QAdd((4, 6, 8), (4, 6, 8), FUSED),
+    QAdd((4, 6, 8), (8,), FUSED),
+    QAdd((4, 6, 8), (4, 1, 1), FUSED),
     QMul((3, 5, 4), (3, 1, 4), 1_500_000_000, 37, 3, -9, 5, -128, 127),
     QMul((2, 3, 5, 8), (2, 1, 5, 1), 1_500_000_000, 37, 3, -9, 5, -100, 100),
 ]

@@ -1,8 +1,11 @@
 """Convolutions and matrix products with stored weights: no local memory, no barriers, `float4` in registers.
 
 A work item computes a few neighbouring pixels by a few slices of four output channels. Activations are NHWC; weights
-are [slices of four outputs][taps][slices of four inputs][4 inputs][4 outputs], for int8 [...][4 outputs][4 inputs], so
-that every tile reads the same ones, in order. A fully connected layer is a 1x1 convolution over rows.
+are [slices of four outputs][taps][slices of four inputs][4 inputs][4 outputs], so that every tile reads the same ones,
+in order. A fully connected layer is a 1x1 convolution over rows.
+
+int8 has two forms. With an instruction for dot products weights are [...][4 outputs][4 inputs]. Without one, products
+are added as float32, which every GPU multiplies fastest: exactly, up to `EXACT` of them, which then go to int32.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from edgec.integer import dequantize_weight
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
 from edgec.targets.gpu.kernels.base import GpuKernel, Launch, Size
 from edgec.targets.gpu.kernels.dialect import LANES, Buffer, Code
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.tiling import Axis
+from edgec.targets.kernels.weight_only import CodedConv2D
 from edgec.targets.mcu.kernels.base import Operand
 
 # Output slices are filled up to a multiple of this many, so that tiles need no guard around their weights.
 MOST_VECTORS = 4
+# Products of two codes whose sum float32 holds exactly: 2^24 / (128 * 128).
+EXACT = 1024
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,14 @@ def first_of(tile: Tile, tiles: Sequence[Tile]) -> list[Tile]:
 
 @dataclass(frozen=True)
 class Conv(GpuKernel):
-    """`Conv2D`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too."""
+    """`Conv2D`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too.
+
+    dot: whether int8 is multiplied by dot products.
+    """
 
     spec: Conv2D
     tile: Tile
+    dot: bool = False
 
     name: ClassVar[str] = "conv2d"
 
@@ -100,7 +111,7 @@ class Conv(GpuKernel):
         rows = w.reshape(spec.groups, self.outputs, self.inputs, self.taps)
         full[:, : self.outputs, :, : self.inputs] = rows.transpose(0, 1, 3, 2)
         full = full.reshape(spec.groups, count, 4, self.taps, depth, 4)
-        order = (0, 1, 3, 4, 2, 5) if spec.dtype == "int8" else (0, 1, 3, 4, 5, 2)
+        order = (0, 1, 3, 4, 2, 5) if self.dot else (0, 1, 3, 4, 5, 2)
         packed = np.ascontiguousarray(full.transpose(order)).reshape(-1)
         place = (np.arange(spec.groups)[:, None] * (count * 4) + np.arange(self.outputs)).reshape(-1)
         return packed, *epilogue.pack_constants(spec, weights, place, spec.groups * count * 4)
@@ -120,13 +131,29 @@ class Conv(GpuKernel):
         return tuple(replace(self, tile=t).launches(device) for t in first_of(self.tile, tiles_of(self.spec, device)))
 
 
+@dataclass(frozen=True)
+class CodedConv(Conv):
+    """`CodedConv2D`, with its weights as float32: they take the memory of a float layer on a GPU, and no more time."""
+
+    spec: CodedConv2D
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """w: codes OIHW; scale, zero: [outputs, groups of inputs]; bias: one per channel."""
+        w, scale = weights["w"], weights["scale"]
+        assert w is not None and scale is not None
+        values = dequantize_weight(w, scale, weights.get("zero"), self.spec.group)
+        return super().pack(device, w=values, bias=weights.get("bias"))
+
+
 class _Conv:
     """Text of a `Conv`."""
 
     def __init__(self, kernel: Conv, device: Device) -> None:
         self.kernel, self.spec, self.tile = kernel, kernel.spec, kernel.tile
         spec = self.spec
-        self.integer = spec.dtype == "int8"
+        self.integer, self.dot = spec.dtype == "int8", kernel.dot
+        # int8 by float32 products: summed in f, and in a what f no longer holds exactly.
+        self.floating = self.integer and not kernel.dot
         self.rows, self.columns = kernel.walk
         self.depth = slices(kernel.inputs)
         # Whether slices of four channels are whole words of memory.
@@ -163,9 +190,26 @@ class _Conv:
             c.let(kind, f"b{v}", c.load("bias", self._plus("slice", v)))
             for p in range(tile.pixels):
                 c.var(kind, f"a{p}_{v}", f"b{v}")
+                if self.floating:
+                    c.var("float4", f"f{p}_{v}", c.constant(0.0))
         self._inputs(group)
+        if self.floating and self._at_once:
+            self._flush(last=True)
         self._store(group)
         return c.launch(range(len(self.kernel.operands())))
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether all products of an output add up exactly in float32."""
+        return self.kernel.taps * self.depth * 4 <= EXACT
+
+    def _flush(self, last: bool = False) -> None:
+        """Add what float32 has summed to the integers."""
+        for v in range(self.tile.vectors):
+            for p in range(self.tile.pixels):
+                self.c.line(f"a{p}_{v} += {self.c.whole(f'f{p}_{v}')};")
+                if not last:
+                    self.c.line(f"f{p}_{v} = {self.c.constant(0.0)};")
 
     @staticmethod
     def _plus(name: str, k: int) -> str:
@@ -227,11 +271,21 @@ class _Conv:
         if whole == 1:
             self._slice(i, "0", 4, places, inside, valid, size, zero)
         elif whole:
-            with c.loop("k", 0, whole):
-                self._slice(i, "k", 4, places, inside, valid, size, zero)
+            # A row of the window, or as many channels of it as float32 adds exactly.
+            chunk = max(1, EXACT // (4 * self.columns.kernel)) if self.floating and not self._at_once else whole
+            if chunk >= whole:
+                with c.loop("k", 0, whole):
+                    self._slice(i, "k", 4, places, inside, valid, size, zero)
+            else:
+                with c.loop("chunk", 0, whole, chunk):
+                    with c.loop("k", "chunk", f"min(chunk + {chunk}, {whole})"):
+                        self._slice(i, "k", 4, places, inside, valid, size, zero)
+                    self._flush()
         if rest:
             with c.block(""):
                 self._slice(i, str(whole), rest, places, inside, valid, size, zero)
+        if self.floating and not self._at_once:
+            self._flush()
 
     def _slice(
         self,
@@ -246,13 +300,14 @@ class _Conv:
     ) -> None:
         """The products of slice `k` of the input channels, of which `lanes` exist, in row `i` of the window."""
         c, columns, tile = self.c, self.columns, self.tile
-        kind = "uint" if self.integer else "float4"
-        word = f"{(zero & 255) * 0x01010101}u"
-        padding = word if self.integer else c.constant(0.0)
+        kind = "uint" if self.dot else "float4"
+        padding = f"{(zero & 255) * 0x01010101}u" if self.dot else c.constant(zero)
         at = k if self.whole_in else f"{k} * 4"
         for n, place in enumerate(places):
             index = f"line + {place * size} + {at}" if place else f"line + {at}"
             value = c.load("x", index) if self.whole_in else c.load4("x", index, lanes, "0" if self.integer else "0.0f")
+            if self.floating:
+                value = c.unpack_floats(value)
             tests = ([f"in{n}"] if inside[place] else []) + ([valid] if valid else [])
             if tests:
                 value = c.pick(" && ".join(tests), value, padding)
@@ -264,15 +319,17 @@ class _Conv:
             for v in range(tile.vectors):
                 if self.integer:
                     c.let("uint4", f"w{j}_{v}", c.load("w", f"w{v} + {step}"))
+                    for lane in range(0 if self.dot else lanes):
+                        c.let("float4", f"w{j}_{v}_{lane}", c.unpack_floats(f"w{j}_{v}.{LANES[lane]}"))
                 else:
                     for lane in range(lanes):
                         c.let("float4", f"w{j}_{v}_{lane}", c.load("w", self._plus(f"w{v} + {step} * {per}", lane)))
-            for lane in range(1 if self.integer else lanes):
+            for lane in range(1 if self.dot else lanes):
                 for p in range(tile.pixels):
                     n = places.index(p * columns.stride + j * columns.dilation)
                     for v in range(tile.vectors):
-                        acc = f"a{p}_{v}"
-                        if self.integer:
+                        acc = f"f{p}_{v}" if self.floating else f"a{p}_{v}"
+                        if self.dot:
                             for o in LANES:
                                 c.line(f"{acc}.{o} = {c.call('dot4', f'x{n}', f'w{j}_{v}.{o}', f'{acc}.{o}')};")
                         else:
@@ -370,7 +427,13 @@ def _conv(spec: Conv2D, weights: Any, device: Device) -> Conv | None:
     words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
     if device.api != "opencl" and words and (spec.co // spec.groups) % 4:
         return None
-    return Conv(spec, tiles_of(spec, device)[0])
+    # WGSL has dot products of words; what they become is the driver's choice.
+    dot = spec.dtype == "int8" and (device.api != "opencl" or bool(device.dot))
+    return Conv(spec, tiles_of(spec, device)[0], dot)
 
 
-RULES: dict[type, Callable[..., GpuKernel | None]] = {Conv2D: _conv}
+def _coded(spec: CodedConv2D, weights: Any, device: Device) -> CodedConv:
+    return CodedConv(spec, tiles_of(spec, device)[0])
+
+
+RULES: dict[type, Callable[..., GpuKernel | None]] = {Conv2D: _conv, CodedConv2D: _coded}

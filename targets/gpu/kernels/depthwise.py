@@ -1,6 +1,7 @@
 """Depthwise convolution: a work item computes a rectangle of output pixels of four channels.
 
-Every input vector is read once and multiplied into all the pixels that see it. Weights are [taps][slices][4].
+Every input vector is read once and multiplied into all the pixels that see it. Weights are [taps][slices][4]. Products
+of int8 codes are added as float32, which is exact for any window of up to `EXACT` taps and faster than integers.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
 from edgec.targets.gpu.kernels.base import GpuKernel, Launch
-from edgec.targets.gpu.kernels.conv import Tile, balanced, fill, first_of, slices
+from edgec.targets.gpu.kernels.conv import EXACT, Tile, balanced, fill, first_of, slices
 from edgec.targets.gpu.kernels.dialect import Buffer, Code
 from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.tiling import Axis
@@ -140,12 +141,12 @@ class _Depthwise:
     def _body(self, channels: int) -> None:
         """The whole work item, for a slice of so many channels."""
         c, spec, tile, (rows, columns) = self.c, self.spec, self.tile, (self.rows, self.columns)
-        kind = "int4" if self.integer else "float4"
-        c.let(kind, "b", c.load("bias", "slice"))
+        kind = "float4"
+        c.let("int4" if self.integer else kind, "b", c.load("bias", "slice"))
         for q in range(tile.rows):
             for p in range(tile.pixels):
-                c.var(kind, f"a{q}_{p}", "b")
-        zero = c.splat("int4", str(spec.x_zp)) if self.integer else c.constant(0.0)
+                c.var(kind, f"a{q}_{p}", c.constant(0.0) if self.integer else "b")
+        zero = c.constant(spec.x_zp if self.integer else 0.0)
         held = self.kernel.taps <= HELD
         if held:
             for tap in range(self.kernel.taps):
@@ -161,7 +162,7 @@ class _Depthwise:
                 c.let("int", "line", f"((iy + {line}) * {columns.size} + ix) * {self.size} + slice{self._scaled}")
                 for n, (place, users) in enumerate(places.items()):
                     index = f"line + {place * self.size}" if place else "line"
-                    value = self._read("x", spec.dtype, index, channels)
+                    value = self._read("x", spec.dtype, index, channels, floats=True)
                     tests = [t for t in (column_in.get(place), None if skip else test) if t]
                     c.let(kind, f"x{n}", c.pick(" && ".join(tests), value, zero) if tests else value)
                     if held:
@@ -180,15 +181,17 @@ class _Depthwise:
 
     def _weight(self, tap: int) -> str:
         value = self.c.load("w", f"slice + {tap * self.slices}" if tap else "slice")
-        return self.c.unpack(value) if self.integer else value
+        return self.c.unpack_floats(value) if self.integer else value
 
-    def _read(self, buffer: str, dtype: str, index: str, channels: int) -> str:
+    def _read(self, buffer: str, dtype: str, index: str, channels: int, floats: bool = False) -> str:
         c = self.c
         if self.whole:
             value = c.load(buffer, index)
         else:
             value = c.load4(buffer, index, channels, "0" if dtype == "int8" else "0.0f")
-        return c.unpack(value) if dtype == "int8" else value
+        if dtype != "int8":
+            return value
+        return c.unpack_floats(value) if floats else c.unpack(value)
 
     def _multiply(self, row_users: Any, users: Any, value: str, prefix: str | None) -> None:
         for q, i in row_users:
@@ -212,7 +215,8 @@ class _Depthwise:
                         residual = None
                         if spec.residual:
                             residual = self._read("r", spec.epilogue.residual_type(spec.dtype), at, channels)
-                        value = epilogue.finish(c, f"y{q}_{p}", f"a{q}_{p}", spec, factors, residual)
+                        total = f"(b + {c.whole(f'a{q}_{p}')})" if self.integer else f"a{q}_{p}"
+                        value = epilogue.finish(c, f"y{q}_{p}", total, spec, factors, residual)
                         epilogue.write(c, "y", spec.out_type, at, value, channels, self.whole)
 
 
@@ -228,8 +232,8 @@ def tiles_of(spec: Depthwise, device: Device) -> list[Tile]:
 
 
 def _depthwise(spec: Depthwise, weights: Any, device: Device) -> DepthwiseConv | None:
-    """None for WGSL's int8 in other than whole words, and for types without kernel."""
-    if spec.dtype not in ("float32", "float16", "int8"):
+    """None for WGSL's int8 in other than whole words, for huge windows, and for types without kernel."""
+    if spec.dtype not in ("float32", "float16", "int8") or spec.kernel[0] * spec.kernel[1] > EXACT:
         return None
     words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
     if device.api != "opencl" and words and spec.c % 4:

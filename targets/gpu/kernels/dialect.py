@@ -335,6 +335,14 @@ class Code:
         """Four codes as int4."""
         return f"convert_int4(as_char4({word}))" if self.opencl else f"unpack4xI8({word})"
 
+    def unpack_floats(self, word: str) -> str:
+        """Four codes as float4."""
+        return f"convert_float4(as_char4({word}))" if self.opencl else f"vec4<f32>(unpack4xI8({word}))"
+
+    def whole(self, value: str) -> str:
+        """A float4 of integers within int32 as int4."""
+        return f"convert_int4({value})" if self.opencl else f"vec4<i32>({value})"
+
     def pack(self, codes: str) -> str:
         """int4 of values in -128..127 as a word."""
         return f"as_uint(convert_char4({codes}))" if self.opencl else f"pack4xI8({codes})"

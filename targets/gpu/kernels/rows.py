@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
 from edgec.targets.gpu.kernels.base import GpuKernel, Launch
-from edgec.targets.gpu.kernels.dialect import LANES, Buffer, Code, literal
-from edgec.targets.kernels.norm import LayerNorm, RMSNorm
+from edgec.targets.gpu.kernels.dialect import LANES, Buffer, Code, activated, literal
+from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.mcu.kernels.base import Operand
 
 # Work items that share a row at most: what they exchange is read by each of them, one by one.
 MOST_LANES = 16
 LEAST_PER_LANE = 2
+# The same for the long rows of a group norm.
+GROUP_LANES = 64
 # Rows of a work-group.
 MOST_ROWS = 4
 LOWEST = -3.4028234e38
@@ -27,15 +29,24 @@ LOWEST = -3.4028234e38
 class Row:
     """Code on one row: `columns` elements of the buffers, as float4 where they fill whole ones."""
 
-    def __init__(self, device: Device, stem: str, buffers: list[Buffer], rows: int, columns: int) -> None:
-        self.whole = columns % 4 == 0
+    def __init__(
+        self,
+        device: Device,
+        stem: str,
+        buffers: list[Buffer],
+        rows: int,
+        columns: int,
+        whole: bool | None = None,
+        most: int = MOST_LANES,
+    ) -> None:
+        self.whole = columns % 4 == 0 if whole is None else whole
         self.count = columns // 4 if self.whole else columns
         self.kind = "float4" if self.whole else "float"
         self.lanes = 1
-        while self.lanes < MOST_LANES and self.lanes * 2 * LEAST_PER_LANE <= self.count:
+        while self.lanes < most and self.lanes * 2 * LEAST_PER_LANE <= self.count:
             self.lanes *= 2
         # No item may leave before the exchanges: rows of a group are a divisor of all rows.
-        together = max(n for n in (1, 2, MOST_ROWS) if rows % n == 0)
+        together = max(n for n in (1, 2, MOST_ROWS) if rows % n == 0 and (n == 1 or n * self.lanes <= GROUP_LANES))
         if self.lanes == 1:
             together = 64 if rows >= 64 else 8
         extents = (self.lanes, rows, 1)
@@ -159,11 +170,7 @@ class Norm(GpuKernel):
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """weight, bias: one per column, or None."""
-        given = (weights.get("weight"), weights.get("bias"))
-        return tuple(
-            np.full(self.spec.columns, fill, np.float32) if w is None else w.astype(np.float32).reshape(-1)
-            for w, fill in zip(given, (1.0, 0.0), strict=True)
-        )
+        return _affine(self.spec.columns, weights)
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
         s = self.spec
@@ -193,6 +200,79 @@ class Norm(GpuKernel):
         return (c.launch((0, 1, 2, 3)),)
 
 
+@dataclass(frozen=True)
+class GroupRows(GpuKernel):
+    """`GroupNorm`: the elements of a group are a row. Operands: x, weight, bias, y."""
+
+    spec: GroupNorm
+    name = "group_norm"
+
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return self.spec.inplace
+
+    def operands(self) -> tuple[Operand, ...]:
+        s = self.spec
+        whole, channels = Operand(s.pixels * s.channels, "float32"), Operand(s.channels, "float32")
+        return whole, channels, channels, whole
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """weight, bias: one per channel, or None."""
+        return _affine(self.spec.channels, weights)
+
+    def launches(self, device: Device) -> tuple[Launch, ...]:
+        s = self.spec
+        size = s.channels // s.groups
+        first = s.layout == "NCHW"
+        whole = (s.pixels if first else size) % 4 == 0
+        lanes = 4 if whole else 1
+        # Four neighbours have one channel where channels come first, and four elsewhere.
+        each = 1 if first else lanes
+        buffers = [
+            Buffer("x", "float32", lanes, shared=True),
+            Buffer("weight", "float32", each),
+            Buffer("bias", "float32", each),
+            Buffer("y", "float32", lanes, written=True, shared=True),
+        ]
+        row = Row(device, "group_norm", buffers, s.groups, s.pixels * size, whole, GROUP_LANES)
+        c, share = row.c, literal(1.0 / (s.pixels * size))
+        if first:
+            at, channel = "first + i", f"row * {size} + i / {s.pixels // lanes}"
+        else:
+            width = size // lanes
+            at = f"(i / {width}) * {s.channels // lanes} + row * {width} + i % {width}"
+            channel = f"row * {width} + i % {width}"
+        value = c.load("x", at)
+        mean = c.let("float", "mean", f"{row.fold('sum', 0.0, value)} * {share}")
+        value = f"({value} - {c.splat('float4', mean) if whole else mean})"
+        squares = row.fold("squares", 0.0, f"{value} * {value}")
+        c.let("float", "factor", f"1.0f / sqrt({squares} * {share} + {literal(s.eps)})")
+
+        def put() -> None:
+            scale, shift = c.load("weight", channel), c.load("bias", channel)
+            if not whole:
+                result = c.splat("float4", f"{value} * factor * {scale} + {shift}")
+            elif first:
+                result = f"{value} * (factor * {scale}) + {c.splat('float4', shift)}"
+            else:
+                result = f"{value} * factor * {scale} + {shift}"
+            c.let("float4", "result", result)
+            final = activated(c, "result", s.epilogue)
+            c.store("y", at, final if whole else f"({final}).x")
+
+        row.each(put)
+        return (c.launch((0, 1, 2, 3)),)
+
+
+def _affine(columns: int, weights: Mapping[str, np.ndarray | None]) -> tuple[np.ndarray, ...]:
+    """weight and bias, ones and zeros where there is none."""
+    given = (weights.get("weight"), weights.get("bias"))
+    return tuple(
+        np.full(columns, fill, np.float32) if w is None else w.astype(np.float32).reshape(-1)
+        for w, fill in zip(given, (1.0, 0.0), strict=True)
+    )
+
+
 def _norm(spec: LayerNorm | RMSNorm, weights: Any, device: Device) -> Norm | None:
     """None for codes that WGSL cannot write: fewer than four to a word."""
     return None if spec.grid is not None and device.api != "opencl" and spec.columns % len(LANES) else Norm(spec)
@@ -202,4 +282,5 @@ RULES: dict[type, Callable[..., GpuKernel | None]] = {
     Softmax: lambda spec, weights, device: SoftmaxRows(spec),
     LayerNorm: _norm,
     RMSNorm: _norm,
+    GroupNorm: lambda spec, weights, device: GroupRows(spec),
 }
