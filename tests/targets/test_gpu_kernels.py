@@ -10,10 +10,16 @@ import pytest
 
 from edgec.targets.gpu.kernels import depthwise, implement
 from edgec.targets.gpu.kernels.conv import Tile
+from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.depthwise import Depthwise
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
+from edgec.targets.kernels.matmul import MatMul
+from edgec.targets.kernels.norm import LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from edgec.targets.kernels.softmax import Softmax
+from edgec.targets.kernels.transpose import Transpose
 from tests.targets.gpu_runner import APIS, device_of, run
 
 # Relative to the largest value: sums of products in another order, and halves of 11 bits.
@@ -191,3 +197,136 @@ def test_integer_pool_is_exact(spec: Any, api: str) -> None:
     kernel = implement(spec, {}, device)
     assert kernel is not None
     _compare(run(kernel, device, [x]), spec.reference(x), spec)
+
+
+def _check(spec: Any, api: str, inputs: list[np.ndarray], weights: dict[str, Any] | None = None) -> None:
+    """The kernel of a template on activations; its weights are packed behind the first of them."""
+    device, weights = device_of(api), weights or {}
+    kernel = implement(spec, weights, device)
+    assert kernel is not None
+    packed = kernel.pack(device, **weights)
+    found = run(kernel, device, [inputs[0], *packed, *inputs[1:]])
+    _compare(found, spec.reference(*inputs, **weights), spec)
+
+
+def _normal(*shape: int, seed: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+PRODUCTS = [
+    MatMul(2, 2, 9, 16, 20, True),
+    MatMul(1, 3, 5, 7, 9, True),
+    MatMul(3, 1, 5, 8, 12),
+    MatMul(2, 2, 6, 7, 9),
+    MatMul(1, 1, 1, 3, 3),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", PRODUCTS, ids=str)
+def test_matrix_product(spec: MatMul, api: str) -> None:
+    right = (spec.n, spec.k) if spec.transposed else (spec.k, spec.n)
+    _check(spec, api, [_normal(spec.a_batch, spec.m, spec.k), _normal(spec.c_batch, *right, seed=6)])
+
+
+def _attention(queries: int, keys: int, depth: int, heads: int = 2, **fields: Any) -> Attention:
+    """Views of one projection that holds queries, keys and values side by side, or of three dense maps."""
+    width = heads * depth
+    if queries == keys:
+        row = 3 * width
+        views = [View(keys * row, n * width, (keys * row, depth, row, 1)) for n in range(3)]
+    else:
+        views = [View(n * width, 0, (n * width, depth, width, 1)) for n in (queries, keys, keys)]
+    return Attention(1, heads, queries, keys, depth, depth, *views, scale=depth**-0.5, **fields)
+
+
+ATTENTION = [
+    _attention(17, 17, 8),
+    _attention(6, 9, 5),
+    _attention(12, 12, 8, causal=True),
+    _attention(5, 8, 8, mask=View(40, 0, (0, 0, 8, 1))),
+    _attention(5, 8, 8, grid=(0.02, 3)),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", ATTENTION, ids=range(len(ATTENTION)))
+def test_attention(spec: Attention, api: str) -> None:
+    inputs = [_normal(view.size, seed=n) for n, view in enumerate((spec.q, spec.k, spec.v))]
+    if spec.mask is not None:
+        mask = np.where(np.arange(40).reshape(5, 8) % 3 == 1, -np.inf, 0.5).astype(np.float32)
+        # The query that sees nothing gives zeros.
+        mask[2] = -np.inf
+        inputs.append(mask)
+    _check(spec, api, inputs)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("rows, columns, log", [(6, 40, False), (70, 10, False), (5, 1000, True)])
+def test_softmax(rows: int, columns: int, log: bool, api: str) -> None:
+    _check(Softmax(rows, columns, log), api, [30 * _normal(rows, columns)])
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    "spec", [LayerNorm(6, 64, 1e-6), LayerNorm(9, 31, 1e-5), LayerNorm(4, 24, 1e-5, (0.03, -4)), RMSNorm(5, 48, 1e-6)]
+)
+def test_norm(spec: Any, api: str) -> None:
+    x = _normal(spec.rows, spec.columns) + 3
+    weights = {"weight": _normal(spec.columns, seed=7)}
+    if spec.centred:
+        weights["bias"] = _normal(spec.columns, seed=8)
+    _check(spec, api, [x], weights)
+
+
+def _codes(shape: tuple[int, ...], seed: int = 9) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
+
+
+PAIRS = [
+    QAdd((4, 6, 8), (4, 6, 8), ADD.add),
+    QAdd((4, 6, 8), (8,), ADD.add),
+    QAdd((4, 6, 8), (4, 1, 1), ADD.add),
+    QMul((3, 5, 4), (3, 1, 4), 1_500_000_000, 37, 3, -9, 5, -128, 127),
+    QMul((2, 3, 5, 8), (2, 1, 5, 1), 1_500_000_000, 37, 3, -9, 5, -100, 100),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", PAIRS, ids=str)
+def test_codes_with_codes(spec: Any, api: str) -> None:
+    _check(spec, api, [_codes(spec.a), _codes(spec.b, seed=10)])
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_grids(api: str) -> None:
+    values = 3 * _normal(4, 6)
+    # Halves of a step, and what leaves the codes.
+    values[0] = np.array([0.05, 0.15, -0.25, 1e9, -1e9, 0.35], np.float32)
+    _check(Quantize((4, 6), 0.1, -3), api, [values])
+    _check(Dequantize((4, 6), 0.1, -3), api, [_codes((4, 6))])
+    _check(Dequantize((5, 2), 0.1, -3), api, [_codes((5, 2))])
+    _check(QRescale((4, 6), 1_200_000_000, 31, 4, -7, -128, 120), api, [_codes((4, 6))])
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", [QLut((5, 8), False, 0), QLut((5, 8), True, 1), QLut((3, 5, 4), True, 1)], ids=str)
+def test_table(spec: QLut, api: str) -> None:
+    tables = (spec.shape[spec.axis], 256) if spec.per_channel else (256,)
+    _check(spec, api, [_codes(spec.shape)], {"table": _codes(tables, seed=11)})
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_transpose(dtype: str, api: str) -> None:
+    for shape, order in (((5, 6, 8), (0, 2, 1)), ((4, 3, 8), (1, 0, 2)), ((2, 4, 3, 4), (3, 1, 0, 2))):
+        last = shape[order[-1]]
+        spec = Transpose(shape, order, dtype)
+        if api == "vulkan" and dtype == "int8" and last % 4:
+            assert implement(spec, {}, device_of(api)) is None
+            continue
+        x = _codes(shape).astype(dtype)
+        device = device_of(api)
+        kernel = implement(spec, {}, device)
+        assert kernel is not None
+        assert np.array_equal(run(kernel, device, [x]).reshape(spec.out), spec.reference(x))

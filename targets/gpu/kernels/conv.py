@@ -8,7 +8,7 @@ that every tile reads the same ones, in order. A fully connected layer is a 1x1 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,6 +38,11 @@ class Tile:
 
 def slices(channels: int) -> int:
     return -(-channels // 4)
+
+
+def first_of(tile: Tile, tiles: Sequence[Tile]) -> list[Tile]:
+    """`tile`, and the others behind it."""
+    return list(dict.fromkeys([tile, *tiles]))
 
 
 @dataclass(frozen=True)
@@ -104,8 +109,15 @@ class Conv(GpuKernel):
     def walk(self) -> tuple[Axis, Axis]:
         return self.spec.walk
 
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (len(self.operands()) - 2,) if self.spec.inplace else ()
+
     def launches(self, device: Device) -> tuple[Launch, ...]:
         return (_Conv(self, device).launch(),)
+
+    def variants(self, device: Device) -> tuple[tuple[Launch, ...], ...]:
+        return tuple(replace(self, tile=t).launches(device) for t in first_of(self.tile, tiles_of(self.spec, device)))
 
 
 class _Conv:
@@ -127,8 +139,10 @@ class _Conv:
             *epilogue.constant_buffers(spec),
         ]
         if spec.residual:
-            buffers.append(Buffer("r", spec.epilogue.residual_type(spec.dtype), 4 if self.whole_out else 1))
-        buffers.append(Buffer("y", spec.out_type, 4 if self.whole_out else 1, written=True))
+            kind = spec.epilogue.residual_type(spec.dtype)
+            buffers.append(Buffer("r", kind, 4 if self.whole_out else 1, shared=bool(spec.inplace)))
+        last = Buffer("y", spec.out_type, 4 if self.whole_out else 1, written=True, shared=bool(spec.inplace))
+        buffers.append(last)
         extents = (spec.groups * self.blocks, -(-self.columns.out // self.tile.pixels), self.rows.out)
         self.c = Code(device.api, "conv", buffers, extents, self.tile.group)
 

@@ -15,7 +15,7 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
 from edgec.targets.gpu.kernels.base import GpuKernel, Launch
-from edgec.targets.gpu.kernels.conv import Tile, balanced, fill, slices
+from edgec.targets.gpu.kernels.conv import Tile, balanced, fill, first_of, slices
 from edgec.targets.gpu.kernels.dialect import Buffer, Code
 from edgec.targets.kernels.depthwise import Depthwise
 from edgec.targets.kernels.tiling import Axis
@@ -63,8 +63,15 @@ class DepthwiseConv(GpuKernel):
         packed[:, : spec.c] = w.reshape(spec.c, self.taps).T
         return packed.reshape(-1), *epilogue.pack_constants(spec, weights, np.arange(spec.c), channels)
 
+    @property
+    def inplace(self) -> tuple[int, ...]:
+        return (len(self.operands()) - 2,) if self.spec.inplace else ()
+
     def launches(self, device: Device) -> tuple[Launch, ...]:
         return (_Depthwise(self, device).launch(),)
+
+    def variants(self, device: Device) -> tuple[tuple[Launch, ...], ...]:
+        return tuple(replace(self, tile=t).launches(device) for t in first_of(self.tile, tiles_of(self.spec, device)))
 
 
 def reach(axis: Axis, count: int) -> dict[int, list[tuple[int, int]]]:
@@ -107,8 +114,9 @@ class _Depthwise:
             *epilogue.constant_buffers(spec),
         ]
         if spec.residual:
-            buffers.append(Buffer("r", spec.epilogue.residual_type(spec.dtype), units))
-        buffers.append(Buffer("y", spec.out_type, units, written=True))
+            kind = spec.epilogue.residual_type(spec.dtype)
+            buffers.append(Buffer("r", kind, units, shared=bool(spec.inplace)))
+        buffers.append(Buffer("y", spec.out_type, units, written=True, shared=bool(spec.inplace)))
         extents = (self.slices, -(-self.columns.out // tile.pixels), -(-self.rows.out // tile.rows))
         self.c = Code(device.api, "depthwise", buffers, extents, tile.group)
 

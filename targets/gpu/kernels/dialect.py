@@ -148,12 +148,17 @@ fn edgec_rq1(acc: vec4<i32>, m: vec4<i32>, shift: vec4<i32>) -> vec4<i32> {
 
 @dataclass(frozen=True)
 class Buffer:
-    """A parameter of a kernel: `lanes` elements of `dtype` at a time. written: only written, by the kernel."""
+    """A parameter of a kernel: `lanes` elements of `dtype` at a time.
+
+    written: the kernel writes it. shared: its memory may be that of another buffer (OpenCL only): a work item then
+    reads an element before it writes it, and no other one touches it.
+    """
 
     name: str
     dtype: str
     lanes: int = 1
     written: bool = False
+    shared: bool = False
 
 
 def literal(value: float) -> str:
@@ -188,6 +193,11 @@ class Code:
         self._helpers: dict[str, None] = {}
         self._depth = 1
         self._where = {b.name: b for b in buffers}
+
+    def add_buffer(self, position: int, buffer: Buffer) -> None:
+        """One more parameter, before the one that is at `position` now."""
+        self.buffers = (*self.buffers[:position], buffer, *self.buffers[position:])
+        self._where[buffer.name] = buffer
 
     # -- statements ----------------------------------------------------------------------------------------------------
 
@@ -350,7 +360,8 @@ class Code:
         pointers = []
         for b in self.buffers:
             const = "" if b.written else "const "
-            pointers.append(f"__global {const}{OPENCL_MEMORY[b.dtype, b.lanes]}* restrict {b.name}")
+            restrict = "" if b.shared else "restrict "
+            pointers.append(f"__global {const}{OPENCL_MEMORY[b.dtype, b.lanes]}* {restrict}{b.name}")
         size = ", ".join(map(str, self.group))
         head = f"__kernel __attribute__((reqd_work_group_size({size})))\nvoid @NAME@({', '.join(pointers)}) {{\n"
         return "".join(parts) + head + "\n".join([*self._shared, *self._lines]) + "\n}\n"

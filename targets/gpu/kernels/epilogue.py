@@ -113,3 +113,17 @@ def write(c: Code, buffer: str, dtype: str, index: str, value: str, count: int =
         return
     for k in range(count):
         c.store(buffer, f"{index} + {k}" if k else index, f"{value}.{LANES[k]}")
+
+
+def quantised(c: Code, name: str, value: str, scale: float, zero_point: int) -> str:
+    """clamp(nearest(value / scale) + zero_point) of a float4 as an int4 variable, as `edgec.integer.quantize`.
+
+    The quotient is correctly rounded wherever it decides the code, by Markstein's division (P. Markstein, IBM J. Res.
+    Dev. 34, 1990): GPUs divide less exactly.
+    """
+    limit, inverse, less = (c.constant(v) for v in (512.0 * scale, 1.0 / scale, -scale))
+    c.let("float4", f"{name}_x", f"clamp({value}, -{limit}, {limit})")
+    c.var("float4", f"{name}_q", f"{name}_x * {inverse}")
+    for _ in range(2):
+        c.line(f"{name}_q = fma(fma({name}_q, {less}, {name}_x), {inverse}, {name}_q);")
+    return c.let("int4", name, codes_of(c, f"{name}_q", zero_point, QMIN, QMAX))
