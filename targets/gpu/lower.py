@@ -26,6 +26,7 @@ from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
 from edgec.errors import EdgecError
+from edgec.targets import elementary
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size
@@ -182,7 +183,8 @@ def _templates(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
     if not functions:
         return {}
     scalar = tvm.IRModule({symbol: scalarise(function) for symbol, function in functions.items()})
-    lowered = lower_kernels(scalar, device, PRIVATE_BYTES)
+    with elementary.native():
+        lowered = lower_kernels(scalar, device, PRIVATE_BYTES)
     return {symbol: _phases(lowered, symbol, device) for symbol in functions}
 
 
