@@ -49,6 +49,7 @@ class Bundle:
         self.emulate = False
         self._function: Callable[..., int] | None = None
         self._library: ctypes.CDLL | None = None
+        self._gpu: Any = None
         self._opening = threading.Lock()
         self._thread = threading.local()
 
@@ -103,6 +104,11 @@ class Bundle:
         """Whether it is C source for a microcontroller."""
         return "flash_bytes" in self.manifest
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is for a GPU."""
+        return "api" in self.manifest
+
     def use_board(self) -> None:
         """Run a microcontroller's code in the emulator of its board from now on; EdgecError for other bundles."""
         if not self.is_mcu:
@@ -126,13 +132,15 @@ class Bundle:
 
         Native bundles run in this process, on the arrays' own memory where type and layout fit; others run in the
         emulator named in the manifest. Those of microcontrollers run in this process too, compiled from their sources
-        for this machine, unless `emulate` is set: integers are the same bits either way. Each thread has an arena of
+        for this machine, unless `emulate` is set: integers are the same bits either way. Those for GPUs run on the first
+        OpenCL or Vulkan device of this machine, one thread at a time. Each thread has an arena of
         its own, so threads may share a Bundle. Raises EdgecError for wrong numbers, shapes or types; a type may differ
-        in size only (float64 for float32).
+        in size only (float64 for float32). Raises ToolchainMissing without such a device.
         """
         arrays = self._prepared(inputs)
         here = self.manifest["runner"] == "native" or (self.is_mcu and not self.emulate)
-        results = self._run_native(arrays) if here else self._run_emulated(arrays)
+        run = self._run_gpu if self.is_gpu else self._run_native if here else self._run_emulated
+        results = run(arrays)
         results = [_converted(r, p, False) for r, p in zip(results, self.manifest["outputs"], strict=True)]
         results = [_joined(r, tuple(o["shape"])) for r, o in zip(results, self.manifest["outputs"], strict=True)]
         return results[0] if len(results) == 1 else tuple(results)
@@ -166,6 +174,8 @@ class Bundle:
             from edgec.targets.mcu.runner import program_of, selftest
 
             return selftest(program_of(self), self.device())
+        if self.is_gpu:
+            return self._selftest_gpu()
         self._check_machine()
         program = (self.path / "bin" / "runner").absolute()
         command = [*self._prefix(), str(program), "--selftest"]
@@ -215,6 +225,34 @@ class Bundle:
             if status:
                 raise EdgecError(f"{self.name}_run returned {status}", where=f"bundle {self.name}")
         return tuple(outputs)
+
+    def _run_gpu(self, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+        from edgec.targets.gpu import runner
+
+        ports = [o.get("device") or o for o in self.manifest["outputs"]]
+        with self._opening:
+            if self._gpu is None:
+                self._gpu = runner.open_runner(self.path, self.manifest["api"])
+            return runner.run_samples(self._gpu, arrays, [(tuple(o["shape"]), o["dtype"]) for o in ports])
+
+    def _selftest_gpu(self) -> bool:
+        """OpenCL: by the C host of the bundle. Vulkan: as `run` does it."""
+        from edgec.targets.gpu import runner
+        from edgec.targets.gpu.emit import SELFTEST
+
+        if self.manifest["api"] == "opencl":
+            return runner.host_selftest(self.path, self.name)
+        data, at = (self.path / SELFTEST).read_bytes(), 0
+        arrays = []
+        for port in (*self.manifest["inputs"], *self.manifest["outputs"]):
+            form = port.get("device") or port
+            size = int(np.prod(form["shape"])) * np.dtype(form["dtype"]).itemsize
+            arrays.append(np.frombuffer(data[at : at + size], form["dtype"]).reshape(form["shape"]))
+            at += size
+        count = len(self.manifest["inputs"])
+        results = self._run_gpu([a[None] for a in arrays[:count]])
+        tolerance = self.manifest["selftest"]["tolerance"]
+        return all(_agree(got[0], want, tolerance) for got, want in zip(results, arrays[count:], strict=True))
 
     def _arena(self) -> int:
         """Address of this thread's arena."""
@@ -331,6 +369,8 @@ def build_bundle(
     """
     if device.is_mcu:
         return _assemble_mcu(lowered, device, directory, selftest, meta, force)
+    if device.is_gpu:
+        return _assemble_gpu(lowered, device, directory, selftest, meta, force)
     from edgec.targets.codegen import LoweredKernels, build_objects
 
     assert isinstance(lowered.kernels, LoweredKernels)
@@ -426,6 +466,50 @@ def _assemble_mcu(
         _write_manifest(bundle, manifest)
         install(bundle, target)
     return Bundle(target, manifest)
+
+
+def _assemble_gpu(
+    lowered: Lowered,
+    device: Device,
+    directory: str | Path,
+    selftest: SelfTest | None,
+    meta: Mapping[str, Any] | None,
+    force: bool,
+) -> Bundle:
+    """The bundle of a GPU: kernels as text, the plan as data and, for OpenCL, a host in C."""
+    from edgec import __version__
+    from edgec.targets.gpu.document import pooled
+    from edgec.targets.gpu.emit import emit
+    from edgec.targets.gpu.lower import LoweredGpu
+
+    plan, target = lowered.plan, Path(directory)
+    assert isinstance(lowered.kernels, LoweredGpu)
+    refuse_existing(target, force)
+    files = emit(plan, lowered.kernels, device, selftest, __version__)
+    with staging(target) as folder:
+        bundle = folder / "bundle"
+        for place, data in files.items():
+            (bundle / place).parent.mkdir(parents=True, exist_ok=True)
+            (bundle / place).write_bytes(data)
+        facts = {
+            "api": device.api,
+            "code_bytes": sum(len(text) for text in lowered.kernels.texts().values()),
+            "pool_bytes": sum(pooled(plan)[1]),
+            "threads": 1,
+            "steps": [{"layer": step.layer, "op": step.op, "macs": step.macs} for step in plan.steps],
+        }
+        manifest = _manifest(plan, device, selftest, meta, bundle, facts)
+        _write_manifest(bundle, manifest)
+        install(bundle, target)
+    return Bundle(target, manifest)
+
+
+def _agree(got: np.ndarray, want: np.ndarray, tolerance: float) -> bool:
+    """Whether a result is as expected: see `SelfTest`."""
+    if tolerance == 0 or want.dtype.kind != "f":
+        return np.array_equal(got, want)
+    scale = float(np.abs(want).max(initial=0.0)) or 1.0
+    return bool(np.abs(got.astype(np.float64) - want).max(initial=0.0) <= tolerance * scale)
 
 
 def _to_device(port: Port, array: np.ndarray) -> np.ndarray:

@@ -214,8 +214,8 @@ def compile_model(
     mean, std: per channel, applied after `input_scale` (default 1/255 for uint8 images).
     max_drop: largest allowed drop of the metric against the original, in points; None checks nothing.
     on_fail: "error", "revert" (drop the pass) or "relax" (weaken the pass by bisection).
-    device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated, 32
-        of a microcontroller's, whose code runs on all of them compiled for this machine too).
+    device_samples: how many evaluation samples run through the generated code (default: all natively, 64 emulated or
+        on a GPU, 32 of a microcontroller's, whose code runs on all of them compiled for this machine too).
     threads: how many the bundle advises, and the checks of the generated code use; results do not depend on it.
     stop_after: a pass name or a lowering step; no bundle is written then.
     dump: folder that receives the text form after each step.
@@ -243,9 +243,7 @@ def compile_model(
     destination = Path(output) if output is not None else None
     if destination is not None:
         refuse_existing(destination, force)
-        from edgec.targets.cpu.toolchain import require_toolchain
-
-        require_toolchain(device)
+        _require(device)
     started = time.perf_counter()
     tell("load", 0.0)
     program = load_model(model, input_shape=input_shape, name=name)
@@ -302,7 +300,10 @@ def compile_model(
 
             check_flash(lowered.plan, bundle.manifest["code_bytes"], budget.flash_bytes)
         tell("check", 0.0)
-        _device_check(run, bundle, program, lowered, device)
+        if device.api == "metal":
+            run.context.skip(program.name, "device check", "Metal source is not compiled or run here")
+        else:
+            _device_check(run, bundle, program, lowered, device)
         if run.ledger.device is not None and run.ledger.device.board is not None:
             check_stack(budget, lowered.plan, run.ledger.device.board.stack_bytes)
         run.ledger.skipped = list(run.context.skipped)
@@ -312,6 +313,18 @@ def compile_model(
         install(staged, destination)
     tell("done", 1.0)
     return CompileResult(run.ledger, Bundle.load(destination), program)
+
+
+def _require(device: Device) -> None:
+    """Raise ToolchainMissing unless what builds and runs code for the device is there."""
+    if device.is_gpu:
+        from edgec.targets.gpu.runner import require_device
+
+        require_device(device.api)
+    else:
+        from edgec.targets.cpu.toolchain import require_toolchain
+
+        require_toolchain(device)
 
 
 def _known_stage(stop_after: str | None, pipeline: Pipeline) -> None:
@@ -496,10 +509,10 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
     from edgec.ledger import DeviceRecord
     from edgec.metrics import compare, evaluate
 
-    here = device.runner == "native" or device.is_mcu
+    here = device.runner == "native" or device.is_mcu or device.is_gpu
     samples = None if device.is_mcu else run.options.device_samples
     if samples is None:
-        samples = len(run.dataset) if here else EMULATED_SAMPLES
+        samples = len(run.dataset) if here and not device.is_gpu else EMULATED_SAMPLES
     total = len(run.dataset)
     order = np.random.default_rng(run.options.seed).permutation(total)
     rows = np.sort(order[: max(1, min(samples, total))])
@@ -525,6 +538,12 @@ def _device_check(run: _Run, bundle: Bundle, program: Program, lowered: Lowered,
         weight_bytes=lowered.plan.weight_bytes,
         board=_board_check(run, bundle, dataset, got) if device.is_mcu else None,
     )
+    if device.is_gpu and not bundle.selftest():
+        raise EdgecError(
+            "self-test of the bundle failed",
+            where=f"{program.name} on {device.name}",
+            hint="this is a bug in edgec: please report the model and the pipeline",
+        )
     kind = arithmetic(program)
     error = max(relative_error(a, b) for a, b in pairs)
     if kind == "float" and chooses_tokens(program):

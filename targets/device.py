@@ -43,6 +43,12 @@ class Device:
     Microcontrollers (family "mcu"): isa is "c" (portable C), "dsp" or "mve" (with "dsp"); core: the row of the core,
     for a board; flash_kb, sram_kb: memory in KiB, None for a core, which has as much as its maker gave it; machine:
     QEMU's `-M`.
+    GPUs (family "gpu"): api is "opencl", "vulkan" (WGSL) or "metal"; work_group: most work items of a group, and
+    warp: how many of them go together; vector: 32-bit elements that one item loads and computes at a time; local_kb:
+    memory of a group in KiB that is not the cache under another name, 0 for none; images: whether weights are read
+    faster as images; dot: extension that multiplies four int8 pairs and adds, "" for none, "arm", "khr", "qcom";
+    gflops, gbps: peak float32 arithmetic and memory bandwidth as published, for estimates. vector_bytes and registers
+    are those of one work item, in which templates without GPU kernel are scalar code.
     """
 
     name: str
@@ -72,12 +78,26 @@ class Device:
     flash_kb: int | None = None
     sram_kb: int | None = None
     machine: str = ""
+    api: str = ""
+    work_group: int = 256
+    warp: int = 1
+    vector: int = 4
+    local_kb: int = 0
+    images: bool = False
+    dot: str = ""
+    gflops: float = 0.0
+    gbps: float = 0.0
     tuning: Mapping[str, Blocking] = field(default_factory=dict, repr=False, compare=False)
 
     def tvm_target(self) -> dict[str, Any]:
-        """The target description for TVM: LLVM, or C for a microcontroller."""
+        """The target description for TVM: LLVM, C for a microcontroller, or the language of a GPU."""
         if self.is_mcu:
             return {"kind": "c"}
+        if self.is_gpu:
+            kind = {"opencl": "opencl", "vulkan": "webgpu", "metal": "metal"}[self.api]
+            # TVM knows no other limit for WGSL than the one that every implementation has.
+            limits = {} if kind == "webgpu" else {"max_threads_per_block": self.work_group}
+            return {"kind": kind, "max_num_threads": self.work_group, **limits}
         target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.mcpu}
         if self.features:
             target["mattr"] = list(self.features)
@@ -88,6 +108,10 @@ class Device:
     @property
     def is_mcu(self) -> bool:
         return self.family == "mcu"
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.family == "gpu"
 
     @property
     def is_arm32(self) -> bool:

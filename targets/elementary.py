@@ -7,11 +7,15 @@ multiplication. float64 keeps the C library.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from edgec.targets.tir import tirx
 
+_NATIVE = contextvars.ContextVar("native", default=False)
 # Adding and subtracting it rounds a small float32 to an integer, which then stands in the low bits of the sum: 32-bit
 # Arm has no vector instruction for rounding.
 ROUND = 1.5 * 2.0**23
@@ -73,13 +77,24 @@ ERF_P = (
 )
 
 
+@contextlib.contextmanager
+def native() -> Iterator[None]:
+    """Leaves exponential and logarithm as calls, for GPUs: they have instructions for them, and their compilers may
+    cancel the sum and the difference by which the expansions round."""
+    token = _NATIVE.set(True)
+    try:
+        yield
+    finally:
+        _NATIVE.reset(token)
+
+
 def expand(call: Any) -> Any:
     """The expansion of a TIR call to one of RULES on float32 scalars or vectors, else the call itself.
 
     float16 goes by way of float32.
     """
     rule = RULES.get(getattr(call.op, "name", ""))
-    if rule is None:
+    if rule is None or (_NATIVE.get() and rule in (exp, log)):
         return call
     kind, _, lanes = str(call.args[0].ty.dtype).partition("x")
     count = int(lanes or 1)
@@ -94,6 +109,8 @@ def exp(x: Any, lanes: int) -> Any:
     2^n is written into the exponent field as 2^(n-1), and the polynomial doubled: n reaches 128, which one field
     cannot hold.
     """
+    if _NATIVE.get():
+        return tirx.exp(x)
     # The operand that may be NaN comes second in the comparison, which then chooses it.
     inside = tirx.max(_c(EXP_MIN, lanes), tirx.min(_c(EXP_MAX, lanes), x))
     return _scaled_exp(inside, 2.0, 126, lanes)
@@ -101,7 +118,8 @@ def exp(x: Any, lanes: int) -> Any:
 
 def exp_of_nonpositive(x: Any, lanes: int) -> Any:
     """e^x for x <= 0, -inf included, to 2.5e-7 relative: one limit instead of two. Results below 2^-126.5 are 0."""
-    return _scaled_exp(tirx.max(_c(-88.3, lanes), x), 1.0, 127, lanes)
+    inside = tirx.max(_c(-88.3, lanes), x)
+    return tirx.exp(inside) if _NATIVE.get() else _scaled_exp(inside, 1.0, 127, lanes)
 
 
 def _scaled_exp(x: Any, factor: float, bias: int, lanes: int) -> Any:
@@ -124,6 +142,8 @@ def _scaled_exp(x: Any, factor: float, bias: int, lanes: int) -> Any:
 
 def log(x: Any, lanes: int) -> Any:
     """Natural logarithm to 1.5e-7 relative or absolute, whichever is larger. Subnormal numbers count as 2^-126."""
+    if _NATIVE.get():
+        return tirx.log(x)
     real, whole = _kind("float32", lanes), _kind("int32", lanes)
 
     def body(x: Any) -> Any:

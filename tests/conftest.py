@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -37,6 +38,24 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         reasons = [missing(load_device(n), emulator=tier == "qemu") for n in marker.args or CROSS_DEVICES]
         if (any if marker.args else all)(reasons):
             pytest.skip(", ".join(dict.fromkeys(r for r in reasons if r)))
+
+
+    for api in ("opencl", "vulkan"):
+        if item.get_closest_marker(api) and no_gpu(api):
+            pytest.skip(no_gpu(api))
+
+
+@functools.cache
+def no_gpu(api: str) -> str:
+    """Why nothing here runs kernels of an API; empty when something does."""
+    from edgec.errors import ToolchainMissing
+    from edgec.targets.gpu.runner import require_device
+
+    try:
+        require_device(api)
+    except ToolchainMissing as error:
+        return str(error)
+    return ""
 
 
 def missing(device: Device, *, emulator: bool) -> str:

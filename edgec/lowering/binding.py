@@ -36,6 +36,7 @@ from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, Merge
 from edgec.targets.kernels.transpose import Transpose
 from edgec.targets.kernels.unpack import weight_bits
 from edgec.targets.kernels.weight_only import CodedConv2D
+from edgec.targets.gpu import kernels as gpu
 from edgec.targets.mcu.kernels import implement
 from edgec.targets.mcu.kernels.layout import concatenated, padded, part, repeated
 
@@ -74,11 +75,15 @@ class Binding:
 
     def on(self, device: Device) -> Binding:
         """The call that `device` makes: of the block-sparse kernel for a pruned layer where that is faster there, of
-        the kernel header on a microcontroller."""
-        if device.is_mcu:
-            dense = "no block-sparse kernel on microcontrollers" if self.mask is not None else self.dense
-            spec = implement(self.spec, self.weights, device) or self.spec
-            return dataclasses.replace(self, spec=spec, mask=None, dense=dense)
+        the kernel header on a microcontroller, of a GPU's own kernel there. Without one of these the template stays,
+        whose loops any target can run."""
+        if device.is_mcu or device.is_gpu:
+            where = "microcontrollers" if device.is_mcu else "GPUs"
+            dense = f"no block-sparse kernel on {where}" if self.mask is not None else self.dense
+            rule = implement if device.is_mcu else gpu.implement
+            # The kernels are written in two languages, of which Metal takes neither.
+            made = None if device.api == "metal" else rule(self.spec, self.weights, device)
+            return dataclasses.replace(self, spec=made or self.spec, mask=None, dense=dense)
         if self.mask is None:
             return self
         spec, kept = fastest(self.spec, self.mask, device)

@@ -25,6 +25,7 @@ from edgec.lowering.binding import Binding, bind, rules, weight_of
 from edgec.lowering.legalize import convert_map
 from edgec.program import layer_of
 from edgec.sparsity import sparsities
+from edgec.targets import elementary
 from edgec.targets.device import Device
 
 # The relative order of a variable name survives every Relax pass used here, so a call finds its layer by name.
@@ -145,7 +146,8 @@ def import_graph(
         bindings[number] = binding
         key = binding.spec.key()
         if key not in functions:
-            function = binding.spec.prim_func(device).with_attr("op_pattern", 8)
+            with elementary.native() if device.is_gpu else contextlib.nullcontext():
+                function = binding.spec.prim_func(device).with_attr("op_pattern", 8)
             name = f"k{len(functions)}_{binding.symbol}"
             functions[key] = importer.block_builder.add_func(function.with_attr("global_symbol", name), name)
         packed = [relax.const(np.ascontiguousarray(a), str(a.dtype)) for a in binding.pack(device)]

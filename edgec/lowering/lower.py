@@ -23,6 +23,7 @@ from edgec.program import Program, origin_of, propagate
 from edgec.targets.codegen import LoweredKernels
 from edgec.targets.device import Device
 from edgec.targets.kernels.conv2d import Blocking
+from edgec.targets.gpu.lower import LoweredGpu
 from edgec.targets.mcu.lower import LoweredC
 
 
@@ -30,13 +31,13 @@ from edgec.targets.mcu.lower import LoweredC
 class Lowered:
     """What a target needs to emit code.
 
-    plan: calls, constants and arena. kernels: TIR, ready for LLVM, or C for a microcontroller. fallbacks: what runs on
+    plan: calls, constants and arena. kernels: TIR, ready for LLVM, C for a microcontroller, or a GPU's launches. fallbacks: what runs on
     an untuned kernel, and why.
     tiles: by `tuning_key`, the register tiles that came from the device's tuning table.
     """
 
     plan: Plan
-    kernels: LoweredKernels | LoweredC
+    kernels: LoweredKernels | LoweredC | LoweredGpu
     fallbacks: tuple[Skip, ...]
     tiles: Mapping[str, Blocking] = field(default_factory=dict)
 

@@ -16,15 +16,20 @@ from edgec.plan import ALIGN, Form, Plan, PlanBuilder
 from edgec.program import Program
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
+from edgec.targets.gpu.kernels.base import GpuKernel
+from edgec.targets.gpu.lower import LoweredGpu, lower_to_gpu
 from edgec.targets.mcu.lower import LoweredC, lower_to_c
 
 # Words of a microcontroller are aligned; nothing gains from more.
 MCU_ALIGN = 8
+# Buffers of a GPU begin where any device allows: most OpenCL devices ask for 128 bytes, Vulkan for up to 256.
+GPU_ALIGN = 256
+Lowerings = LoweredKernels | LoweredC | LoweredGpu
 
 
 def make_plan(
     program: Program, forms: Mapping[str, Form], imported: Imported, device: Device
-) -> tuple[Plan, LoweredKernels | LoweredC, list[Skip]]:
+) -> tuple[Plan, Lowerings, list[Skip]]:
     """(plan, kernels, fallbacks). `imported.module` is legalised: `main` calls TIR and makes views, nothing else.
 
     forms: of inputs and outputs, by name.
@@ -34,9 +39,10 @@ def make_plan(
     renamed = {
         var.name_hint: function for var, function in module.functions.items() if isinstance(function, tirx.PrimFunc)
     }
-    lower = lower_to_c if device.is_mcu else lower_kernels
+    lower = lower_to_c if device.is_mcu else lower_to_gpu if device.is_gpu else lower_kernels
     kernels = lower(tvm.IRModule({f"{prefix}_{n}": f for n, f in renamed.items()}), device)
-    reader = _Reader(program, forms, imported, kernels, prefix, MCU_ALIGN if device.is_mcu else ALIGN)
+    align = MCU_ALIGN if device.is_mcu else GPU_ALIGN if device.is_gpu else ALIGN
+    reader = _Reader(program, forms, imported, kernels, prefix, align, device)
     plan = reader.read(module["main"])
     return plan, kernels, reader.fallbacks
 
@@ -55,15 +61,17 @@ class _Reader:
         program: Program,
         forms: Mapping[str, Form],
         imported: Imported,
-        kernels: LoweredKernels | LoweredC,
+        kernels: Lowerings,
         prefix: str,
         align: int,
+        device: Device,
     ) -> None:
         self.program = program
         self.forms = forms
         self.imported = imported
         self.kernels = kernels
         self.prefix = prefix
+        self.device = device
         self.builder = PlanBuilder(symbol_prefix(program.name), align)
         # Relax variable names are not unique: the objects are the keys.
         self.names: dict[Any, Any] = {}
@@ -121,6 +129,8 @@ class _Reader:
             layer = ours.layer
             if ours.dense:
                 self.fallbacks.append(Skip(layer, "zeros multiplied", ours.dense))
+            if self.device.is_gpu and not isinstance(ours.spec, GpuKernel):
+                self.fallbacks.append(Skip(layer, "untuned kernel", f"no GPU kernel for {ours.symbol}"))
         else:
             operator = kernel.rstrip("0123456789")
             self.fallbacks.append(Skip(layer or kernel, "untuned kernel", f"no template for {operator}"))
@@ -130,13 +140,20 @@ class _Reader:
             layer=layer,
             op=ours.symbol if ours else kernel,
             macs=ours.spec.macs if ours else 0,
-            tuned=ours is not None,
-            inplace=ours.spec.inplace if ours else (),
+            tuned=ours is not None and (not self.device.is_gpu or isinstance(ours.spec, GpuKernel)),
+            inplace=self._inplace(ours.spec) if ours else (),
             scratch=self.kernels.scratch[symbol],
             outputs=len(outputs),
             origin=ours.origin if ours else "",
         )
         return tuple(outputs) if tuple_out else outputs[0]
+
+
+    def _inplace(self, spec: Any) -> tuple[int, ...]:
+        """Operands whose memory the result may take. Vulkan does not let one dispatch read and write one buffer, and
+        templates written as OpenCL C promise the compiler that it does not happen."""
+        own = not self.device.is_gpu or (self.device.api == "opencl" and isinstance(spec, GpuKernel))
+        return spec.inplace if own else ()
 
 
 def _shape(value: Any) -> tuple[int, ...]:

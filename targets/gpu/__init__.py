@@ -1,0 +1,1 @@
+"""Mobile GPUs: OpenCL C for Mali and Adreno, WGSL for Vulkan."""

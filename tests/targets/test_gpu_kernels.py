@@ -1,0 +1,389 @@
+"""GPU kernels on PoCL and lavapipe against the NumPy meaning of their templates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgec.targets.gpu.kernels import depthwise, implement
+from edgec.targets.gpu.kernels.conv import Tile
+from edgec.targets.kernels.attention import Attention, View
+from edgec.targets.kernels.common import AddEpilogue, Epilogue
+from edgec.targets.kernels.conv2d import Conv2D
+from edgec.targets.kernels.depthwise import Depthwise
+from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale, Quantize
+from edgec.targets.kernels.matmul import MatMul
+from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
+from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from edgec.targets.kernels.softmax import Softmax
+from edgec.targets.kernels.transpose import Transpose
+from edgec.targets.kernels.weight_only import CodedConv2D
+from tests.targets.gpu_runner import APIS, device_of, run
+
+# Relative to the largest value: sums of products in another order, and halves of 11 bits.
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3}
+CLIP = Epilogue("clip", 0.0, 6.0)
+SAME = (1, 1, 1, 1)
+
+
+def _name(spec: Any) -> str:
+    return f"{spec.name}-{getattr(spec, 'dtype', '')}"
+
+
+def _weighted(spec: Any, seed: int) -> tuple[list[np.ndarray | None], dict[str, np.ndarray | None]]:
+    """([x, residual], weights) of a convolution."""
+    rng = np.random.default_rng(seed)
+    inputs, outputs = (spec.c, spec.c) if isinstance(spec, Depthwise) else (spec.ci, spec.co)
+    shape = (outputs, inputs // spec.groups, *spec.kernel)
+    size = (*spec.out, outputs)
+    if spec.dtype != "int8":
+        fan = np.sqrt(np.prod(shape[1:]))
+        arrays = [rng.standard_normal((spec.h, spec.w, inputs)), rng.standard_normal(size) if spec.residual else None]
+        w = (rng.standard_normal(shape) / fan).astype(spec.dtype)
+        data = [None if a is None else a.astype(spec.dtype) for a in arrays]
+        return data, {"w": w, "bias": rng.standard_normal(outputs).astype(np.float32)}
+    x = rng.integers(-128, 128, (spec.h, spec.w, inputs)).astype(np.int8)
+    w = rng.integers(-127, 128, shape).astype(np.int8)
+    # Accumulators of a few thousands to a few hundreds of codes, so that clamps work, too.
+    real = rng.uniform(0.2, 2.0, outputs) * 100 / (74 * 74 * np.sqrt(np.prod(shape[1:])))
+    weights: dict[str, np.ndarray | None] = {"w": w, "bias": rng.integers(-9999, 9999, outputs).astype(np.int32)}
+    if spec.epilogue.requant == "RQ1":
+        shift = rng.integers(28, 40, outputs).astype(np.int32)
+        weights |= {"m": np.rint(real * 2.0**shift).clip(0, 2**31 - 1).astype(np.int32), "shift": shift}
+    else:
+        weights["m"] = real.astype(np.float32)
+    residual = None
+    if spec.epilogue.residual:
+        residual = rng.standard_normal(size).astype(np.float32)
+    elif spec.residual:
+        residual = rng.integers(-128, 128, size).astype(np.int8)
+    return [x, residual], weights
+
+
+def _check_weighted(spec: Any, api: str, tile: Tile | None = None, dot: bool = False) -> None:
+    device = device_of(api)
+    (x, residual), weights = _weighted(spec, 1)
+    kernel: Any = implement(spec, weights, device)
+    assert kernel is not None
+    if tile is not None:
+        kernel = replace(kernel, tile=tile)
+    if dot:
+        kernel = replace(kernel, dot=True)
+    after = [] if residual is None else [residual]
+    assert x is not None
+    found = run(kernel, device, [x, *kernel.pack(device, **weights), *after])
+    factors = (weights.get("m"), weights.get("shift"))
+    expected = spec.reference(x, weights["w"], weights["bias"], *factors, residual)
+    _compare(found, expected, spec)
+
+
+def _compare(found: np.ndarray, expected: np.ndarray, spec: Any) -> None:
+    assert found.dtype == expected.dtype
+    found = found.reshape(expected.shape)
+    if expected.dtype == np.int8:
+        # A product with the inverse of y_scale may round a tie the other way than the division.
+        slack = 1 if getattr(getattr(spec, "epilogue", None), "requant", "") == "float" else 0
+        assert len(np.unique(expected)) > 3
+        assert np.abs(found.astype(int) - expected).max() <= slack
+        return
+    error = np.abs(found.astype(np.float64) - expected).max() / np.abs(expected).max()
+    assert error <= TOLERANCE[getattr(spec, "dtype", "float32") if found.dtype == np.float16 else "float32"]
+
+
+CONVOLUTIONS = [
+    Conv2D(7, 7, 16, 24, epilogue=replace(CLIP, residual=True)),
+    Conv2D(5, 7, 8, 10, epilogue=Epilogue("gelu")),
+    Conv2D(1, 1, 41, 10),
+    Conv2D(9, 11, 3, 16, (3, 3), (2, 2), SAME, epilogue=Epilogue("hardswish")),
+    Conv2D(9, 11, 8, 12, (3, 3), (1, 1), SAME, epilogue=Epilogue("mish")),
+    Conv2D(9, 11, 10, 6, (3, 3), (1, 2), (2, 1, 1, 2), (2, 1), epilogue=Epilogue("silu")),
+    Conv2D(6, 5, 16, 16, (3, 3), (1, 1), SAME, groups=2, epilogue=Epilogue("leaky_relu", 0.1)),
+    Conv2D(6, 5, 6, 10, (3, 3), (1, 1), SAME, groups=2, epilogue=Epilogue("gelu_tanh")),
+]
+DEPTHWISE = [
+    Depthwise(9, 11, 16, (3, 3), (1, 1), SAME, epilogue=CLIP),
+    Depthwise(9, 11, 12, (5, 5), (2, 2), (2, 2, 2, 2), epilogue=Epilogue("tanh", residual=True)),
+    Depthwise(9, 11, 10, (3, 3), (2, 2), (0, 1, 0, 1), epilogue=Epilogue("sigmoid")),
+    Depthwise(7, 6, 8, (3, 3), (1, 1), (2, 2, 2, 2), (2, 2), epilogue=Epilogue("hardsigmoid")),
+]
+POOLS = [
+    AvgPool(9, 11, 12, (3, 3), (2, 2), SAME),
+    MaxPool(9, 11, 10, (3, 3), (2, 2), SAME),
+    MaxPool(9, 11, 8, (2, 2), (2, 2), dilation=(2, 1)),
+    Mean(7, 7, 24),
+    Mean(16, 17, 10),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("spec", CONVOLUTIONS + DEPTHWISE, ids=_name)
+def test_float_convolution(spec: Any, dtype: str, api: str) -> None:
+    _check_weighted(replace(spec, dtype=dtype), api)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("tile", [Tile(8, 2, (4, 2, 1)), Tile(4, 4, (1, 2, 4)), Tile(2, 1, (8, 1, 1))], ids=str)
+def test_other_tiles_of_a_convolution_give_the_same(tile: Tile, api: str) -> None:
+    # Nine slices of outputs and nine columns fill no block.
+    _check_weighted(Conv2D(5, 9, 12, 36, (3, 3), (1, 1), SAME, epilogue=CLIP), api, tile)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_other_tiles_of_a_depthwise_convolution_give_the_same(api: str) -> None:
+    spec = Depthwise(9, 11, 16, (3, 3), (1, 1), SAME)
+    for tile in depthwise.tiles_of(spec, device_of(api))[1:]:
+        _check_weighted(spec, api, tile)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("spec", POOLS, ids=_name)
+def test_float_pool(spec: Any, dtype: str, api: str) -> None:
+    spec = replace(spec, dtype=dtype)
+    device = device_of(api)
+    x = np.random.default_rng(2).standard_normal((spec.h, spec.w, spec.c)).astype(dtype)
+    kernel = implement(spec, {}, device)
+    assert kernel is not None
+    _compare(run(kernel, device, [x]), spec.reference(x), spec)
+
+
+RQ1 = Epilogue(lo=-128, hi=127, y_zp=-5)
+RQF = replace(RQ1, requant="RQF", lo=-100)
+FUSED = AddEpilogue(700_000, 900_000, 20, -5, 7, 3, -128, 127)
+ADD = replace(RQF, add=FUSED)
+REAL = Epilogue("gelu", requant="float", residual=True)
+CODED = Epilogue("hardswish", y_zp=4, requant="float", y_scale=0.02)
+INTEGER = [
+    Conv2D(7, 7, 16, 24, epilogue=RQ1),
+    Conv2D(7, 7, 16, 24, epilogue=ADD),
+    Conv2D(7, 6, 8, 12, epilogue=REAL),
+    Conv2D(7, 6, 8, 12, epilogue=CODED),
+    Conv2D(9, 11, 3, 16, (3, 3), (2, 2), SAME, x_zp=-7, epilogue=RQF),
+    Conv2D(9, 7, 8, 12, (3, 3), (1, 1), SAME, x_zp=-7, epilogue=replace(RQ1, add=ADD.add)),
+    Depthwise(9, 11, 16, (3, 3), (1, 1), SAME, x_zp=3, epilogue=RQ1),
+    Depthwise(9, 11, 12, (5, 5), (2, 2), (2, 2, 2, 2), epilogue=ADD),
+]
+# What WGSL cannot write: codes that are not four to a word.
+ODD = [
+    Conv2D(5, 7, 9, 10, epilogue=RQF),
+    Conv2D(6, 5, 6, 10, (3, 3), (1, 1), SAME, groups=2, epilogue=ADD),
+    Depthwise(9, 11, 10, (3, 3), (2, 2), (0, 1, 0, 1), x_zp=5, epilogue=RQ1),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", INTEGER, ids=_name)
+def test_integer_convolution_is_exact(spec: Any, api: str) -> None:
+    spec = replace(spec, dtype="int8")
+    _check_weighted(spec, api)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("spec", [s for s in INTEGER if isinstance(s, Conv2D)], ids=_name)
+def test_integer_convolution_by_dot_products_is_exact(spec: Any) -> None:
+    """The order of weights that the instructions take, with products that any device has."""
+    _check_weighted(replace(spec, dtype="int8"), "opencl", dot=True)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+def test_many_products_of_extreme_codes_are_exact(kernel: tuple[int, int]) -> None:
+    # More of the largest product than float32 adds exactly: 128 * 128 * 1040 and 9 * 128 * 128 * 260.
+    channels = 1040 if kernel == (1, 1) else 260
+    spec = Conv2D(4, 3, channels, 4, kernel, dtype="int8", epilogue=Epilogue(requant="float"))
+    x = np.full((4, 3, channels), -128, np.int8)
+    w = np.full((4, channels, *kernel), -128, np.int8)
+    w[1:, ::7] = 127
+    w[2, 0, 0, 0] = -127
+    w[3, 5, 0, 0] = 13
+    # Real results show the sums themselves, to their last bits.
+    weights = {"w": w, "bias": np.array([1, -1, 3, 0], np.int32), "m": np.full(4, 2.0**-8, np.float32)}
+    device = device_of("opencl")
+    kernel_ = implement(spec, weights, device)
+    assert kernel_ is not None
+    found = run(kernel_, device, [x, *kernel_.pack(device, **weights)])
+    sums = spec.reference(x, w, weights["bias"], weights["m"])
+    assert np.array_equal(found.reshape(sums.shape), sums)
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("spec", ODD, ids=_name)
+def test_integer_convolution_of_odd_channels(spec: Any) -> None:
+    spec = replace(spec, dtype="int8")
+    assert implement(spec, _weighted(spec, 0)[1], device_of("vulkan")) is None
+    _check_weighted(spec, "opencl")
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", POOLS, ids=_name)
+def test_integer_pool_is_exact(spec: Any, api: str) -> None:
+    requant = Requant(int(2.0**38 * 1.5 / (spec.taps * 2**7)), 31, 3, -4, -120, 127)
+    fields = {"requant": requant} if isinstance(spec, AvgPool) else {}
+    spec = replace(spec, dtype="int8", c=spec.c + (-spec.c % 4 if api == "vulkan" else 0), **fields)
+    device = device_of(api)
+    x = np.random.default_rng(3).integers(-128, 128, (spec.h, spec.w, spec.c)).astype(np.int8)
+    kernel = implement(spec, {}, device)
+    assert kernel is not None
+    _compare(run(kernel, device, [x]), spec.reference(x), spec)
+
+
+def _check(spec: Any, api: str, inputs: list[np.ndarray], weights: dict[str, Any] | None = None) -> None:
+    """The kernel of a template on activations; its weights are packed behind the first of them."""
+    device, weights = device_of(api), weights or {}
+    kernel = implement(spec, weights, device)
+    assert kernel is not None
+    packed = kernel.pack(device, **weights)
+    found = run(kernel, device, [inputs[0], *packed, *inputs[1:]])
+    _compare(found, spec.reference(*inputs, **weights), spec)
+
+
+def _normal(*shape: int, seed: int = 5) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+PRODUCTS = [
+    MatMul(2, 2, 9, 16, 20, True),
+    MatMul(1, 3, 5, 7, 9, True),
+    MatMul(3, 1, 5, 8, 12),
+    MatMul(2, 2, 6, 7, 9),
+    MatMul(1, 1, 1, 3, 3),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", PRODUCTS, ids=str)
+def test_matrix_product(spec: MatMul, api: str) -> None:
+    right = (spec.n, spec.k) if spec.transposed else (spec.k, spec.n)
+    _check(spec, api, [_normal(spec.a_batch, spec.m, spec.k), _normal(spec.c_batch, *right, seed=6)])
+
+
+def _attention(queries: int, keys: int, depth: int, heads: int = 2, **fields: Any) -> Attention:
+    """Views of one projection that holds queries, keys and values side by side, or of three dense maps."""
+    width = heads * depth
+    if queries == keys:
+        row = 3 * width
+        views = [View(keys * row, n * width, (keys * row, depth, row, 1)) for n in range(3)]
+    else:
+        views = [View(n * width, 0, (n * width, depth, width, 1)) for n in (queries, keys, keys)]
+    return Attention(1, heads, queries, keys, depth, depth, *views, scale=depth**-0.5, **fields)
+
+
+ATTENTION = [
+    _attention(17, 17, 8),
+    _attention(6, 9, 5),
+    _attention(12, 12, 8, causal=True),
+    _attention(5, 8, 8, mask=View(40, 0, (0, 0, 8, 1))),
+    _attention(5, 8, 8, grid=(0.02, 3)),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", ATTENTION, ids=range(len(ATTENTION)))
+def test_attention(spec: Attention, api: str) -> None:
+    inputs = [_normal(view.size, seed=n) for n, view in enumerate((spec.q, spec.k, spec.v))]
+    if spec.mask is not None:
+        mask = np.where(np.arange(40).reshape(5, 8) % 3 == 1, -np.inf, 0.5).astype(np.float32)
+        # The query that sees nothing gives zeros.
+        mask[2] = -np.inf
+        inputs.append(mask)
+    _check(spec, api, inputs)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("rows, columns, log", [(6, 40, False), (70, 10, False), (5, 1000, True)])
+def test_softmax(rows: int, columns: int, log: bool, api: str) -> None:
+    _check(Softmax(rows, columns, log), api, [30 * _normal(rows, columns)])
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(
+    "spec", [LayerNorm(6, 64, 1e-6), LayerNorm(9, 31, 1e-5), LayerNorm(4, 24, 1e-5, (0.03, -4)), RMSNorm(5, 48, 1e-6)]
+)
+def test_norm(spec: Any, api: str) -> None:
+    x = _normal(spec.rows, spec.columns) + 3
+    weights = {"weight": _normal(spec.columns, seed=7)}
+    if spec.centred:
+        weights["bias"] = _normal(spec.columns, seed=8)
+    _check(spec, api, [x], weights)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("pixels, channels, groups", [(20, 16, 2), (9, 6, 3)])
+def test_group_norm(pixels: int, channels: int, groups: int, layout: str, api: str) -> None:
+    spec = GroupNorm(pixels, channels, groups, 1e-5, layout, Epilogue("silu"))
+    x = _normal(pixels, channels) * 2 + 1
+    weights = {"weight": _normal(channels, seed=7), "bias": _normal(channels, seed=8)}
+    _check(spec, api, [x.T.copy() if layout == "NCHW" else x], weights)
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_convolution_of_stored_codes(api: str) -> None:
+    spec = CodedConv2D(1, 6, 24, 12, bits=4, group=8, zeros=True, epilogue=Epilogue("silu"))
+    rng = np.random.default_rng(12)
+    codes, zero = (rng.integers(-8, 8, shape).astype(np.int8) for shape in ((12, 24, 1, 1), (12, 3)))
+    scale = rng.uniform(0.01, 0.1, (12, 3)).astype(np.float32)
+    bias = _normal(12)
+    device, x = device_of(api), _normal(1, 6, 24)
+    weights: dict[str, Any] = {"w": codes, "bias": bias, "scale": scale, "zero": zero}
+    kernel = implement(spec, weights, device)
+    assert kernel is not None
+    found = run(kernel, device, [x, *kernel.pack(device, **weights)])
+    _compare(found, spec.reference(x, codes, bias, scale, zero), spec)
+
+
+def _codes(shape: tuple[int, ...], seed: int = 9) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
+
+
+PAIRS = [
+    QAdd((4, 6, 8), (4, 6, 8), FUSED),
+    QAdd((4, 6, 8), (8,), FUSED),
+    QAdd((4, 6, 8), (4, 1, 1), FUSED),
+    QMul((3, 5, 4), (3, 1, 4), 1_500_000_000, 37, 3, -9, 5, -128, 127),
+    QMul((2, 3, 5, 8), (2, 1, 5, 1), 1_500_000_000, 37, 3, -9, 5, -100, 100),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", PAIRS, ids=str)
+def test_codes_with_codes(spec: Any, api: str) -> None:
+    _check(spec, api, [_codes(spec.a), _codes(spec.b, seed=10)])
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_grids(api: str) -> None:
+    values = 3 * _normal(4, 6)
+    # Halves of a step, and what leaves the codes.
+    values[0] = np.array([0.05, 0.15, -0.25, 1e9, -1e9, 0.35], np.float32)
+    _check(Quantize((4, 6), 0.1, -3), api, [values])
+    _check(Dequantize((4, 6), 0.1, -3), api, [_codes((4, 6))])
+    _check(Dequantize((5, 2), 0.1, -3), api, [_codes((5, 2))])
+    _check(QRescale((4, 6), 1_200_000_000, 31, 4, -7, -128, 120), api, [_codes((4, 6))])
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("spec", [QLut((5, 8), False, 0), QLut((5, 8), True, 1), QLut((3, 5, 4), True, 1)], ids=str)
+def test_table(spec: QLut, api: str) -> None:
+    tables = (spec.shape[spec.axis], 256) if spec.per_channel else (256,)
+    _check(spec, api, [_codes(spec.shape)], {"table": _codes(tables, seed=11)})
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_transpose(dtype: str, api: str) -> None:
+    for shape, order in (((5, 6, 8), (0, 2, 1)), ((4, 3, 8), (1, 0, 2)), ((2, 4, 3, 4), (3, 1, 0, 2))):
+        last = shape[order[-1]]
+        spec = Transpose(shape, order, dtype)
+        if api == "vulkan" and dtype == "int8" and last % 4:
+            assert implement(spec, {}, device_of(api)) is None
+            continue
+        x = _codes(shape).astype(dtype)
+        device = device_of(api)
+        kernel = implement(spec, {}, device)
+        assert kernel is not None
+        assert np.array_equal(run(kernel, device, [x]).reshape(spec.out), spec.reference(x))
