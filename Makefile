@@ -18,7 +18,7 @@ help:  ## show this list
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[report,bench,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[report,bench,dev,gpu]"
 	touch $(STAMP)
 
 demo: $(STAMP)  ## train a small model on handwritten digits, compile it for this machine, run it

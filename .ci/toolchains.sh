@@ -13,6 +13,8 @@ need arm-none-eabi-gcc "gcc-arm-none-eabi libnewlib-arm-none-eabi"
 need qemu-system-arm qemu-system-arm
 need riscv64-unknown-elf-gcc "gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf"
 need qemu-system-riscv32 qemu-system-misc
+need clinfo "clinfo pocl-opencl-icd ocl-icd-opencl-dev opencl-headers"
+need vulkaninfo "vulkan-tools mesa-vulkan-drivers libvulkan1"
 need cmake cmake
 need chromium chromium
 # What some tests can do without, and some distributions do not have.
