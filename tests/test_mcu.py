@@ -257,6 +257,13 @@ def test_weights_that_exceed_the_flash_are_refused(tall: tuple[str, str], tmp_pa
     assert code == 2 and "exceed 1,024" in text and not (tmp_path / "out").exists()
 
 
+def test_options_of_other_targets_are_refused(tall: tuple[str, str], tmp_path: Path):
+    code, text = compiled(tall, tmp_path / "out", "--target", "cortex-m4", "--threads", "2")
+    assert code == 2 and "--threads: cortex-m4 has one thread" in " ".join(text.split())
+    code, text = called("tune", tall[0], "--target", "cortex-m4")
+    assert code == 2 and "has no register tiles to tune" in text
+
+
 # -- what users do with the folder -------------------------------------------------------------------------------------
 
 

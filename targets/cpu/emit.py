@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import jinja2
 import numpy as np
 
 from edgec.errors import EdgecError
 from edgec.plan import COPY, Plan, Port, Step
 from edgec.targets.device import Device
+from edgec.targets.templates import render
 
+_render = functools.partial(render, "edgec.targets.cpu")
 CTYPES = {
     "float32": "float",
     "float64": "double",
@@ -178,7 +179,8 @@ def emit(
     output_places, output_bytes = _consecutive([p.nbytes for p in outputs], 1)
     run_arguments = [f"(const {p.ctype} *)(input + {o})" for p, o in zip(inputs, input_places, strict=True)]
     run_arguments += [f"({p.ctype} *)(output + {o})" for p, o in zip(outputs, output_places, strict=True)]
-    addresses = _addresses(plan, offsets, inputs, outputs)
+    weights_at = {name: f"_w + {offset}" for name, offset in offsets.items()}
+    addresses = addresses_of(plan, weights_at, [p.c for p in inputs], [p.c for p in outputs])
     calls = [{"text": _call(plan, step, kernels, addresses), "layer": comment(step.layer)} for step in plan.steps]
     used = sorted({s.symbol for s in plan.steps if s.symbol != COPY})
     prototypes = [p for symbol in used for p in _prototypes(kernels, symbol)]
@@ -237,14 +239,17 @@ def _pointer(port: Port, c: str) -> _Pointer:
     return _Pointer(c, CTYPES[port.dtype], port.dtype, port.shape, math.prod(port.shape), port.nbytes)
 
 
-def _addresses(
-    plan: Plan, offsets: Mapping[str, int], inputs: Sequence[_Pointer], outputs: Sequence[_Pointer]
+def addresses_of(
+    plan: Plan, constants: Mapping[str, str], inputs: Sequence[str], outputs: Sequence[str]
 ) -> dict[str, str]:
-    """The C expression for the memory of every constant and buffer."""
-    callers = {f"in_{p.name}": pointer.c for p, pointer in zip(plan.inputs, inputs, strict=True)}
-    results = {p.name: pointer.c for p, pointer in zip(plan.outputs, outputs, strict=True)}
+    """The C expression for the memory of every constant and buffer.
+
+    constants: those of the constants. inputs, outputs: the parameters. The arena is `_a`.
+    """
+    callers = {f"in_{p.name}": c for p, c in zip(plan.inputs, inputs, strict=True)}
+    results = {p.name: c for p, c in zip(plan.outputs, outputs, strict=True)}
     callers.update({root: results[port] for root, port in plan.pointers.items() if root not in callers})
-    found = {name: f"_w + {offset}" for name, offset in offsets.items()}
+    found = dict(constants)
     for name, buffer in plan.buffers.items():
         root = plan.buffers[buffer.alias_of or name]
         found[name] = callers[root.name] if root.offset is None else f"_a + {root.offset}"
@@ -343,17 +348,3 @@ def _consecutive(sizes: Sequence[int], align: int) -> tuple[list[int], int]:
 
 def _align(value: int, align: int) -> int:
     return -(-value // align) * align
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("edgec.targets.cpu"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _render(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(**values)

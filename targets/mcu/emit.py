@@ -9,18 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from edgec.errors import EdgecError
 from edgec.plan import COPY, Plan, Port, Step
-from edgec.targets.cpu.emit import CTYPES, SelfTest, c_names, check_name, comment
+from edgec.targets.cpu.emit import CTYPES, SelfTest, addresses_of, c_names, check_name, comment
 from edgec.targets.cpu.toolchain import binutil
 from edgec.targets.device import Device
 from edgec.targets.mcu import header
 from edgec.targets.mcu.kernels.base import Call, Value
 from edgec.targets.mcu.lower import LoweredC
+from edgec.targets.templates import render
 
+_render = functools.partial(render, "edgec.targets.mcu")
 # Numbers in a line of an array.
 PER_LINE = 24
 MATH = re.compile(
@@ -57,7 +58,8 @@ def emit(plan: Plan, kernels: LoweredC, device: Device, selftest: SelfTest | Non
     used = dict.fromkeys(s.symbol for s in plan.steps if s.symbol != COPY)
     sources = [kernels.sources[s] for s in used if s in kernels.sources]
     calls = {s: kernels.calls[s] for s in used if s in kernels.calls}
-    addresses = _addresses(plan, inputs, outputs)
+    weights_at = {name: _constant(plan, name) for name in plan.constants}
+    addresses = addresses_of(plan, weights_at, [p.c for p in inputs], [p.c for p in outputs])
     constants = [_array(_constant(plan, c.name), c.array) for c in plan.constants.values()]
     text = "".join(sources)
     nn = header.header(call.part for call in calls.values())
@@ -166,18 +168,6 @@ def _constant(plan: Plan, name: str) -> str:
     return f"{plan.name}_{name}"
 
 
-def _addresses(plan: Plan, inputs: Sequence[_Pointer], outputs: Sequence[_Pointer]) -> dict[str, str]:
-    """The C expression for the memory of every constant and buffer."""
-    callers = {f"in_{p.name}": pointer.c for p, pointer in zip(plan.inputs, inputs, strict=True)}
-    results = {p.name: pointer.c for p, pointer in zip(plan.outputs, outputs, strict=True)}
-    callers.update({root: results[port] for root, port in plan.pointers.items() if root not in callers})
-    found = {name: _constant(plan, name) for name in plan.constants}
-    for name, buffer in plan.buffers.items():
-        root = plan.buffers[buffer.alias_of or name]
-        found[name] = callers[root.name] if root.offset is None else f"_a + {root.offset}"
-    return found
-
-
 def _call(plan: Plan, step: Step, kernels: LoweredC, addresses: Mapping[str, str]) -> str:
     """The statement that does a step."""
     if step.symbol == COPY:
@@ -210,17 +200,3 @@ def _array(name: str, array: np.ndarray) -> dict[str, Any]:
         words = [str(int(v)) for v in flat.tolist()]
     lines = [", ".join(words[i : i + PER_LINE]) for i in range(0, len(words), PER_LINE)]
     return {"name": name, "ctype": CTYPES[str(flat.dtype)], "elements": len(flat), "text": ",\n".join(lines)}
-
-
-@functools.cache
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("edgec.targets.mcu"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-
-
-def _render(template: str, **values: Any) -> str:
-    return _environment().get_template(template).render(**values)

@@ -16,12 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-
 from edgec.errors import EdgecError, ToolchainMissing
 from edgec.targets.cpu.toolchain import require_toolchain, run_tool
 from edgec.targets.device import Device
 from edgec.targets.qemu import counter
+from edgec.targets.templates import render
 
 # Seconds that one run may take.
 TIMEOUT = 600
@@ -106,9 +105,9 @@ def build_program(
 def linker_script(device: Device, stack_bytes: int = STACK_BYTES) -> str:
     """The linker script of a device's board. stack_bytes: a multiple of 16."""
     memory = board(device)
-    text = _template("program.ld.jinja").decode()
-    template = jinja2.Template(text, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return template.render(
+    return render(
+        "edgec.targets.mcu",
+        "program.ld.jinja",
         board=device.machine,
         code=memory.code,
         flash=memory.flash,

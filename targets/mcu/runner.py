@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from edgec.errors import EdgecError, ToolchainMissing
@@ -24,6 +23,7 @@ from edgec.targets.device import Device
 from edgec.targets.mcu import machine
 from edgec.targets.mcu.machine import build_program, run_program
 from edgec.targets.qemu import counter
+from edgec.targets.templates import render
 
 if TYPE_CHECKING:
     from edgec.bundle import Bundle
@@ -87,7 +87,9 @@ def build_runner(
 
     folder = root / FOLDER
     folder.mkdir(exist_ok=True)
-    text = _render(
+    text = render(
+        "edgec.targets.mcu",
+        "runner.c.jinja",
         name=name,
         macro=name.upper(),
         version=__version__,
@@ -212,13 +214,3 @@ def _buffer(tensor: Tensor) -> dict[str, Any]:
     """What the template needs; kernels want pointers that are multiples of 4."""
     align = max(4, np.dtype(tensor.dtype).itemsize)
     return {"ctype": CTYPES[tensor.dtype], "nbytes": tensor.nbytes, "guard": 64 + align}
-
-
-def _render(**values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("edgec.targets.mcu"),
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    return environment.get_template("runner.c.jinja").render(**values)
