@@ -30,6 +30,7 @@ from edgec.targets import elementary
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size
+from edgec.targets.gpu.narrow import finish_bytes, widened
 from edgec.targets.mcu.scalar import scalarise
 
 # Work items of a group for templates, whose iterations are long.
@@ -400,7 +401,8 @@ def _texts(kernels: Mapping[str, Any], device: Device) -> dict[str, str]:
         return {}
     target = _target(device)
     passes = [tirx.transform.LowerWarpMemory(), tirx.transform.StmtSimplify(), tirx.transform.LowerIntrin()]
-    printable = {name: _with_numbers(function) for name, function in kernels.items()}
+    functions, written = widened(kernels, device.api)
+    printable = {name: _with_numbers(function) for name, function in functions.items()}
     with target:
         module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(printable))
     try:
@@ -422,6 +424,8 @@ def _texts(kernels: Mapping[str, Any], device: Device) -> dict[str, str]:
     missing = set(kernels) - set(found)
     if missing:
         raise EdgecError(f"no text for {', '.join(sorted(missing))}", where=f"code generation for {device.name}")
+    if device.api == "vulkan":
+        found = {n: finish_bytes(text, kernels[n], written[n]) if n in written else text for n, text in found.items()}
     return {name: text.strip() + "\n" for name, text in found.items()}
 
 
