@@ -1,9 +1,9 @@
 """Element types that a GPU's language has in memory only: float16 in OpenCL C without extension, int8 in WGSL.
 
-A kernel that reads or writes such tensors is rewritten to compute in float32 or int32, and to go to memory by functions:
-`vload_half` and `vstore_half`, which every OpenCL device has, and for bytes of WGSL, whose memory is made of words,
-functions that are written beside the kernel. Sums in float32 round less often than those in float16 that they stand for;
-int8 values are the same, for what is stored as int8 is wrapped to it.
+A kernel that reads or writes such tensors is rewritten to compute in float32 or int32, and to go to memory by
+functions: `vload_half` and `vstore_half`, which every OpenCL device has, and for bytes of WGSL, whose memory is made of
+words, functions that are written beside the kernel. Sums in float32 round less often than those in float16 that they
+stand for; int8 values are the same, for what is stored as int8 is wrapped to it.
 """
 
 from __future__ import annotations
@@ -198,7 +198,9 @@ class _Widening:
                 raise self._refuse("the bits")
             dtype = self.wide if self._is_narrow(v) else str(v.ty.dtype) if hasattr(v.ty, "dtype") else None
             arguments = [self._value(a) for a in v.args]
-            if dtype is None or all(a is b for a, b in zip(arguments, v.args, strict=True)) and not self._is_narrow(v):
+            if dtype is None or (
+                all(a is b for a, b in zip(arguments, v.args, strict=True)) and not self._is_narrow(v)
+            ):
                 return v
             return tirx.call_intrin(dtype, v.op, *arguments)
         if isinstance(v, tirx.Select):
@@ -211,7 +213,8 @@ class _Widening:
         if isinstance(v, tirx.Not):
             return tirx.Not(self._value(v.a))
         if isinstance(v, BinaryOpExpr) or (hasattr(v, "a") and hasattr(v, "b")):
-            made = type(v)(self._value(v.a), self._value(v.b))
+            kind: Any = type(v)
+            made = kind(self._value(v.a), self._value(v.b))
             overflows = type(v).__name__ in ("Add", "Sub", "Mul")
             return self._wrapped(made) if self._is_narrow(v) and overflows else made
         if isinstance(v, tvm.ir.Var):

@@ -137,7 +137,9 @@ def test_integer_template_is_exact() -> None:
     from edgec.targets.kernels.common import Epilogue
 
     device = load_device("opencl")
-    spec = Conv2D(6, 5, 7, 9, (3, 3), padding=(1, 1, 1, 1), dtype="int8", x_zp=3, epilogue=Epilogue(y_zp=-4, lo=-128, hi=127))
+    spec = Conv2D(
+        6, 5, 7, 9, (3, 3), padding=(1, 1, 1, 1), dtype="int8", x_zp=3, epilogue=Epilogue(y_zp=-4, lo=-128, hi=127)
+    )
     rng = np.random.default_rng(3)
     x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((6, 5, 7), (9, 7, 3, 3)))
     bias = rng.integers(-5000, 5000, 9).astype(np.int32)
@@ -162,7 +164,7 @@ def test_types_that_a_language_has_not_are_an_error() -> None:
     x = te.placeholder((8,), "int64", "x")
     function = library(x, te.compute((8,), lambda i: x[i] * x[i], "y"))
     assert "long" in lower_to_gpu(tvm.IRModule({"net_f": function}), load_device("opencl")).module
-    with pytest.raises(EdgecError, match="TVM cannot write the kernels.*i64"):
+    with pytest.raises(EdgecError, match=r"TVM cannot write the kernels.*i64"):
         lower_to_gpu(tvm.IRModule({"net_f": function}), load_device("vulkan"))
 
 
@@ -173,7 +175,10 @@ def test_nothing_to_lower() -> None:
 def test_infinite_numbers_have_a_literal() -> None:
     x = te.placeholder((8,), "float32", "x")
     y = te.compute((8,), lambda i: tirx.if_then_else(x[i] > 0.0, te.const(-math.inf, "float32"), x[i]), "y")
-    texts = {api: lower_to_gpu(tvm.IRModule({"net_f": library(x, y)}), load_device(api)).module for api in ("opencl", "vulkan")}
+    texts = {
+        api: lower_to_gpu(tvm.IRModule({"net_f": library(x, y)}), load_device(api)).module
+        for api in ("opencl", "vulkan")
+    }
     assert "(-INFINITY)" in texts["opencl"] and "(-3.4028235e+38f)" in texts["vulkan"]
 
 
