@@ -68,7 +68,8 @@ static inline float4 edgec_erf(float4 x) {{
   return copysign(y, x);
 }}
 """,
-    # Dot product of four int8 codes and sum. Arm's and Khronos' built-ins, Qualcomm's on packed words, or short ones.
+    # Dot product of four int8 codes and sum: the built-ins of Arm, Khronos and Qualcomm, or products of short numbers.
+    # Qualcomm's multiplies signed by unsigned bytes: one operand moves up by 128, and the sum of the other comes off.
     "dot4": """\
 #if defined(cl_arm_integer_dot_product_accumulate_int8)
 #pragma OPENCL EXTENSION cl_arm_integer_dot_product_accumulate_int8 : enable
@@ -80,7 +81,9 @@ static inline float4 edgec_erf(float4 x) {{
 #define edgec_dot4(a, b, c) (dot_4x8packed_ss_int(a, b) + (c))
 #elif defined(cl_qcom_dot_product8)
 #pragma OPENCL EXTENSION cl_qcom_dot_product8 : enable
-#define edgec_dot4(a, b, c) qcom_dot8_acc(a, b, c)
+static inline int edgec_dot4(uint a, uint b, int c) {
+  return qcom_dot8_acc(b, a ^ 0x80808080u, c - 128 * qcom_dot8_acc(b, 0x01010101u, 0));
+}
 #else
 static inline int edgec_dot4(uint a, uint b, int c) {
   const short4 p = convert_short4(as_char4(a)) * convert_short4(as_char4(b));
