@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgec.errors import EdgecError
+from edgec.targets.device import load_device
 from edgec.targets.gpu.kernels import conv, depthwise, implement
 from edgec.targets.gpu.kernels.conv import Tile
 from edgec.targets.kernels.attention import Attention, View
@@ -329,7 +331,7 @@ def test_attention(spec: Attention, api: str) -> None:
 
 
 @pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("rows, columns, log", [(6, 40, False), (70, 10, False), (5, 1000, True)])
+@pytest.mark.parametrize("rows, columns, log", [(6, 40, False), (70, 10, False), (5, 1000, True), (4100, 12, False)])
 def test_softmax(rows: int, columns: int, log: bool, api: str) -> None:
     _check(Softmax(rows, columns, log), api, [30 * _normal(rows, columns)])
 
@@ -422,3 +424,25 @@ def test_transpose(dtype: str, api: str) -> None:
         kernel = implement(spec, {}, device)
         assert kernel is not None
         assert np.array_equal(run(kernel, device, [x]).reshape(spec.out), spec.reference(x))
+
+
+def test_too_many_groups_for_webgpu_are_named() -> None:
+    spec = Softmax(2_000_000, 400)
+    kernel = implement(spec, {}, device_of("vulkan"))
+    assert kernel is not None
+    with pytest.raises(EdgecError, match="softmax takes 1 x 500000 x 1 work-groups"):
+        kernel.launches(device_of("vulkan"))
+    kernel.launches(device_of("opencl"))
+
+
+@pytest.mark.parametrize("device", ["opencl", "mali-g52", "adreno-640", "vulkan"])
+def test_groups_fit_every_device(device: str) -> None:
+    """The variants of a kernel are different, and none asks for larger groups than the device has."""
+    device_ = load_device(device)
+    for spec in CONVOLUTIONS + DEPTHWISE:
+        kernel: Any = implement(spec, {}, device_)
+        variants = kernel.variants(device_)
+        assert variants[0] == kernel.launches(device_)
+        assert len({launches[0].function for launches in variants}) == len(variants) <= 4
+        for launch in (launch for launches in variants for launch in launches):
+            assert np.prod(launch.group) <= device_.work_group

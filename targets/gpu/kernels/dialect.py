@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edgec.errors import EdgecError
 from edgec.targets.gpu.kernels.base import Launch, Size
 
 LANES = "xyzw"
@@ -181,7 +182,7 @@ class Code:
     """The text of one kernel, line by line.
 
     api: "opencl", or "vulkan" and "metal", which take WGSL. extents: work items in x, y, z that have something to do;
-    group: those of a work-group. Raises ValueError for more work-groups than WebGPU starts.
+    group: those of a work-group. Raises EdgecError for more work-groups than WebGPU starts.
     """
 
     def __init__(self, api: str, stem: str, buffers: Sequence[Buffer], extents: Size, group: Size) -> None:
@@ -189,8 +190,12 @@ class Code:
         self.group = group
         self.grid = groups_of(extents, group)
         self.extents = extents
-        if max(self.grid) > MOST_GROUPS:
-            raise ValueError(f"{stem} takes {self.grid} work-groups, and {MOST_GROUPS} is the most")
+        if not self.opencl and max(self.grid) > MOST_GROUPS:
+            raise EdgecError(
+                f"{stem} takes {' x '.join(map(str, self.grid))} work-groups; the most are {MOST_GROUPS}",
+                where=f"target {api}",
+                hint="compile for smaller inputs, or for OpenCL",
+            )
         self._lines: list[str] = []
         self._shared: list[str] = []
         self._helpers: dict[str, None] = {}
