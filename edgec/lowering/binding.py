@@ -21,6 +21,7 @@ from edgec.integer import dequantize_weight
 from edgec.packing import code_bits
 from edgec.program import layer_of, origin_of, shape_of
 from edgec.targets.device import Device
+from edgec.targets.gpu import kernels as gpu
 from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
@@ -36,7 +37,6 @@ from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, Merge
 from edgec.targets.kernels.transpose import Transpose
 from edgec.targets.kernels.unpack import weight_bits
 from edgec.targets.kernels.weight_only import CodedConv2D
-from edgec.targets.gpu import kernels as gpu
 from edgec.targets.mcu.kernels import implement
 from edgec.targets.mcu.kernels.layout import concatenated, padded, part, repeated
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgec.targets.gpu.kernels import depthwise, implement
+from edgec.errors import EdgecError
+from edgec.targets.device import load_device
+from edgec.targets.gpu.kernels import conv, depthwise, implement
 from edgec.targets.gpu.kernels.conv import Tile
 from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
@@ -189,6 +191,41 @@ def test_integer_convolution_by_dot_products_is_exact(spec: Any) -> None:
     _check_weighted(replace(spec, dtype="int8"), "opencl", dot=True)
 
 
+_BYTES = "for (int i = 0; i < 4; ++i) c += (int)((A)(a >> 8 * i)) * (int)((B)(b >> 8 * i)); return c;"
+# The built-ins of extensions that PoCL has not, as their specifications define them.
+BUILT_INS = {
+    "arm": """\
+#define cl_arm_integer_dot_product_int8 1
+int arm_dot(char4 a, char4 b) { const int4 p = convert_int4(a) * convert_int4(b); return p.x + p.y + p.z + p.w; }
+""",
+    "arm with sums": """\
+#define cl_arm_integer_dot_product_accumulate_int8 1
+int arm_dot_acc(char4 a, char4 b, int c) { for (int i = 0; i < 4; ++i) c += a[i] * b[i]; return c; }
+""",
+    "khr": f"""\
+#define __opencl_c_integer_dot_product_input_4x8bit_packed 1
+int dot_4x8packed_ss_int(uint a, uint b) {{ int c = 0; {_BYTES.replace("(A)", "(char)").replace("(B)", "(char)")} }}
+""",
+    "qcom": f"""\
+#define cl_qcom_dot_product8 1
+int qcom_dot8_acc(uint a, uint b, int c) {{ {_BYTES.replace("(A)", "(char)").replace("(B)", "(uchar)")} }}
+""",
+}
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("extension", BUILT_INS)
+def test_every_dot_product_gives_the_same(extension: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = conv._Conv.launch
+
+    def with_built_ins(self: Any) -> Any:
+        made = launch(self)
+        return replace(made, text=BUILT_INS[extension] + made.text)
+
+    monkeypatch.setattr(conv._Conv, "launch", with_built_ins)
+    _check_weighted(Conv2D(3, 3, 8, 8, dtype="int8", epilogue=RQF), "opencl", dot=True)
+
+
 @pytest.mark.opencl
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 def test_many_products_of_extreme_codes_are_exact(kernel: tuple[int, int]) -> None:
@@ -200,7 +237,7 @@ def test_many_products_of_extreme_codes_are_exact(kernel: tuple[int, int]) -> No
     w[1:, ::7] = 127
     w[2, 0, 0, 0] = -127
     w[3, 5, 0, 0] = 13
-    # Real results show the sums themselves, to their last bits.
+    # Real results show the sums themselves.
     weights = {"w": w, "bias": np.array([1, -1, 3, 0], np.int32), "m": np.full(4, 2.0**-8, np.float32)}
     device = device_of("opencl")
     kernel_ = implement(spec, weights, device)
@@ -294,7 +331,7 @@ def test_attention(spec: Attention, api: str) -> None:
 
 
 @pytest.mark.parametrize("api", APIS)
-@pytest.mark.parametrize("rows, columns, log", [(6, 40, False), (70, 10, False), (5, 1000, True)])
+@pytest.mark.parametrize("rows, columns, log", [(6, 40, False), (70, 10, False), (5, 1000, True), (4100, 12, False)])
 def test_softmax(rows: int, columns: int, log: bool, api: str) -> None:
     _check(Softmax(rows, columns, log), api, [30 * _normal(rows, columns)])
 
@@ -387,3 +424,25 @@ def test_transpose(dtype: str, api: str) -> None:
         kernel = implement(spec, {}, device)
         assert kernel is not None
         assert np.array_equal(run(kernel, device, [x]).reshape(spec.out), spec.reference(x))
+
+
+def test_too_many_groups_for_webgpu_are_named() -> None:
+    spec = Softmax(2_000_000, 400)
+    kernel = implement(spec, {}, device_of("vulkan"))
+    assert kernel is not None
+    with pytest.raises(EdgecError, match="softmax takes 1 x 500000 x 1 work-groups"):
+        kernel.launches(device_of("vulkan"))
+    kernel.launches(device_of("opencl"))
+
+
+@pytest.mark.parametrize("device", ["opencl", "mali-g52", "adreno-640", "vulkan"])
+def test_groups_fit_every_device(device: str) -> None:
+    """The variants of a kernel are different, and none asks for larger groups than the device has."""
+    device_ = load_device(device)
+    for spec in CONVOLUTIONS + DEPTHWISE:
+        kernel: Any = implement(spec, {}, device_)
+        variants = kernel.variants(device_)
+        assert variants[0] == kernel.launches(device_)
+        assert len({launches[0].function for launches in variants}) == len(variants) <= 4
+        for launch in (launch for launches in variants for launch in launches):
+            assert np.prod(launch.group) <= device_.work_group

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from edgec.errors import EdgecError
 from edgec.targets.gpu.kernels.base import Launch, Size
 
 LANES = "xyzw"
@@ -68,7 +69,8 @@ static inline float4 edgec_erf(float4 x) {{
   return copysign(y, x);
 }}
 """,
-    # Dot product of four int8 codes and sum. Arm's and Khronos' built-ins, Qualcomm's on packed words, or short ones.
+    # Dot product of four int8 codes and sum: the built-ins of Arm, Khronos and Qualcomm, or products of short numbers.
+    # Qualcomm's multiplies signed by unsigned bytes: one operand moves up by 128, and the sum of the other comes off.
     "dot4": """\
 #if defined(cl_arm_integer_dot_product_accumulate_int8)
 #pragma OPENCL EXTENSION cl_arm_integer_dot_product_accumulate_int8 : enable
@@ -80,7 +82,9 @@ static inline float4 edgec_erf(float4 x) {{
 #define edgec_dot4(a, b, c) (dot_4x8packed_ss_int(a, b) + (c))
 #elif defined(cl_qcom_dot_product8)
 #pragma OPENCL EXTENSION cl_qcom_dot_product8 : enable
-#define edgec_dot4(a, b, c) qcom_dot8_acc(a, b, c)
+static inline int edgec_dot4(uint a, uint b, int c) {
+  return qcom_dot8_acc(b, a ^ 0x80808080u, c - 128 * qcom_dot8_acc(b, 0x01010101u, 0));
+}
 #else
 static inline int edgec_dot4(uint a, uint b, int c) {
   const short4 p = convert_short4(as_char4(a)) * convert_short4(as_char4(b));
@@ -178,7 +182,7 @@ class Code:
     """The text of one kernel, line by line.
 
     api: "opencl", or "vulkan" and "metal", which take WGSL. extents: work items in x, y, z that have something to do;
-    group: those of a work-group. Raises ValueError for more work-groups than WebGPU starts.
+    group: those of a work-group. Raises EdgecError for more work-groups than WebGPU starts.
     """
 
     def __init__(self, api: str, stem: str, buffers: Sequence[Buffer], extents: Size, group: Size) -> None:
@@ -186,8 +190,12 @@ class Code:
         self.group = group
         self.grid = groups_of(extents, group)
         self.extents = extents
-        if max(self.grid) > MOST_GROUPS:
-            raise ValueError(f"{stem} takes {self.grid} work-groups, and {MOST_GROUPS} is the most")
+        if not self.opencl and max(self.grid) > MOST_GROUPS:
+            raise EdgecError(
+                f"{stem} takes {' x '.join(map(str, self.grid))} work-groups; the most are {MOST_GROUPS}",
+                where=f"target {api}",
+                hint="compile for smaller inputs, or for OpenCL",
+            )
         self._lines: list[str] = []
         self._shared: list[str] = []
         self._helpers: dict[str, None] = {}

@@ -19,7 +19,9 @@ from edgec.targets.mcu.kernels.base import Operand
 # Work items that share a row at most: what they exchange is read by each of them, one by one.
 MOST_LANES = 16
 LEAST_PER_LANE = 2
-# The same for the long rows of a group norm.
+# From this many short rows on each has a work item of its own, and nothing is exchanged.
+MANY_ROWS, SHORT = 4096, 16
+# Work items that share one of the long rows of a group norm at most.
 GROUP_LANES = 64
 # Rows of a work-group.
 MOST_ROWS = 4
@@ -43,7 +45,11 @@ class Row:
         self.count = columns // 4 if self.whole else columns
         self.kind = "float4" if self.whole else "float"
         self.lanes = 1
-        while self.lanes < most and self.lanes * 2 * LEAST_PER_LANE <= self.count:
+        while (
+            not (rows >= MANY_ROWS and self.count <= SHORT)
+            and self.lanes < most
+            and self.lanes * 2 * LEAST_PER_LANE <= self.count
+        ):
             self.lanes *= 2
         # No item may leave before the exchanges: rows of a group are a divisor of all rows.
         together = max(n for n in (1, 2, MOST_ROWS) if rows % n == 0 and (n == 1 or n * self.lanes <= GROUP_LANES))
