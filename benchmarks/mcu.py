@@ -106,12 +106,12 @@ def load(name: str) -> tuple[Program, Dataset]:
         raise EdgecError("is not a shared model", where=name, hint=f"use one of {', '.join(c.model for c in CASES)}")
     program = load_model(case.path(shared_folder()))
     if case.data is None:
-        return program, _random_data(program)
+        return program, random_data(program)
     preprocess = Preprocess(case.mean, case.std, case.input_scale)
     return program, load_data(case.source(shared_folder(), case.data), program.inputs, preprocess)
 
 
-def _random_data(program: Program) -> Dataset:
+def random_data(program: Program) -> Dataset:
     from edgec.data import load_data
 
     random = np.random.default_rng(0)
@@ -191,7 +191,7 @@ def layer_row(layer: Layer, cores: Sequence[str]) -> str:
     from edgec.frontend import load_model
 
     program = load_model(layer.module().eval(), input_shape=layer.shape, name="layer")
-    program = quantized(program, _random_data(program))
+    program = quantized(program, random_data(program))
     cells = []
     for core in cores:
         lowered, _, found, _ = measure(program, core)

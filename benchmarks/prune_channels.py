@@ -78,7 +78,7 @@ NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.group_norm.default, t
 def network(name: str, size: int) -> Program:
     """A network of timm with random weights and batch norm statistics of trained-like spread."""
     sys.path.insert(0, str(PEERS))
-    from benchmarks.timm_models import _import_timm, _randomise
+    from benchmarks.timm_models import _import_timm, randomise
 
     timm = _import_timm()
     torch.manual_seed(0)
@@ -86,7 +86,7 @@ def network(name: str, size: int) -> Program:
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            _randomise(module, generator)
+            randomise(module, generator)
     with torch.no_grad():
         for parameter in model.parameters():
             # Classifiers, scales and the last norms of branches that start at or near zero would hide every difference.

@@ -62,9 +62,10 @@ SETTINGS = (
     Setting(
         "cifar10_resnet44",
         ("cifar10_test", "cifar10_test_jpeg"),
-        "finetune{steps=800 batch=64 temperature=2}",
+        "finetune{steps=250 batch=64 temperature=2}",
         "ebft{samples=1024 epochs=5}",
         "search-mask{steps=150}",
+        longer="finetune{steps=800 batch=64 temperature=2}",
     ),
     Setting(
         "imagenet_mobilenetv1_075_224",

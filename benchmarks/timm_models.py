@@ -55,11 +55,11 @@ def create(name: str) -> nn.Module:
     generator = torch.Generator().manual_seed(SEED)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            _randomise(module, generator)
+            randomise(module, generator)
     return network
 
 
-def _randomise(norm: nn.BatchNorm2d, generator: torch.Generator) -> None:
+def randomise(norm: nn.BatchNorm2d, generator: torch.Generator) -> None:
     """Statistics and factors within a factor of two of the neutral ones."""
     assert norm.running_mean is not None and norm.running_var is not None
     with torch.no_grad():

@@ -132,10 +132,10 @@ class Bundle:
 
         Native bundles run in this process, on the arrays' own memory where type and layout fit; others run in the
         emulator named in the manifest. Those of microcontrollers run in this process too, compiled from their sources
-        for this machine, unless `emulate` is set: integers are the same bits either way. Those for GPUs run on the first
-        OpenCL or Vulkan device of this machine, one thread at a time. Each thread has an arena of
-        its own, so threads may share a Bundle. Raises EdgecError for wrong numbers, shapes or types; a type may differ
-        in size only (float64 for float32). Raises ToolchainMissing without such a device.
+        for this machine, unless `emulate` is set: integers are the same bits either way. Those for GPUs run on the
+        first OpenCL or Vulkan device of this machine, one thread at a time. Each thread has an arena of its own, so
+        threads may share a Bundle. Raises EdgecError for wrong numbers, shapes or types; a type may differ in size only
+        (float64 for float32). Raises ToolchainMissing without such a device.
         """
         arrays = self._prepared(inputs)
         here = self.manifest["runner"] == "native" or (self.is_mcu and not self.emulate)

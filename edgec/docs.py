@@ -41,11 +41,16 @@ def passes_page() -> str:
 
 
 def targets_page() -> str:
-    """The device table."""
+    """The device tables."""
     header = ("target", "what", "CPU", "run with", "Debian packages", "SIMD bytes", "L1 / L2 KiB")
-    rows = []
+    rows, chips = [], []
     for name in device_names():
         d = describe_target(name)
+        if d["family"] == "mcu":
+            packages = f"{d['package']} {d['runner_package']}"
+            memory = ["" if d[key] is None else str(d[key]) for key in ("flash_kb", "sram_kb")]
+            chips.append((name, d["summary"], d["core"], d["isa"], *memory, f"{d['runner']} {d['machine']}", packages))
+            continue
         if name == "host":
             # The rest of the row depends on the machine that reads it.
             rows.append((name, d["summary"], "as found", "native", d["package"], "as found", ""))
@@ -59,6 +64,9 @@ def targets_page() -> str:
             "# Targets\n",
             "Rows of `targets/devices.toml`; `edgec targets NAME` prints all fields.\n",
             _table(header, rows),
+            "## Microcontrollers\n",
+            "A board is a core with its memory. isa: `c` (portable C), `dsp` (DSP extension), `mve` (Helium).\n",
+            _table(("target", "what", "core", "isa", "flash KiB", "SRAM KiB", "run with", "Debian packages"), chips),
         ]
     )
 

@@ -10,22 +10,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
 from edgec.errors import EdgecError
 from edgec.lowering import memory, tiles
-from edgec.lowering.memory import aligned, nbytes
+from edgec.lowering.memory import Costs, nbytes
 from edgec.lowering.tiles import NotTileable, Part, Stage
 from edgec.plan import Plan
-from edgec.program import Program, layer_of, origin_of, output_nodes, propagate, shape_of
+from edgec.program import Program, is_call, layer_of, output_nodes, propagate, shape_of
 
 PlanOf = Callable[[Program], Plan]
 
 # Plans made to confirm a choice. The model of the peak knows neither gaps between buffers nor the scratch memory of
 # kernels on other sizes, so a plan may need more than it promised.
-ATTEMPTS = 5
+ATTEMPTS = 4
+# Choices whose buffers are placed before one of them is planned.
+PLACEMENTS = 8
 # Calls of one stage at most: each is about 30 bytes of code.
 MOST_CALLS = 1500
 MOST_PATCHES = 8
@@ -54,99 +56,108 @@ class Choice:
         return tiles.patches(self.stage, self.height, self.width)
 
     def text(self) -> str:
-        return f"strips of {self.height} rows" if self.method == "strips" else f"patches of {self.height}x{self.width}"
+        rows = "1 row" if self.height == 1 else f"{self.height} rows"
+        return f"strips of {rows}" if self.method == "strips" else f"patches of {self.height}x{self.width}"
 
 
 @dataclass
 class _Network:
-    """A graph in the order of its steps, with what is alive between them.
+    """A graph in the order of its steps, and what is alive between them.
 
-    levels: bytes alive during each step. boundaries: steps before which at most one value is alive in the arena. ends:
-    those where that value is not larger than both of its neighbours; stages lie between them.
+    levels: bytes alive during each step. last: the last step that reads the value of each one, or its memory through
+    a view. ends: steps between which stages lie.
     """
 
-    program: Program
     module: fx.GraphModule
-    scratch: Callable[[fx.Node], int]
+    costs: Costs
     steps: list[fx.Node] = field(init=False)
     levels: list[int] = field(init=False)
-    boundaries: list[int] = field(init=False)
+    last: list[int] = field(init=False)
     ends: set[int] = field(init=False)
-    returned: set[fx.Node] = field(init=False)
+    known: dict[tuple[int, int], _Options] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        nodes, items, kept = memory.items_of(self.module, self.scratch)
-        levels = memory.profile(items, kept)
-        chosen = [(n, level) for n, level in zip(nodes, levels, strict=True) if n.op == "call_function"]
-        self.steps, self.levels = [n for n, _ in chosen], [level for _, level in chosen]
-        self.returned = set(output_nodes(self.module))
-        place = {n: i for i, n in enumerate(self.steps)}
-        last = [max((place[u] for u in n.users if u in place), default=i) for i, n in enumerate(self.steps)]
-        self.boundaries = [0]
-        open_until: list[int] = []
-        for i in range(1, len(self.steps) + 1):
-            open_until = [end for end in (*open_until, last[i - 1]) if end >= i]
-            if len(open_until) <= 1:
-                self.boundaries.append(i)
-        sizes = [nbytes(self.steps[i - 1]) if i else 0 for i in self.boundaries]
-        around = zip(self.boundaries, sizes, [0, *sizes[:-1]], [*sizes[1:], 0], strict=True)
-        low = {i for i, size, before, behind in around if size < max(before, behind) or size == before == behind}
-        self.ends = low | {0, len(self.steps)}
+        returned = output_nodes(self.module)
+        self.costs = replace(self.costs, callers=frozenset(memory.root_of(n) for n in returned))
+        nodes, items = memory.items_of(self.module, self.costs)
+        levels = dict(zip(nodes, memory.profile(items), strict=True))
+        self.steps = [n for n in nodes if n.op == "call_function"]
+        self.levels = [levels[n] for n in self.steps]
+        position = {n: i for i, n in enumerate(self.steps)}
+        self.last = list(range(len(self.steps)))
+        for i, item in enumerate(items):
+            for read in item.reads:
+                if nodes[read] in position:
+                    self.last[position[nodes[read]]] = position[nodes[i]]
+        for n in returned:
+            if n in position:
+                self.last[position[n]] = len(self.steps)
+        inner = {i + 1 for i, n in enumerate(self.steps) if self._inside(n)}
+        self.ends = set(range(len(self.steps) + 1)) - inner | {len(self.steps)}
 
-    @property
-    def peak(self) -> int:
-        return max(self.levels, default=0)
+    def _inside(self, node: fx.Node) -> bool:
+        """Whether a stage that ends with a value had better end before it or behind it: the value is larger than what
+        it is computed from, or than what its only reader, a layer, makes of it."""
+        readers = list(node.users)
+        if len(readers) != 1 or not is_call(readers[0], *tiles.WINDOWS):
+            return False
+        maps = [nbytes(a) for a in node.all_input_nodes if a.op != "get_attr"]
+        return nbytes(node) > max(maps, default=0) or nbytes(node) > nbytes(readers[0])
 
-    def stage(self, first: int, end: int) -> Stage | None:
-        """Steps first .. end as a stage; None where they cannot be tiled."""
-        try:
-            return Stage(self.module, self.steps[first:end])
-        except NotTileable:
-            return None
-
-    def choose(
-        self, budget: int, methods: Sequence[str], known: dict[tuple[int, int], _Options]
-    ) -> list[Choice] | None:
+    def choose(self, budget: int, methods: Sequence[str]) -> list[Choice] | None:
         """The cheapest stages with which no step needs more than `budget` bytes; None where there are none.
 
-        A shortest path over the boundaries: a step as it is costs nothing, a stage what it adds.
+        A shortest path over the steps: one that is left as it is costs nothing, a stage what it adds.
         """
         best: dict[int, tuple[int, list[Choice]]] = {0: (0, [])}
-        for number, first in enumerate(self.boundaries):
+        for first in range(len(self.steps)):
             if first not in best:
                 continue
             cost, stages = best[first]
-            for end in self.boundaries[number + 1 :]:
-                if end - first > MOST_LAYERS:
-                    break
-                choice = None
-                if end in best and best[end][0] <= cost:
-                    continue
-                if max(self.levels[first:end]) > budget:
-                    if not {first, end} <= self.ends:
+            level, inner = 0, first
+            for end in range(first + 1, min(first + MOST_LAYERS, len(self.steps)) + 1):
+                level = max(level, self.levels[end - 1])
+                if end - 2 >= first:
+                    inner = max(inner, self.last[end - 2])
+                found: list[Choice] = []
+                if level > budget:
+                    if inner >= end or not {first, end} <= self.ends or best.get(end, (cost + 1,))[0] <= cost:
                         continue
-                    if (first, end) not in known:
-                        stage = self.stage(first, end)
-                        known[first, end] = _Options(
-                            stage, self.scratch, stage is not None and stage.out in self.returned
-                        )
-                    choice = known[first, end].cheapest(budget, methods)
+                    choice = self._options(first, end).cheapest(budget, methods)
                     if choice is None:
                         continue
-                total = cost + (0 if choice is None else choice.cost)
+                    found = [choice]
+                total = cost + sum(choice.cost for choice in found)
                 if end not in best or total < best[end][0]:
-                    best[end] = total, [*stages, *([] if choice is None else [choice])]
-        found = best.get(len(self.steps))
-        return None if found is None else found[1]
+                    best[end] = total, [*stages, *found]
+        reached = best.get(len(self.steps))
+        return None if reached is None else reached[1]
+
+    def _options(self, first: int, end: int) -> _Options:
+        """Ways to tile steps first .. end, of which nothing but the last value is read behind them."""
+        if (first, end) not in self.known:
+            before = [i for i in range(first) if self.last[i] >= end]
+            kept = {self.steps[i] for i in before}
+            try:
+                stage = Stage(self.module, self.steps[first:end])
+                beside = sum(self.costs.value(n) for n in kept - {memory.root_of(s) for s in stage.sources})
+            except NotTileable:
+                stage, beside = None, 0
+            self.known[first, end] = _Options(stage, self.costs, frozenset(kept), beside)
+        return self.known[first, end]
 
 
 @dataclass
 class _Options:
-    """Ways to tile a stage, from coarse to fine; each is made when first asked for, and once."""
+    """Ways to tile a stage, from coarse to fine; each is made when first asked for, and once.
+
+    kept: values from before the stage that are read behind it. beside: bytes of those that the stage does not read.
+    """
 
     stage: Stage | None
-    scratch: Callable[[fx.Node], int]
-    returned: bool
+    costs: Costs
+    kept: frozenset[fx.Node]
+    beside: int
     made: dict[tuple[str, int, int], Choice | None] = field(default_factory=dict)
 
     def cheapest(self, budget: int, methods: Sequence[str]) -> Choice | None:
@@ -154,10 +165,8 @@ class _Options:
         stage = self.stage
         if stage is None:
             return None
-        own = {
-            n for n in (*stage.sources, stage.out) if n.op != "placeholder" and not (self.returned and n is stage.out)
-        }
-        if sum(aligned(nbytes(n)) for n in own) >= budget:
+        whole = {memory.root_of(n) for n in (*stage.sources, stage.out)}
+        if sum(self.costs.value(n) for n in whole) + self.beside >= budget:
             return None
         rows, columns = (stage.extent(stage.out, axis) for axis in (0, 1))
         for method in methods:
@@ -176,15 +185,15 @@ class _Options:
             self.made[key] = None
             try:
                 if method == "strips":
-                    found = tiles.estimate_strips(stage, height, self.scratch, self.returned)
+                    found = tiles.estimate_strips(stage, height, self.costs, self.kept)
                 else:
-                    found = tiles.estimate_patches(stage, height, width, self.scratch, self.returned)
+                    found = tiles.estimate_patches(stage, height, width, self.costs, self.kept)
             except NotTileable:
                 return None
             if found.calls <= MOST_CALLS:
                 extra = found.macs - stage.whole_macs()
                 cost = extra + CALL * (found.calls - len(stage.nodes)) + COPIED * found.copied
-                self.made[key] = Choice(stage, method, height, width, found.peak, max(cost, 1))
+                self.made[key] = Choice(stage, method, height, width, found.peak + self.beside, max(cost, 1))
         return self.made[key]
 
 
@@ -208,12 +217,12 @@ def fit_memory(
     plan = plan_of(staged)
     if plan.arena_bytes <= sram_bytes:
         return staged, []
-    scratch = _scratch(plan)
+    costs = _costs(plan)
     needs = {"as it is": plan.arena_bytes}
     module = staged.edit()
     propagate(module, staged.example_inputs)
     lines = []
-    before, after = memory.reorder(module, scratch)
+    before, after = memory.reorder(module, costs)
     if after < before:
         ordered = _program(staged, module)
         plan = plan_of(ordered)
@@ -221,35 +230,52 @@ def fit_memory(
         lines.append(f"order of the steps: {before:,} to {after:,} bytes")
         if plan.arena_bytes <= sram_bytes:
             return ordered, lines
-    known: dict[tuple[int, int], _Options] = {}
-    network = _Network(staged, module, scratch)
-    budget = sram_bytes
+    network = _Network(module, costs)
+    # What plans need beyond the model of the peak, as far as it is known.
+    excess = 0
     for _ in range(ATTEMPTS):
-        choices = network.choose(budget, methods, known)
-        if choices is None:
+        found = _fitting(staged, network, sram_bytes - excess, methods)
+        if found is None:
             break
-        # Stages are of one module: each attempt rewrites a copy.
-        candidate, said = _tiled(staged, network, choices)
-        found = plan_of(candidate)
-        if found.arena_bytes <= sram_bytes:
+        candidate, said, expected = found
+        plan_found = plan_of(candidate)
+        if plan_found.arena_bytes <= sram_bytes:
             return candidate, [*lines, *said]
-        needs[", ".join(said)] = found.arena_bytes
-        # Below what these stages and the other steps need, so that something else is chosen.
-        peak = max(memory.profile(memory.items_of(candidate.module, scratch)[1]))
-        budget = min(budget - (found.arena_bytes - sram_bytes), peak - 1)
-    needed, how = _smallest(staged, plan_of, network, known, sram_bytes, needs, methods)
+        needs[", ".join(said)] = plan_found.arena_bytes
+        excess = max(plan_found.arena_bytes - expected, excess + sram_bytes // 100)
+    needed, how = _smallest(staged, plan_of, network, sram_bytes, needs, methods)
     reached = f"smallest arena found: {needed:,} bytes ({how})" if needed < plan.arena_bytes else "tiling does not help"
     raise too_large(plan, sram_bytes, reached, needed)
 
 
-def _scratch(plan: Plan) -> Callable[[fx.Node], int]:
-    """Scratch memory of the kernel of a node, by the call that computes its value."""
+def _fitting(
+    staged: Program, network: _Network, sram_bytes: int, methods: Sequence[str]
+) -> tuple[Program, list[str], int] | None:
+    """(graph, lines, arena) that the model of the memory takes to fit. The search knows no gaps between buffers: where
+    there are some, it is repeated with less."""
+    budget = sram_bytes
+    for _ in range(PLACEMENTS):
+        choices = network.choose(budget, methods)
+        if choices is None:
+            return None
+        candidate, said = _tiled(staged, network, choices)
+        _, items = memory.items_of(candidate.module, network.costs)
+        arena, peak = memory.arena(items, network.costs.align), max(memory.profile(items))
+        if arena <= sram_bytes:
+            return candidate, said, arena
+        # Below the peak of these stages, so that others are chosen.
+        budget = min(budget - 1, peak - 1)
+    return None
+
+
+def _costs(plan: Plan) -> Costs:
+    """Alignment and scratch memory as in a plan, by the call that computes a node's value."""
     found: dict[str, int] = {}
     for step in plan.steps:
-        size = sum(aligned(plan.buffers[a].nbytes) for a in step.args if _is_scratch(plan, a))
+        size = sum(plan.buffers[a].nbytes for a in step.args if _is_scratch(plan, a))
         if step.origin:
             found[step.origin] = max(size, found.get(step.origin, 0))
-    return lambda node: found.get(origin_of(node), 0)
+    return Costs(plan.arena_align, found)
 
 
 def _is_scratch(plan: Plan, name: str) -> bool:
@@ -293,7 +319,6 @@ def _smallest(
     staged: Program,
     plan_of: PlanOf,
     network: _Network,
-    known: dict[tuple[int, int], _Options],
     sram_bytes: int,
     needs: dict[str, int],
     methods: Sequence[str],
@@ -303,7 +328,7 @@ def _smallest(
     choices = None
     while high - low > max(high // 64, 1):
         middle = (low + high) // 2
-        found = network.choose(middle, methods, known)
+        found = network.choose(middle, methods)
         if found is None:
             low = middle
         else:
@@ -316,7 +341,8 @@ def _smallest(
 
 
 def too_large(plan: Plan, sram_bytes: int, reached: str, needed: int | None = None) -> EdgecError:
-    """What to say of a plan whose arena exceeds `sram_bytes`. needed: the smallest arena there is."""
+    """What to say of a plan whose arena exceeds `sram_bytes`. reached: what else there is. needed: the smallest arena
+    that is known."""
     rows = plan.timeline()
     alive = {step: [r for r in rows if r["first"] <= step <= r["last"]] for step in range(len(plan.steps))}
     peak = max(alive, key=lambda step: sum(r["nbytes"] for r in alive[step]))

@@ -34,7 +34,7 @@ EVALUATIONS = 8
 CROP_REACH = 1 / 8
 # Smaller things with four axes (spectrograms, MFCCs) are not taken for images.
 SMALLEST_IMAGE = 16
-AUGMENT = ("auto", "none", "flip", "flip-crop")
+AUGMENT = ("auto", "none", "flip", "flip-crop", "mix")
 # A batch is at most this share of the samples, so that steps of a small set differ from each other.
 LARGEST_BATCH = 0.25
 # With fewer samples in a call, batch norms keep their stored statistics: those of the batch are too noisy.
@@ -228,7 +228,9 @@ class Recipe:
 
     batch: samples in a step, at most a quarter of all. augment: for images, [N, C, H, W] or [N, H, W, C] with 1, 3 or 4
     channels and at least 16 pixels on each side: "none", "flip" (mirror half of them), "flip-crop" (also shift them),
-    or "auto", "flip-crop" for 3 channels and "none" else, since digits and spectrograms must not be mirrored.
+    "mix" (also add another image of the batch, in random shares that sum to one; the teacher says what the mixture is,
+    labels are not used), or "auto", "flip-crop" for 3 channels and "none" else, since digits and spectrograms must not
+    be mirrored. Mixtures: Beyer et al., "Knowledge distillation: A good teacher is patient and consistent", CVPR 2022.
     """
 
     steps: int = 300
@@ -360,7 +362,8 @@ class _Teacher:
         labels = torch.from_numpy(np.asarray(targets, np.int64)) if self.labels else None
         if generator is not None and self.augmented:
             inputs = augment(inputs, self.how, generator)
-            return inputs, self(*inputs), labels
+            mixed = any(how == "mix" for how, _ in self.how)
+            return inputs, self(*inputs), None if mixed else labels
         if self.stored is None:
             return inputs, self(*inputs), labels
         if any(int(row) not in self.stored for row in rows):
@@ -457,7 +460,7 @@ def _held_out_loss(model: Model, source: _Teacher, rows: np.ndarray, batch: int)
 
 
 def augmentation(how: str, shape: Sequence[int]) -> tuple[str, int]:
-    """(what to do with inputs of this shape: "none", "flip" or "flip-crop"; their channel axis, 1 or 3)."""
+    """(what to do with inputs of this shape, one of AUGMENT but "auto"; their channel axis, 1 or 3)."""
     axis = next((a for a in (1, 3) if len(shape) == 4 and shape[a] in (1, 3, 4)), None)
     if axis is None or min(n for a, n in enumerate(shape) if a not in (0, axis)) < SMALLEST_IMAGE:
         return "none", 1
@@ -469,10 +472,15 @@ def augmentation(how: str, shape: Sequence[int]) -> tuple[str, int]:
 def augment(
     inputs: Sequence[torch.Tensor], how: Sequence[tuple[str, int]], generator: torch.Generator
 ) -> tuple[torch.Tensor, ...]:
-    """Mirror half of the images and shift them by up to an eighth, all inputs of a sample alike; edges are mirrored."""
+    """Mirror half of the images and shift them by up to an eighth, all inputs of a sample alike; edges are mirrored.
+
+    "mix": then add the image before, in shares that are drawn for each sample.
+    """
     n = len(inputs[0])
     mirrored = torch.rand(n, generator=generator) < 0.5
     shifts = torch.rand(2, n, generator=generator)
+    mixing = any(what == "mix" for what, _ in how)
+    shares = torch.rand(n, 1, 1, 1, generator=generator) if mixing else None
     result = []
     for x, (what, axis) in zip(inputs, how, strict=True):
         if what == "none":
@@ -480,7 +488,7 @@ def augment(
             continue
         x = x.movedim(axis, 1)
         x = torch.where(mirrored[:, None, None, None], x.flip(-1), x)
-        if what == "flip-crop":
+        if what in ("flip-crop", "mix"):
             h, w = x.shape[-2:]
             down, right = (max(1, round(size * CROP_REACH)) for size in (h, w))
             padded = F.pad(x, (right, right, down, down), mode="reflect")
@@ -489,5 +497,7 @@ def augment(
                 for shift, reach in zip(shifts, (down, right), strict=True)
             )
             x = torch.stack([p[:, r : r + h, c : c + w] for p, r, c in zip(padded, rows, columns, strict=True)])
+        if what == "mix" and shares is not None:
+            x = shares * x + (1 - shares) * x.roll(1, 0)
         result.append(x.movedim(1, axis).contiguous())
     return tuple(result)

@@ -257,6 +257,8 @@ def tune_model(
     if not seconds_per_op > 0:
         raise EdgecError(f"must be positive, not {seconds_per_op:g}", where="--seconds-per-op")
     device = get_device(target)
+    if device.family not in ("host", "cpu"):
+        raise EdgecError("has no register tiles to tune", where=f"target {device.name}", hint="tune for a CPU")
     require_toolchain(device)
     table = _existing(output)
     program = load_model(model, input_shape=input_shape)

@@ -39,7 +39,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if (any if marker.args else all)(reasons):
             pytest.skip(", ".join(dict.fromkeys(r for r in reasons if r)))
 
-
     for api in ("opencl", "vulkan"):
         if item.get_closest_marker(api) and no_gpu(api):
             pytest.skip(no_gpu(api))

@@ -59,11 +59,15 @@ def test_metal_bundle_is_source_only(tmp_path: Path) -> None:
         bundle.run(x.numpy())
 
 
-@pytest.mark.parametrize("target", [pytest.param("adreno-640", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)])
+@pytest.mark.parametrize(
+    "target", [pytest.param("adreno-640", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
+)
 def test_compile_checks_the_device_code(target: str, tmp_path: Path) -> None:
     module, program = zoo.module("conv_bn_relu"), zoo.program("conv_bn_relu")
     shape = tuple(program.inputs[0].shape)
-    result = compile_model(module, target=target, output=tmp_path / "b", input_shape=shape, name="net", passes="fold-bn")
+    result = compile_model(
+        module, target=target, output=tmp_path / "b", input_shape=shape, name="net", passes="fold-bn"
+    )
     assert result.bundle is not None and result.ledger.device is not None
     assert result.ledger.device.target == target and result.ledger.device.max_abs_error < 1e-4
     plan = json.loads((tmp_path / "b" / "plan.json").read_text())

@@ -290,6 +290,16 @@ def test_inputs_of_a_sample_move_together_and_values_stay_values() -> None:
         assert set(after.unique().tolist()) <= set(before.unique().tolist())
 
 
+def test_mixtures_lie_between_two_images() -> None:
+    # Each image has one value of its own, which mirroring and shifting leave.
+    x = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 3, 16, 16).contiguous()
+    (y,) = augment((x,), [("mix", 1)], torch.Generator().manual_seed(0))
+    values, before = y[:, 0, 0, 0], torch.arange(8.0).roll(1)
+    assert torch.equal(y, values.reshape(8, 1, 1, 1).expand_as(y))
+    low, high = torch.minimum(torch.arange(8.0), before), torch.maximum(torch.arange(8.0), before)
+    assert bool(((values > low) & (values < high)).all())
+
+
 def test_half_of_the_images_are_mirrored() -> None:
     x = torch.rand(200, 3, 16, 16)
     (y,) = augment((x,), [("flip", 1)], torch.Generator().manual_seed(0))

@@ -21,6 +21,7 @@ from edgec.integer import dequantize_weight
 from edgec.packing import code_bits
 from edgec.program import layer_of, origin_of, shape_of
 from edgec.targets.device import Device
+from edgec.targets.gpu import kernels as gpu
 from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
@@ -36,8 +37,8 @@ from edgec.targets.kernels.tokens import ClassScore, LogSizes, MergeSizes, Merge
 from edgec.targets.kernels.transpose import Transpose
 from edgec.targets.kernels.unpack import weight_bits
 from edgec.targets.kernels.weight_only import CodedConv2D
-from edgec.targets.gpu import kernels as gpu
 from edgec.targets.mcu.kernels import implement
+from edgec.targets.mcu.kernels.layout import concatenated, padded, part, repeated
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -92,12 +93,12 @@ class Binding:
         return dataclasses.replace(self, spec=spec, weights={**self.weights, "mask": kept}, mask=None)
 
 
-def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding | None:
+def bind(node: Any, constants: Weights, masks: Weights | None = None, device: Device | None = None) -> Binding | None:
     """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays.
 
-    masks: of pruned weights, by the same names.
+    masks: of pruned weights, by the same names. device: `on` which the binding will be asked for.
     """
-    rule = RULES.get(node.target) if node.op == "call_function" else None
+    rule = rules(device).get(node.target) if node.op == "call_function" else None
     binding = rule(node, constants) if rule is not None else None
     if binding is None:
         return None
@@ -109,6 +110,11 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None) -> Binding
     if not isinstance(binding.spec, Conv2D) or weight is None:
         return dataclasses.replace(binding, dense=f"{binding.spec.name} has no block-sparse kernel")
     return dataclasses.replace(binding, mask=mask.reshape(weight.shape))
+
+
+def rules(device: Device | None = None) -> Mapping[Any, Rule]:
+    """The operators that have kernels of ours; for a microcontroller also those that only move elements."""
+    return {**RULES, **MOVES} if device is not None and device.is_mcu else RULES
 
 
 def _dtype(node: Any) -> str:
@@ -488,7 +494,51 @@ def _place(node: Any, constants: Weights) -> Binding:
     return Binding(spec, (tile,) if canvas is None else (canvas, tile), layer_of(node))
 
 
-RULES: dict[Any, Callable[[Any, Weights], Binding | None]] = {
+def _moved(node: Any, constants: Weights, sources: Sequence[Any], spec: Any) -> Binding | None:
+    """None for stored tensors, which move at compile time, and where the kernels do not do it."""
+    if spec is None or any(x.name in constants for x in sources):
+        return None
+    return Binding(spec, tuple(sources), layer_of(node))
+
+
+def _expand(node: Any, constants: Weights) -> Binding | None:
+    x = node.args[0]
+    return _moved(node, constants, [x], repeated(shape_of(x), shape_of(node), _dtype(node)))
+
+
+def _concat(node: Any, constants: Weights) -> Binding | None:
+    sources = list(node.args[0])
+    axis = int(node.args[1]) % len(shape_of(node)) if len(node.args) > 1 else 0
+    shapes = [shape_of(x) for x in sources]
+    if {_dtype(x) for x in sources} != {_dtype(node)} or any(len(s) != len(shape_of(node)) for s in shapes):
+        return None
+    return _moved(node, constants, sources, concatenated(shapes, axis, _dtype(node)))
+
+
+def _constant_pad(node: Any, constants: Weights) -> Binding | None:
+    x, widths, *value = node.args
+    shape = shape_of(x)
+    pairs = [tuple(widths[i : i + 2]) for i in range(0, len(widths), 2)]
+    before, after = zip(*[(0, 0)] * (len(shape) - len(pairs)), *reversed(pairs), strict=True)
+    return _moved(node, constants, [x], padded(shape, before, after, *(value or [0]), dtype=_dtype(node)))
+
+
+def _slice(node: Any, constants: Weights) -> Binding | None:
+    x, rest = node.args[0], list(node.args[1:])
+    shape, axis = shape_of(x), int(rest[0] if rest else 0) % len(shape_of(x))
+    start, step = int(rest[1] or 0) if len(rest) > 1 else 0, int(rest[3]) if len(rest) > 3 else 1
+    first = min(max(start + shape[axis] if start < 0 else start, 0), shape[axis])
+    return _moved(node, constants, [x], part(shape, axis, first, shape_of(node)[axis], step, _dtype(node)))
+
+
+Rule = Callable[[Any, Weights], Binding | None]
+MOVES: dict[Any, Rule] = {
+    aten.expand.default: _expand,
+    aten.cat.default: _concat,
+    aten.constant_pad_nd.default: _constant_pad,
+    aten.slice.Tensor: _slice,
+}
+RULES: dict[Any, Rule] = {
     aten.permute.default: _permute,
     aten.mean.dim: _mean,
     aten.softmax.int: _softmax,

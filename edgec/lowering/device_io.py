@@ -44,7 +44,7 @@ def device_io(staged: Program) -> tuple[Program, dict[str, Form]]:
         form = Form(shape_of(node), _dtype(node))
         source = node
         while _gives(source, form) and found.count(source) == 1:
-            form = _with(form, source)
+            form = _with(form, source, inverse=True)
             source = source.args[0]
         if source is not node and source.op == "call_function":
             forms[names[number]] = form
@@ -77,9 +77,11 @@ def _gives(node: Any, form: Form) -> bool:
     return is_call(node, aten.permute.default) and form.axes is None and not moves_ones(node)
 
 
-def _with(form: Form, step: Any) -> Form:
+def _with(form: Form, step: Any, inverse: bool = False) -> Form:
+    """The form with a step between model and device taken in; inverse: the step leads from the device to the model."""
     if is_call(step, aten.permute.default):
-        return form.permuted(tuple(int(a) % len(form.shape) for a in step.args[1]))
+        order = [int(a) % len(form.shape) for a in step.args[1]]
+        return form.permuted(tuple(order.index(a) for a in range(len(order))) if inverse else tuple(order))
     scale, zero_point = step.args[1:3]
     return form.coded(float(scale), int(zero_point))
 

@@ -21,7 +21,7 @@ from tvm import relax
 from tvm.relax.frontend.torch.exported_program_translator import ExportedProgramImporter
 
 from edgec.errors import EdgecError
-from edgec.lowering.binding import RULES, Binding, bind, weight_of
+from edgec.lowering.binding import Binding, bind, rules, weight_of
 from edgec.lowering.legalize import convert_map
 from edgec.program import layer_of
 from edgec.sparsity import sparsities
@@ -97,7 +97,11 @@ class Imported:
 
 
 class _Importer(ExportedProgramImporter):
-    """TVM's importer, naming what it emits after the number of the node."""
+    """TVM's importer, naming what it emits after the number of the node. library: its own converters."""
+
+    def update_convert_map(self, custom_convert_map: Any) -> None:
+        self.library = dict(self.convert_map)
+        super().update_convert_map(custom_convert_map)
 
     def _translate_fx_graph(self, graph_module: Any, nodes: Any, *rest: Any, **options: Any) -> Any:
         emit, current = self.block_builder.emit, 0
@@ -130,10 +134,12 @@ def import_graph(
     functions: dict[str, Any] = {}
 
     def convert(node: fx.Node, importer: Any) -> Any:
-        binding = bind(node, constants, masks)
+        binding = bind(node, constants, masks, device)
         if node.target is torch.ops.edgec.dequantize_weight.default:
             # Layers read the codes themselves; what else reads such a weight gets its values, computed now.
             return relax.const(weight_of(node, constants), "float32")
+        if binding is None and node.target not in RELAX:
+            return importer.library[_converter(node.target)](node)
         if binding is None:
             return importer.block_builder.emit(RELAX[node.target](node, importer))
         number, binding = len(bindings), binding.on(device)
@@ -153,7 +159,7 @@ def import_graph(
         return importer.block_builder.emit(call, name_hint=f"edgec_call_{number}")
 
     table: dict[str, Callable[..., Any]] = dict(convert_map())
-    table.update({target._schema.name.split("::")[1] + "." + target._overloadname: convert for target in RULES})
+    table.update({_converter(target): convert for target in rules(device)})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             module = _Importer().from_exported_program(exported, False, False, False, table)
@@ -166,6 +172,11 @@ def import_graph(
     return Imported(module, bindings, nodes)
 
 
+def _converter(target: Any) -> str:
+    """The name of an operator among TVM's converters."""
+    return target._schema.name.split("::")[1] + "." + target._overloadname
+
+
 def bindings_of(
     exported: torch.export.ExportedProgram, device: Device | None = None, annotations: Mapping[str, Any] | None = None
 ) -> list[Binding]:
@@ -174,7 +185,7 @@ def bindings_of(
     Without a device, pruned layers are bound to dense kernels.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
-    found = [bind(node, constants, masks) for node in exported.graph.nodes]
+    found = [bind(node, constants, masks, device) for node in exported.graph.nodes]
     return [binding if device is None else binding.on(device) for binding in found if binding is not None]
 
 

@@ -265,6 +265,8 @@ def _reshape(module: fx.GraphModule, node: Any) -> fx.Node | None:
     x = node.args[0]
     if is_call(x, aten.permute.default) and list(x.args[1]) == INTERLEAVE:  # type: ignore[arg-type]
         return _interleave(module, node, x)
+    if is_call(x, aten.expand.default):
+        return _repeat(module, node, x)
     if not held(x):
         return None
     n, c, h, w = shape_of(x)
@@ -304,6 +306,27 @@ def _interleave(module: fx.GraphModule, node: Any, moved: Any) -> fx.Node | None
         x.meta.update(val=value, edgec_layer=layer_of(node))
         x = graph.call_function(aten.permute.default, (x, order))
         x.meta.update(val=value.permute(order), edgec_layer=layer_of(node))
+    return _emit(module, node, aten.reshape.default, (x, [n, h * a, w * b, c]))
+
+
+def _repeat(module: fx.GraphModule, node: Any, repeated: Any) -> fx.Node | None:
+    """[N, C, H, 1, W, 1] to [N, C, H, a, W, b] to a map: upsampling that repeats rows and columns."""
+    wide = repeated.args[0]
+    if not is_call(wide, aten.unsqueeze.default) or not is_call(wide.args[0], aten.unsqueeze.default):
+        return None
+    tall = wide.args[0]
+    if not held(tall.args[0]) or shape_of(wide) != (*shape_of(tall.args[0])[:3], 1, shape_of(tall.args[0])[3], 1):
+        return None
+    n, c, h, a, w, b = shape_of(repeated)
+    if shape_of(node) != (n, c, h * a, w * b):
+        return None
+    graph = module.graph
+    x = nhwc(graph, tall.args[0])
+    for target, size in ((aten.reshape.default, [n, h, 1, w, 1, c]), (aten.expand.default, [n, h, a, w, b, c])):
+        value = x.meta["val"]
+        value = value.reshape(size) if target is aten.reshape.default else value.expand(size)
+        x = graph.call_function(target, (x, size))
+        x.meta.update(val=value, edgec_layer=layer_of(node), edgec_origin=origin_of(node))
     return _emit(module, node, aten.reshape.default, (x, [n, h * a, w * b, c]))
 
 

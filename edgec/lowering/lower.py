@@ -22,8 +22,8 @@ from edgec.plan import Form, Plan
 from edgec.program import Program, origin_of, propagate
 from edgec.targets.codegen import LoweredKernels
 from edgec.targets.device import Device
-from edgec.targets.kernels.conv2d import Blocking
 from edgec.targets.gpu.lower import LoweredGpu
+from edgec.targets.kernels.conv2d import Blocking
 from edgec.targets.mcu.lower import LoweredC
 
 
@@ -31,8 +31,8 @@ from edgec.targets.mcu.lower import LoweredC
 class Lowered:
     """What a target needs to emit code.
 
-    plan: calls, constants and arena. kernels: TIR, ready for LLVM, C for a microcontroller, or a GPU's launches. fallbacks: what runs on
-    an untuned kernel, and why.
+    plan: calls, constants and arena. kernels: TIR, ready for LLVM, C for a microcontroller, or a GPU's launches.
+    fallbacks: what runs on an untuned kernel, and why.
     tiles: by `tuning_key`, the register tiles that came from the device's tuning table.
     """
 

@@ -6,8 +6,8 @@ take over the memory of an operand, and thereby its lower bound, but not where b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import fx
 
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.lowering.graph import RESHAPES, is_identity
-from edgec.plan import ALIGN
-from edgec.program import is_call, output_nodes, shape_of
+from edgec.plan import ALIGN, place
+from edgec.program import is_call, origin_of, output_nodes, shape_of
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
 
+# Between the origin of a node and the number of the part of it that a tile computes.
+PART = ", part "
 # States of the exact search, and of the beam where there would be more.
 MOST_STATES = 20_000
 BEAM = 64
@@ -44,8 +46,30 @@ class Item:
     given: bool = False
 
 
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN
+@dataclass(frozen=True)
+class Costs:
+    """What a graph's nodes take in the arena.
+
+    align: of every buffer. scratch: bytes that the kernel of a node takes while it runs, by the node's origin. callers:
+    nodes whose values are in the caller's memory.
+    """
+
+    align: int = ALIGN
+    scratch: Mapping[str, int] = field(default_factory=dict)
+    callers: frozenset[fx.Node] = frozenset()
+
+    def aligned(self, size: int) -> int:
+        return -(-size // self.align) * self.align
+
+    def value(self, node: fx.Node) -> int:
+        """Bytes of a node's value in the arena."""
+        outside = node.op == "placeholder" or node in self.callers or is_view(node)
+        return 0 if outside else self.aligned(nbytes(node))
+
+    def scratch_of(self, node: fx.Node) -> int:
+        if is_call(node, edgec.crop_nhwc.default, edgec.place_nhwc.default):
+            return 0
+        return self.scratch.get(origin_of(node).partition(PART)[0], 0)
 
 
 def profile(items: Sequence[Item], kept: Sequence[int] = ()) -> list[int]:
@@ -73,6 +97,26 @@ def profile(items: Sequence[Item], kept: Sequence[int] = ()) -> list[int]:
             levels.append(0)
         alive -= sum(items[dead].nbytes for dead in ends.get(i, ()))
     return levels
+
+
+def arena(items: Sequence[Item], align: int = ALIGN) -> int:
+    """The size of the arena that the planner finds for these values in this order."""
+    last = {i: i for i in range(len(items))}
+    for i, item in enumerate(items):
+        for read in item.reads:
+            last[read] = i
+    roots = list(range(len(items)))
+    sizes: dict[int, tuple[int, int, int]] = {}
+    for i, item in enumerate(items):
+        shared = victim(items, i, lambda read, i=i: last[read] == i)
+        if shared is not None and item.nbytes:
+            roots[i] = roots[shared]
+            sizes[roots[i]] = (item.nbytes, sizes[roots[i]][1], last[i])
+        elif item.nbytes:
+            sizes[i] = (item.nbytes, i, last[i])
+    named = {f"t{i}": size for i, size in sizes.items()}
+    named |= {f"s{i}": (item.scratch, i, i) for i, item in enumerate(items) if item.scratch}
+    return place(named, align)[1]
 
 
 def victim(items: Sequence[Item], i: int, dies: Callable[[int], bool]) -> int | None:
@@ -116,18 +160,18 @@ def _peaks(items: Sequence[Item], order: Sequence[int], kept: Sequence[int]) -> 
 
 def reordered(items: Sequence[Item], order: Sequence[int], kept: Sequence[int]) -> tuple[list[Item], list[int]]:
     """The same items in another order."""
-    place = {old: new for new, old in enumerate(order)}
+    position = {old: new for new, old in enumerate(order)}
     moved = [
         Item(
             item.nbytes,
-            tuple(place[r] for r in item.reads),
-            tuple(place[r] for r in item.inplace),
+            tuple(position[r] for r in item.reads),
+            tuple(position[r] for r in item.inplace),
             item.scratch,
             item.given,
         )
         for item in (items[i] for i in order)
     ]
-    return moved, [place[i] for i in kept]
+    return moved, [position[i] for i in kept]
 
 
 def _ancestors(items: Sequence[Item]) -> list[int]:
@@ -228,45 +272,41 @@ def is_view(node: Any) -> bool:
     return is_call(node, *RESHAPES) or is_identity(node)
 
 
-def items_of(
-    module: fx.GraphModule, scratch: Callable[[fx.Node], int] = lambda node: 0
-) -> tuple[list[fx.Node], list[Item], list[int]]:
-    """(nodes, their items, positions of the items kept to the end) of a graph in its order.
+def items_of(module: fx.GraphModule, costs: Costs | None = None) -> tuple[list[fx.Node], list[Item]]:
+    """(nodes, their items) of a graph in its order, without weights and what only depends on weights.
 
-    Inputs and outputs belong to the caller, weights are not in the arena and views share memory: all have no bytes. A
-    view is kept as an item that is alive together with what it shows.
+    Inputs and outputs belong to the caller and views share memory: they have no bytes. What reads a view reads all that
+    it shows.
     """
-    returned = {_root(n) for n in output_nodes(module)}
-    nodes = [n for n in module.graph.nodes if n.op not in ("get_attr", "output")]
-    # What only depends on weights is computed by the compiler.
+    costs = replace(costs or Costs(), callers=frozenset(root_of(n) for n in output_nodes(module)))
     stored: set[fx.Node] = set()
-    for n in nodes:
-        if n.op == "call_function" and all(a.op == "get_attr" or a in stored for a in n.all_input_nodes):
+    for n in module.graph.nodes:
+        if n.op == "get_attr" or (n.op == "call_function" and all(a in stored for a in n.all_input_nodes)):
             stored.add(n)
-    nodes = [n for n in nodes if n not in stored]
-    place = {n: i for i, n in enumerate(nodes)}
+    nodes = [n for n in module.graph.nodes if n.op != "output" and n not in stored]
+    position = {n: i for i, n in enumerate(nodes)}
     items = []
     for n in nodes:
-        roots = [_root(a) for a in n.all_input_nodes if a in place]
-        reads = tuple(dict.fromkeys(place[a] for a in (*roots, *n.all_input_nodes) if a in place))
-        shares = tuple(place[_root(a)] for a in inplace_operands(n) if a in place)
-        own = 0 if n.op == "placeholder" or n in returned or is_view(n) else aligned(nbytes(n))
-        items.append(Item(own, reads, shares if own else (), scratch(n), n.op == "placeholder"))
-    return nodes, items, []
+        operands = [a for a in n.all_input_nodes if a in position]
+        reads = tuple(dict.fromkeys(position[a] for a in (*map(root_of, operands), *operands)))
+        size = costs.value(n)
+        shares = tuple(position[root_of(a)] for a in inplace_operands(n) if a in position) if size else ()
+        items.append(Item(size, reads, shares, costs.scratch_of(n), n.op == "placeholder"))
+    return nodes, items
 
 
-def _root(node: fx.Node) -> fx.Node:
+def root_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a view shows."""
     while is_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
-def reorder(module: fx.GraphModule, scratch: Callable[[fx.Node], int] = lambda node: 0) -> tuple[int, int]:
+def reorder(module: fx.GraphModule, costs: Costs | None = None) -> tuple[int, int]:
     """Put the nodes of a graph into the order that needs least memory, in place; (peak before, peak after) in bytes."""
-    nodes, items, kept = items_of(module, scratch)
-    order = best_order(items, kept)
-    before = max(profile(items, kept), default=0)
-    after = max(_peaks(items, order, kept), default=0)
+    nodes, items = items_of(module, costs)
+    order = best_order(items)
+    before, after = max(profile(items), default=0), max(_peaks(items, order, ()), default=0)
     if after < before:
         (output,) = [n for n in module.graph.nodes if n.op == "output"]
         for i in order:

@@ -148,7 +148,6 @@ class _Reader:
         )
         return tuple(outputs) if tuple_out else outputs[0]
 
-
     def _inplace(self, spec: Any) -> tuple[int, ...]:
         """Operands whose memory the result may take. Vulkan does not let one dispatch read and write one buffer, and
         templates written as OpenCL C promise the compiler that it does not happen."""

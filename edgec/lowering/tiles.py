@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import fx
 from edgec import regions as regions  # registers the operators looked up below
 from edgec.lowering.graph import is_tensor
 from edgec.lowering.layout import BINARY, UNARY
-from edgec.lowering.memory import Item, aligned, best_order, inplace_operands, is_view, nbytes, profile
+from edgec.lowering.memory import PART, Costs, Item, best_order, inplace_operands, is_view, nbytes, profile, root_of
 from edgec.lowering.regions import TO_NHWC
 from edgec.program import constant_of, is_call, layer_of, origin_of, shape_of
 
@@ -427,9 +427,9 @@ class Estimate:
 
 
 def estimate_patches(
-    stage: Stage, height: int, width: int, scratch: Callable[[fx.Node], int], returned: bool = False
+    stage: Stage, height: int, width: int, costs: Costs | None = None, kept: Collection[fx.Node] = ()
 ) -> Estimate:
-    """Estimate of `patches` from its largest tile; see `items_of` for the arguments."""
+    """Estimate of `patches` from its largest tile. kept: sources that are read behind the stage, too."""
     spans = [cuts(stage.extent(stage.out, axis), size) for axis, size in enumerate((height, width))]
     hulls = [[_hulls(stage, axis, span) for span in spans[axis]] for axis in (0, 1)]
     sums = [{n: sum(h[n][1] - h[n][0] for h in hulls[axis]) for n in stage.nodes} for axis in (0, 1)]
@@ -446,40 +446,39 @@ def estimate_patches(
         start, canvas = len(parts), (len(parts) - 1,) if parts else ()
         parts += [_renumbered(part, lambda i, start=start: i + start) for part in tile]
         parts.append(Part("place", stage.out, *whole, (*canvas, len(parts) - 1), window=window))
-    items, _ = items_of(stage, parts, scratch, returned)
+    items, _ = items_of(stage, parts, costs)
     count = len(spans[0]) * len(spans[1])
     total = sum(stage.macs(n) * sums[0][n] * sums[1][n] for n in stage.nodes)
     moved = sum(copied_bytes(stage, parts, part) for part in parts[: len(tile) + 1])
-    return Estimate(max(profile(items)), total, (len(tile) + 1) * count, moved * count)
+    alive = [i for i, source in enumerate(stage.sources) if source in kept]
+    return Estimate(max(profile(items, alive)), total, (len(tile) + 1) * count, moved * count)
 
 
-def estimate_strips(stage: Stage, height: int, scratch: Callable[[fx.Node], int], returned: bool = False) -> Estimate:
-    """Estimate of `strips` from its first strips; see `items_of` for the arguments."""
+def estimate_strips(stage: Stage, height: int, costs: Costs | None = None, kept: Collection[fx.Node] = ()) -> Estimate:
+    """Estimate of `strips` from its first strips. kept: sources that are read behind the stage, too."""
     parts = strips(stage, height, STEADY)
-    items, _ = items_of(stage, parts, scratch, returned)
+    items, _ = items_of(stage, parts, costs)
     count = len(cuts(stage.extent(stage.out, 0), height))
     factor = max(count, STEADY) / STEADY
     moved = sum(copied_bytes(stage, parts, part) for part in parts)
-    return Estimate(max(profile(items)), stage.whole_macs(), round(len(parts) * factor), round(moved * factor))
+    alive = [i for i, source in enumerate(stage.sources) if source in kept]
+    peak = max(profile(items, alive))
+    return Estimate(peak, stage.whole_macs(), round(len(parts) * factor), round(moved * factor))
 
 
-def items_of(
-    stage: Stage, parts: Sequence[Part], scratch: Callable[[fx.Node], int] = lambda node: 0, returned: bool = False
-) -> tuple[list[Item], int]:
-    """(the sources and then the parts as items of `edgec.lowering.memory`, number of sources).
-
-    returned: the result is one of the network, and not in the arena.
-    """
+def items_of(stage: Stage, parts: Sequence[Part], costs: Costs | None = None) -> tuple[list[Item], int]:
+    """(the sources and then the parts as items of `edgec.lowering.memory`, number of sources)."""
+    costs = costs or Costs()
     sources = stage.sources
     place: dict[Any, int] = {source: i for i, source in enumerate(sources)}
     offset = len(sources)
-    items = [Item(0 if s.op == "placeholder" else aligned(nbytes(s)), given=True) for s in sources]
+    items = [Item(costs.value(root_of(s)), given=True) for s in sources]
     views: dict[int, tuple[int, ...]] = {}
     for number, part in enumerate(parts):
         reads = [place[i] if isinstance(i, fx.Node) else i + offset for i in part.inputs]
         behind = dict.fromkeys(r for read in reads for r in (read, *views.get(read, ())))
         shares: tuple[int, ...] = ()
-        size = aligned(part_bytes(stage, part))
+        size = costs.aligned(part_bytes(stage, part))
         if part.kind == "place":
             shares = tuple(reads[:-1])
         elif part.kind == "compute" and is_view(part.node):
@@ -489,9 +488,9 @@ def items_of(
             allowed = inplace_operands(part.node)
             known = zip(stage.inputs[part.node], reads, strict=True)
             shares = tuple(read for (occurrence, _), read in known if operands[occurrence] in allowed)
-        if returned and number == len(parts) - 1:
+        if number == len(parts) - 1 and stage.out in costs.callers:
             size, shares = 0, ()
-        needed = scratch(part.node) if part.kind == "compute" else 0
+        needed = costs.scratch_of(part.node) if part.kind == "compute" else 0
         items.append(Item(size, tuple(behind), shares, needed))
     return items, offset
 
@@ -537,7 +536,7 @@ def rewrite(stage: Stage, parts: Sequence[Part]) -> None:
             new = _node(stage, part, inputs)
         last = number == len(parts) - 1
         origin = origin_of(part.node)
-        new.meta.update(edgec_layer=layer_of(part.node), edgec_origin=origin if last else f"{origin}, part {number}")
+        new.meta.update(edgec_layer=layer_of(part.node), edgec_origin=origin if last else f"{origin}{PART}{number}")
         made.append(new)
         anchor = new
     result = made[-1]

@@ -30,6 +30,7 @@ from edgec.targets import elementary
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size
+from edgec.targets.gpu.narrow import finish_bytes, widened
 from edgec.targets.mcu.scalar import scalarise
 
 # Work items of a group for templates, whose iterations are long.
@@ -43,7 +44,9 @@ MOST_VARIANTS = 4
 MOST_GROUPS = 65535
 SECTION = re.compile(r"^(?://-+\n)?// Function: (\w+)\n", re.M)
 FORWARD = re.compile(r"^__kernel [^\n{]*;\n", re.M)
-UNIFORM = re.compile(r"^struct PODArgs \{\n.*?\n\}\n@group\(0\) @binding\(\d+\) var<uniform> podArgs : PODArgs;\n", re.M | re.S)
+UNIFORM = re.compile(
+    r"^struct PODArgs \{\n.*?\n\}\n@group\(0\) @binding\(\d+\) var<uniform> podArgs : PODArgs;\n", re.M | re.S
+)
 PROLOGUE = re.compile(r"^#(?:if|ifdef|ifndef|else|elif|endif|pragma|error|define|undef)\b[^\n]*\n", re.M)
 # Functions that stand for float numbers until the text is there: TVM prints seven digits of them.
 NUMBER = re.compile(r"\bedgec_number_(float32|float16)_([0-9a-f]{8})\(\)")
@@ -196,7 +199,8 @@ def _phases(lowered: LoweredKernels, symbol: str, device: Device) -> Part:
         group = min(TASK_GROUP, max(1, tasks))
         grid = -(-max(1, tasks) // group)
         body = _private(function.body)
-        block, item = tirx.Var("block", "int32"), tirx.Var("item", "int32")
+        block: Any = tirx.Var("block", "int32")
+        item: Any = tirx.Var("item", "int32")
         if tasks:
             begin, end = function.params[-2:]
             task = block * group + item if grid > 1 else item
@@ -205,7 +209,8 @@ def _phases(lowered: LoweredKernels, symbol: str, device: Device) -> Part:
             if grid * group != tasks:
                 body = tirx.IfThenElse(task < tasks, body, None)
         for var, tag, extent in ((item, "threadIdx.x", group), (block, "blockIdx.x", grid)):
-            axis = tirx.IterVar(None, var, tirx.IterVar.ThreadIndex, tag)
+            nothing: Any = None
+            axis = tirx.IterVar(nothing, var, tirx.IterVar.ThreadIndex, tag)
             body = tirx.AttrStmt(axis, "thread_extent", tirx.const(extent, "int32"), body)
         kernel = tirx.PrimFunc(pointers, body, ret_type=tvm.ir.TupleType([]), attrs=None)
         name = f"{name}_task"
@@ -285,7 +290,8 @@ def _library(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
         module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
         named[symbol] = (module if _wide(function) else narrow(module))[symbol]
     with target:
-        module = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())(tvm.IRModule(named))
+        rules: Any = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
+        module = rules(tvm.IRModule(named))
         module = _split(tirx.transform.BindTarget(target)(module))
     convention = {name.name_hint: f.attrs.get("calling_conv", None) for name, f in module.functions.items()}
     found = {}
@@ -364,7 +370,9 @@ def _launched(host: Any) -> tuple[list[tuple[str, tuple[int, ...], Size, Size]],
             extents = arguments[len(arguments) - len(tags) :]
             known = dict(zip(tags, (int(e) for e in extents), strict=True))
             used = tuple(_place(places, a) for a in arguments[: len(arguments) - len(tags)])
-            grid, group = (tuple(known.get(f"{kind}.{axis}", 1) for axis in "xyz") for kind in ("blockIdx", "threadIdx"))
+            grid, group = (
+                tuple(known.get(f"{kind}.{axis}", 1) for axis in "xyz") for kind in ("blockIdx", "threadIdx")
+            )
             launches.append((str(name.value), used, grid, group))
         else:
             raise EdgecError(f"host code has a {type(statement).__name__}", where=str(host.attrs["global_symbol"]))
@@ -400,7 +408,8 @@ def _texts(kernels: Mapping[str, Any], device: Device) -> dict[str, str]:
         return {}
     target = _target(device)
     passes = [tirx.transform.LowerWarpMemory(), tirx.transform.StmtSimplify(), tirx.transform.LowerIntrin()]
-    printable = {name: _with_numbers(function) for name, function in kernels.items()}
+    functions, written = widened(kernels, device.api)
+    printable = {name: _with_numbers(function) for name, function in functions.items()}
     with target:
         module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(printable))
     try:
@@ -422,6 +431,8 @@ def _texts(kernels: Mapping[str, Any], device: Device) -> dict[str, str]:
     missing = set(kernels) - set(found)
     if missing:
         raise EdgecError(f"no text for {', '.join(sorted(missing))}", where=f"code generation for {device.name}")
+    if device.api == "vulkan":
+        found = {n: finish_bytes(text, kernels[n], written[n]) if n in written else text for n, text in found.items()}
     return {name: text.strip() + "\n" for name, text in found.items()}
 
 

@@ -19,9 +19,7 @@ def devices() -> list[Any]:
     try:
         import pyopencl as cl
     except ImportError as error:
-        raise ToolchainMissing(
-            "pyopencl is not installed", where="OpenCL", hint="pip install 'edgec[gpu]'"
-        ) from error
+        raise ToolchainMissing("pyopencl is not installed", where="OpenCL", hint="pip install 'edgec[gpu]'") from error
     try:
         platforms = cl.get_platforms()
     except cl.Error:
@@ -60,7 +58,7 @@ class OpenCLRunner:
 
         self.cl, self.plan, self.device = cl, plan, found[0]
         self.context = cl.Context([self.device])
-        properties = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
+        properties: Any = cl.command_queue_properties.PROFILING_ENABLE if profile else 0
         self.queue = cl.CommandQueue(self.context, properties=properties)
         self.profile = profile
         # Milliseconds of each launch of the last run, with `profile`.
@@ -87,13 +85,19 @@ class OpenCLRunner:
         self._owners = [] if self.split else [new(plan["arena_bytes"])]
         if self.split:
             self._owners = [new(size) for size in plan["pool"]]
-        blob = cl.Buffer(self.context, flags.READ_ONLY | flags.COPY_HOST_PTR, hostbuf=np.frombuffer(weights or b"\0\0\0\0", np.uint8))
+        blob = cl.Buffer(
+            self.context, flags.READ_ONLY | flags.COPY_HOST_PTR, hostbuf=np.frombuffer(weights or b"\0\0\0\0", np.uint8)
+        )
         self._owners.append(blob)
         buffers = []
         for row in plan["buffers"]:
             kind, size = row["kind"], row["bytes"]
             if kind == "temp":
-                part = self._owners[row["slot"]] if self.split else self._owners[0].get_sub_region(row["offset"], max(4, size))
+                part = (
+                    self._owners[row["slot"]]
+                    if self.split
+                    else self._owners[0].get_sub_region(row["offset"], max(4, size))
+                )
             elif kind != "constant":
                 part = new(size)
             elif self.split:
@@ -151,9 +155,7 @@ class OpenCLRunner:
         for step, row in enumerate(self.plan["steps"]):
             times = []
             for variant in range(row["variants"] if row["variants"] > 1 else 0):
-                those = [
-                    n for n, x in enumerate(self.plan["launches"]) if (x["step"], x["variant"]) == (step, variant)
-                ]
+                those = [n for n, x in enumerate(self.plan["launches"]) if (x["step"], x["variant"]) == (step, variant)]
                 runs = [[self._enqueue(n) for n in those] for _ in range(repeats)]
                 self.queue.finish()
                 # The first one may compile.

@@ -103,9 +103,7 @@ class VulkanRunner:
     def _pipeline(self, name: str, text: str) -> Any:
         with self._explained(f"kernel {name}"):
             module = self.device.create_shader_module(code=text)
-            return self.device.create_compute_pipeline(
-                layout="auto", compute={"module": module, "entry_point": name}
-            )
+            return self.device.create_compute_pipeline(layout="auto", compute={"module": module, "entry_point": name})
 
     def _launch(self, launch: Mapping[str, Any]) -> Any:
         """(pipeline, arguments, groups), or (None, (source, target), bytes) of a copy."""

@@ -26,6 +26,7 @@ PREPROCESSOR = re.compile(
 NUMBER = re.compile(r"\bek_number_(f|d)_([0-9a-f]+)\(\)")
 # Of `targets/mcu/c/base.h`: TVM prints a cast of pointers, which C does not allow.
 BITS = {"float32": "ek_float_of", "int32": "ek_bits_of"}
+DEFINITION = re.compile(r"^TVM_DLL void \w+\((.*)\) \{$", re.M)
 DECLARATION = re.compile(r"^TVM_DLL [^\n]*\);\n", re.M)
 
 
@@ -91,7 +92,13 @@ def _c_text(lowered: LoweredKernels, symbol: str, device: Device) -> str:
     built = tvm.get_global_func("target.build.c")(tvm.IRModule(functions), target)
     text = DECLARATION.sub("", PREPROCESSOR.sub("", built.inspect_source()))
     text = NUMBER.sub(lambda m: _number(m.group(1), m.group(2)), text)
-    return text.replace("TVM_DLL void ", "static void ").strip() + "\n"
+    return DEFINITION.sub(_definition, text).strip() + "\n"
+
+
+def _definition(match: re.Match[str]) -> str:
+    """The head of a function: a phase of a kernel has all of its parameters and need not read each."""
+    names = [parameter.split()[-1].lstrip("*") for parameter in match.group(1).split(", ")]
+    return f"{match.group(0).replace('TVM_DLL', 'static')}\n  {' '.join(f'(void){n};' for n in names)}"
 
 
 def _number(kind: str, bits: str) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
 from edgec import regions as regions
 from edgec.lowering import tiles
-from edgec.lowering.tiles import Part, Stage, patches, strips
+from edgec.lowering.tiles import NotTileable, Part, Stage, patches, strips
 from edgec.program import propagate, shape_of
 
 pytestmark = pytest.mark.pure
@@ -125,7 +125,12 @@ def tiled(module: fx.GraphModule, tiling: Tiling) -> tuple[fx.GraphModule, Stage
     for old, new in zip(module.graph.nodes, copied.graph.nodes, strict=True):
         new.meta.update(old.meta)
     stage = stage_of(copied)
-    parts = tiling(stage)
+    try:
+        parts = tiling(stage)
+    except NotTileable as reason:
+        # Of small tiles at the border, which need nothing of the map.
+        assert "lies in the padding" in str(reason)
+        reject()
     cost = stage.whole_macs(), tiles.macs(stage, parts)
     tiles.rewrite(stage, parts)
     copied.graph.lint()
@@ -135,7 +140,7 @@ def tiled(module: fx.GraphModule, tiling: Tiling) -> tuple[fx.GraphModule, Stage
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_patches_equal_the_whole(seed: int, height: int, width: int) -> None:
     module, x = random_stack(seed)
     want = module(x)[0]
@@ -151,7 +156,7 @@ def test_patches_equal_the_whole(seed: int, height: int, width: int) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_strips_equal_the_whole_and_compute_nothing_twice(seed: int, height: int) -> None:
     module, x = random_stack(seed)
     want = module(x)[0]

@@ -54,12 +54,17 @@ def model(api: str) -> tuple[Plan, LoweredGpu]:
     builder.add_output("y", result, (3, 4), "float32")
     builder.add_output("same", x, (3, 4), "float32")
     variants = {
-        "net_scale": ((kernel(api, "scale", "a[i] * b[i]", (0, 1, 2)),), (kernel(api, "turn", "b[i] * a[i]", (0, 1, 2), 2),)),
+        "net_scale": (
+            (kernel(api, "scale", "a[i] * b[i]", (0, 1, 2)),),
+            (kernel(api, "turn", "b[i] * a[i]", (0, 1, 2), 2),),
+        ),
         "net_sum": ((kernel(api, "add", "a[i] + b[i]", (1, 0, 2)),),),
         # Operands 0 and 1, output 2, scratch 3.
-        "net_join": ((kernel(api, "copy", "a[i] + 0.0f * b[i]", (0, 1, 3)), kernel(api, "join", "a[i] * b[i]", (3, 1, 2))),),
+        "net_join": (
+            (kernel(api, "copy", "a[i] + 0.0f * b[i]", (0, 1, 3)), kernel(api, "join", "a[i] * b[i]", (3, 1, 2))),
+        ),
     }
-    signature = {symbol: ("float32",) * 3 for symbol in variants}
+    signature = dict.fromkeys(variants, ("float32",) * 3)
     scratch = {"net_scale": (), "net_sum": (), "net_join": (4 * SIZE,)}
     return builder.finish(), LoweredGpu(variants, signature, scratch)
 

@@ -1,158 +1,99 @@
-"""Running many kernels for Helium in one program on QEMU's Cortex-M55 board.
+"""Running many kernels for Helium in one program on QEMU's Cortex-M55 board, with arrays at the ends of its memories.
 
-Every array ends where a memory of the board ends, so that a kernel that reads or writes behind one faults; the bytes in
-front of outputs and scratch memory are checked, and that other arrays stay as they were.
+A kernel that reads or writes behind an array faults; the bytes in front of every array are checked, and that operands
+stay as they were.
 """
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from edgec.targets.device import load_device
 from edgec.targets.mcu.emit import parameters
 from edgec.targets.mcu.header import header
-from edgec.targets.mcu.kernels.base import McuKernel
-from tests.targets.mcu_runner import WARNINGS, memory
+from edgec.targets.mcu.machine import build_program, run_program
+from tests.targets.mcu_runner import WARNINGS, Case, memory
 
 DEVICE = load_device("cortex-m55")
 
-SCRIPT = """
-MEMORY { CODE (rx) : ORIGIN = 0x00000000, LENGTH = 256K
-         RAM (rw) : ORIGIN = 0x20000000, LENGTH = 256K }
-ENTRY(start)
-SECTIONS {
-  .text : { KEEP(*(.vectors)) *(.text*) *(.rodata*) } > CODE
-  .ARM.exidx : { *(.ARM.exidx*) } > CODE
-  .bss (NOLOAD) : { *(.data*) *(.bss*) *(COMMON) } > RAM
-}
-"""
-
 DRIVER = r"""
+#include "semihost.h"
 typedef void (*kernel_t)(void **);
 extern const kernel_t table[];
-static int32_t semihost(int32_t op, const void *arguments) {
-    register int32_t r0 __asm__("r0") = op;
-    register const void *r1 __asm__("r1") = arguments;
-    __asm__ volatile("bkpt 0xAB" : "+r"(r0) : "r"(r1) : "memory");
-    return r0;
-}
-static void leave(uint32_t status) { uint32_t a[2] = {0x20026, status}; for (;;) semihost(0x20, a); }
-static void fault(void) { leave(3); }
-static uint32_t open_file(const char *name, uint32_t mode) {
-    uint32_t a[3] = {(uint32_t)name, mode, strlen(name)};
-    return (uint32_t)semihost(1, a);
-}
-static void transfer(int32_t op, uint32_t handle, const void *data, uint32_t size) {
-    uint32_t a[3] = {handle, (uint32_t)data, size};
-    if (size && semihost(op, a)) leave(4);
-}
-/* Where memories of the board end; a fifth array, which is scratch memory, is followed by bytes that are checked. */
+/* Where memories of the board end. A fifth array, which is scratch memory, is followed by bytes that are checked. */
 static const uint32_t ENDS[] = {0x00080000, 0x20080000, 0x31400000, 0x11200000, 0x31200000};
-__attribute__((noinline, used)) static void run_case_end(void) { __asm__ volatile(""); }
-__attribute__((noinline, used)) static void run_case(kernel_t kernel, void **pointers) { kernel(pointers); }
-__attribute__((used)) static void start(void) {
-    *(volatile uint32_t *)0xE000ED88 |= 0xFu << 20;
-    __asm__ volatile("dsb\nisb" ::: "memory");
-    uint32_t in = open_file("in.bin", 1), out = open_file("out.bin", 5), head[2], spec[8][2];
+enum { GUARD = 64, MOST = 0x30000, BETWEEN = 4 };
+static int guarded(const uint8_t *from) {
+    for (int k = 0; k < GUARD; k++) {
+        if (from[k] != 0x5A) return 0;
+    }
+    return 1;
+}
+int main(void) {
+    uint32_t head[2], sizes[5];
+    const int in = semihost_open("in.bin", 0), out = semihost_open("out.bin", 1);
     for (;;) {
-        void *pointers[8];
-        transfer(6, in, head, 8);
-        if (!head[1]) break;
-        transfer(6, in, spec, 8 * head[1]);
+        void *pointers[5];
+        if (semihost_read(in, head, 8)) return 3;
+        if (!head[1]) return 0;
+        if (head[1] > 5 || semihost_read(in, sizes, 4 * head[1])) return 4;
         for (uint32_t i = 0; i < head[1]; i++) {
-            uint8_t *p = (uint8_t *)(ENDS[spec[i][1]] - spec[i][0]);
-            if (spec[i][0] > 0x30000) leave(5);
-            memset(p - 64, 0x5A, 64);
-            if (i == 4) memset((void *)ENDS[i], 0x5A, 64);
-            transfer(6, in, p, spec[i][0]);
+            uint8_t *p = (uint8_t *)(ENDS[i] - sizes[i]);
+            if (sizes[i] > MOST) return 5;
+            memset(p - GUARD, 0x5A, GUARD);
+            if (i == BETWEEN) memset((void *)ENDS[i], 0x5A, GUARD);
+            if (sizes[i] && semihost_read(in, p, sizes[i])) return 6;
             pointers[i] = p;
         }
-        run_case(table[head[0]], pointers);
-        run_case_end();
+        table[head[0]](pointers);
         for (uint32_t i = 0; i < head[1]; i++) {
-            uint8_t *p = (uint8_t *)(ENDS[spec[i][1]] - spec[i][0]);
-            for (int k = 1; k <= 64; k++) if (p[-k] != 0x5A || (i == 4 && ((uint8_t *)ENDS[i])[k - 1] != 0x5A)) leave(6);
-            transfer(5, out, p, spec[i][0]);
+            uint8_t *p = (uint8_t *)(ENDS[i] - sizes[i]);
+            if (!guarded(p - GUARD) || (i == BETWEEN && !guarded((uint8_t *)ENDS[i]))) return 7;
+            if (sizes[i] && semihost_write(out, p, sizes[i])) return 8;
         }
     }
-    leave(0);
 }
-#define F (uintptr_t) fault
-__attribute__((section(".vectors"), used)) static const uintptr_t vectors[16] = {
-    0x20040000, (uintptr_t)start, F, F, F, F, F, F, F, F, F, F, F, F, F, F};
 """
 
 
-class Case(NamedTuple):
-    """A call of a kernel. activations: `before` of them (default: all) stand before the weights."""
-
-    kernel: McuKernel
-    activations: Sequence[np.ndarray]
-    weights: Mapping[str, np.ndarray | None] = {}
-    before: int | None = None
-    inplace: bool = False
-
-
-def run_cases(cases: Sequence[Case], plugin: Path | None = None) -> tuple[list[np.ndarray], str]:
-    """(the flat outputs, what QEMU printed) of all cases, run in one program."""
+def run_at_ends(cases: Sequence[Case]) -> list[np.ndarray]:
+    """The flat outputs of all cases, each of at most five arrays, run in one program."""
     parts = sorted({c.kernel.call().part for c in cases})
-    text = [header(parts), DRIVER]
-    data, layout = b"", []
+    text, data, layout = [header(parts), DRIVER], b"", []
     for number, case in enumerate(cases):
         call = case.kernel.call()
         arrays, output = memory(case.kernel, case.activations, case.weights, case.before, DEVICE, case.inplace)
-        shared = case.kernel.inplace[0] if case.inplace else None
-        kept = [i for i in range(len(arrays)) if not (i == output and shared is not None)]
-        assert len(kept) <= 5, "more arrays than memories"
-        places = [kept.index(i) if i in kept else kept.index(shared) for i in range(len(arrays))]
+        result = case.kernel.inplace[0] if case.inplace else output
+        kept = [i for i in range(len(arrays)) if i != output or i == result]
+        places = [kept.index(result if i == output else i) for i in range(len(arrays))]
         definition, first = parameters(f"P{number}", call)
         arguments = ", ".join([*([first] if first else []), *(f"p[{i}]" for i in places)])
         text.append(f"{definition}static void call{number}(void **p) {{ {call.function}({arguments}); }}")
-        data += np.array([number, len(kept)], "<u4").tobytes()
-        data += np.array([[arrays[i].nbytes, k] for k, i in enumerate(kept)], "<u4").tobytes()
+        data += np.array([number, len(kept), *(arrays[i].nbytes for i in kept)], "<u4").tobytes()
         data += b"".join(arrays[i].tobytes() for i in kept)
-        layout.append((arrays, kept, output if shared is None else shared, output))
-    data += bytes(8)
+        layout.append((arrays, kept, result, output))
     text.append(f"const kernel_t table[] = {{{', '.join(f'call{i}' for i in range(len(cases)))}}};\n")
     with tempfile.TemporaryDirectory(prefix="edgec-mve-test-") as name:
         folder = Path(name)
         (folder / "cases.c").write_text("\n".join(text))
-        (folder / "script.ld").write_text(SCRIPT)
-        (folder / "in.bin").write_bytes(data)
-        command = [
-            DEVICE.cc,
-            *DEVICE.cflags,
-            *WARNINGS,
-            "cases.c",
-            "-nostartfiles",
-            "-T",
-            "script.ld",
-            "-o",
-            "cases.elf",
-        ]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        command = [DEVICE.runner, "-M", DEVICE.machine, "-nographic", "-monitor", "none", "-serial", "none"]
-        command += ["-semihosting-config", "enable=on,target=native", "-kernel", "cases.elf"]
-        command += ["-plugin", str(plugin)] if plugin else []
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
-        back = (folder / "out.bin").read_bytes() if (folder / "out.bin").exists() else b""
-        results, at = [], 0
-        for number, (arrays, kept, result, output) in enumerate(layout):
-            where = f"case {number} ({cases[number].kernel})"
-            assert at + sum(arrays[i].nbytes for i in kept) <= len(back), f"{where}: status {done.returncode}"
-            for i in kept:
-                got = back[at : at + arrays[i].nbytes]
-                at += arrays[i].nbytes
-                if i == result:
-                    results.append(np.frombuffer(got, cases[number].kernel.operands()[output].dtype))
-                elif i < output:
-                    assert got == arrays[i].tobytes(), f"{where}: operand {i} was changed"
-        assert done.returncode == 0, f"status {done.returncode}: {done.stderr}"
-        return results, done.stderr
+        (folder / "in.bin").write_bytes(data + bytes(8))
+        program = build_program([folder / "cases.c"], DEVICE, folder, name="cases", flags=WARNINGS[2:])
+        done = run_program(program, DEVICE, cwd=folder)
+        back = (folder / "out.bin").read_bytes()
+    results, at = [], 0
+    for number, (arrays, kept, result, output) in enumerate(layout):
+        where = f"case {number} ({cases[number].kernel})"
+        assert at + sum(arrays[i].nbytes for i in kept) <= len(back), f"{where}: status {done.status}: {done.text}"
+        for i in kept:
+            got = back[at : at + arrays[i].nbytes]
+            at += arrays[i].nbytes
+            if i == result:
+                results.append(np.frombuffer(got, cases[number].kernel.operands()[output].dtype))
+            elif i < output:
+                assert got == arrays[i].tobytes(), f"{where}: operand {i} was changed"
+    assert done.status == 0, f"status {done.status}: {done.text}"
+    return results

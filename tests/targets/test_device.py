@@ -13,14 +13,31 @@ from edgec.targets.device import Device, device_names, load_device
 pytestmark = pytest.mark.pure
 V3 = "cx16 popcnt sse4_1 sse4_2 ssse3 abm avx avx2 bmi1 bmi2 f16c fma movbe"
 V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
+CPUS = [name for name in device_names() if load_device(name).family in ("host", "cpu")]
+MCUS = [name for name in device_names() if load_device(name).is_mcu]
 ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1", "cortex-x2")
 
 
 def test_names() -> None:
-    assert device_names() == ["host", *ARM64, "cortex-a7"]
+    assert list(CPUS) == ["host", *ARM64, "cortex-a7"]
+    assert {"cortex-m0plus", "cortex-m4", "cortex-m55", "rv32imc", "nucleo-l4r5zi", "rp2040"} <= set(MCUS)
 
 
-@pytest.mark.parametrize("name", device_names())
+@pytest.mark.parametrize("name", MCUS)
+def test_microcontrollers(name: str) -> None:
+    device = load_device(name)
+    assert device.summary and device.isa in ("c", "dsp", "mve") and device.machine and device.requant == "RQH"
+    assert device.vector_bytes == 4, "templates without a kernel are written in scalars"
+    assert device.tvm_target() == {"kind": "c"}
+    # A board has memory of its own and all else of its core.
+    assert (device.flash_kb is None) == (device.sram_kb is None) == (device.core == "")
+    if device.core:
+        core = dataclasses.asdict(load_device(device.core))
+        changed = {k for k, v in dataclasses.asdict(device).items() if v != core[k]}
+        assert changed == {"name", "summary", "core", "flash_kb", "sram_kb"}
+
+
+@pytest.mark.parametrize("name", CPUS)
 def test_rows_are_complete(name: str) -> None:
     device = load_device(name)
     assert device.name == name and device.summary and device.mcpu
@@ -32,7 +49,7 @@ def test_rows_are_complete(name: str) -> None:
         device.name = "other"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", device_names())
+@pytest.mark.parametrize("name", CPUS)
 def test_llvm_accepts_the_cpu_and_its_features(name: str) -> None:
     import tvm
 
@@ -44,7 +61,7 @@ def test_llvm_accepts_the_cpu_and_its_features(name: str) -> None:
     assert tvm.get_global_func("target.llvm_is_valid_cpu")(device.mcpu, device.triple)
 
 
-@pytest.mark.parametrize("name", device_names())
+@pytest.mark.parametrize("name", CPUS)
 def test_requantisation_in_floats_needs_ieee_vectors(name: str) -> None:
     device = load_device(name)
     assert device.requant == ("RQ1" if device.is_arm32 else "RQF")

@@ -136,7 +136,7 @@ def test_opencl_says_why_a_program_is_refused(tmp_path: Path) -> None:
         described = document.describe(plan, kernels, device)  # type: ignore[arg-type]
         return OpenCLRunner(described, document.program(kernels), document.weights(plan))  # type: ignore[arg-type]
 
-    with pytest.raises(EdgecError, match="does not compile.*nothing_of_the_kind"):
+    with pytest.raises(EdgecError, match=r"does not compile.*nothing_of_the_kind"):
         opened(changed(kernels, "net_sum", text="__kernel void add(void) { nothing_of_the_kind(); }\n"))
     with pytest.raises(EdgecError, match="add needs groups of 1048576 work items"):
         opened(changed(kernels, "net_sum", group=(1 << 20, 1, 1)))
@@ -146,7 +146,7 @@ def test_opencl_says_why_a_program_is_refused(tmp_path: Path) -> None:
 def test_vulkan_says_why_a_kernel_is_refused(tmp_path: Path) -> None:
     plan, kernels = model("vulkan")
     folder = written(tmp_path, load_device("vulkan"), plan, changed(kernels, "net_sum", text="fn add() { nothing(); }"))
-    with pytest.raises(EdgecError, match="kernel add: .*nothing"):
+    with pytest.raises(EdgecError, match=r"kernel add: .*nothing"):
         runner.open_runner(folder, "vulkan")
 
 
@@ -191,7 +191,13 @@ def test_host_runs_samples(host: Path, option: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(row[1], values)
     lines = [line.split() for line in text.splitlines()]
     if option == "--profile":
-        assert [line[1:] for line in lines] == [["scale", "first"], ["add", "second"], ["copy", "third"], ["join", "third"], ["copy"]]
+        assert [line[1:] for line in lines] == [
+            ["scale", "first"],
+            ["add", "second"],
+            ["copy", "third"],
+            ["join", "third"],
+            ["copy"],
+        ]
         assert all(float(line[0]) >= 0 for line in lines)
 
 

@@ -20,6 +20,7 @@ from edgec.targets.gpu.lower import LoweredGpu, lower_to_gpu
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.kernels.norm import GroupNorm, RMSNorm
 from edgec.targets.kernels.softmax import Softmax
+from edgec.targets.kernels.transpose import Transpose
 
 APIS = [pytest.param("opencl", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
 GPUS = [name for name in device_names() if load_device(name).is_gpu]
@@ -136,7 +137,9 @@ def test_integer_template_is_exact() -> None:
     from edgec.targets.kernels.common import Epilogue
 
     device = load_device("opencl")
-    spec = Conv2D(6, 5, 7, 9, (3, 3), padding=(1, 1, 1, 1), dtype="int8", x_zp=3, epilogue=Epilogue(y_zp=-4, lo=-128, hi=127))
+    spec = Conv2D(
+        6, 5, 7, 9, (3, 3), padding=(1, 1, 1, 1), dtype="int8", x_zp=3, epilogue=Epilogue(y_zp=-4, lo=-128, hi=127)
+    )
     rng = np.random.default_rng(3)
     x, w = (rng.integers(-128, 128, s).astype(np.int8) for s in ((6, 5, 7), (9, 7, 3, 3)))
     bias = rng.integers(-5000, 5000, 9).astype(np.int32)
@@ -161,7 +164,7 @@ def test_types_that_a_language_has_not_are_an_error() -> None:
     x = te.placeholder((8,), "int64", "x")
     function = library(x, te.compute((8,), lambda i: x[i] * x[i], "y"))
     assert "long" in lower_to_gpu(tvm.IRModule({"net_f": function}), load_device("opencl")).module
-    with pytest.raises(EdgecError, match="TVM cannot write the kernels.*i64"):
+    with pytest.raises(EdgecError, match=r"TVM cannot write the kernels.*i64"):
         lower_to_gpu(tvm.IRModule({"net_f": function}), load_device("vulkan"))
 
 
@@ -172,5 +175,47 @@ def test_nothing_to_lower() -> None:
 def test_infinite_numbers_have_a_literal() -> None:
     x = te.placeholder((8,), "float32", "x")
     y = te.compute((8,), lambda i: tirx.if_then_else(x[i] > 0.0, te.const(-math.inf, "float32"), x[i]), "y")
-    texts = {api: lower_to_gpu(tvm.IRModule({"net_f": library(x, y)}), load_device(api)).module for api in ("opencl", "vulkan")}
+    texts = {
+        api: lower_to_gpu(tvm.IRModule({"net_f": library(x, y)}), load_device(api)).module
+        for api in ("opencl", "vulkan")
+    }
     assert "(-INFINITY)" in texts["opencl"] and "(-3.4028235e+38f)" in texts["vulkan"]
+
+
+# -- types of memory only ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_halves_need_no_extension_in_opencl(api: str) -> None:
+    x = te.placeholder((6, 10), "float16", "x")
+    k = te.reduce_axis((0, 10), "k")
+    total = te.compute((6,), lambda i: te.sum(x[i, k].astype("float32"), axis=k), "total")
+    y = te.compute((6, 10), lambda i, j: te.max(x[i, j] * te.const(0.3, "float16"), total[i].astype("float16")), "y")
+    data = np.random.default_rng(5).standard_normal((6, 10)).astype(np.float16)
+    got, _ = run(library(x, y), api, [data], (6, 10), "float16")
+    wide = data.astype(np.float32)
+    want = np.maximum(wide * np.float32(np.float16(0.3)), wide.sum(1, keepdims=True))
+    np.testing.assert_allclose(got.astype(np.float32), want, rtol=1e-3, atol=1e-4)
+    lowered = lower_to_gpu(tvm.IRModule({"net_f": library(x, y)}), load_device(api))
+    assert document._computes_in_half(lowered) == (api == "vulkan")
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_bytes_of_one_word_are_written_by_different_items(api: str) -> None:
+    size = 37
+    x, z = (te.placeholder((size,), "int8", name) for name in "xz")
+    # Sums of bytes wrap, products are taken in 32 bits; neighbours go to other places.
+    y = te.compute((size,), lambda i: (x[size - 1 - i] + z[i]) - (x[i].astype("int32") * 3).astype("int8"), "y")
+    rng = np.random.default_rng(6)
+    a, b = (rng.integers(-128, 128, size).astype(np.int8) for _ in range(2))
+    got, _ = run(library(x, z, y), api, [a, b], (size,), "int8")
+    np.testing.assert_array_equal(got, a[::-1] + b - (a.astype(np.int32) * 3).astype(np.int8))
+
+
+@pytest.mark.vulkan
+def test_templates_of_codes_run_in_wgsl() -> None:
+    device = load_device("vulkan")
+    spec = Transpose((3, 7, 5), (1, 2, 0), "int8")
+    x = np.random.default_rng(7).integers(-128, 128, (3, 7, 5)).astype(np.int8)
+    got, _ = run(spec.prim_func(device), "vulkan", [x], (7, 5, 3), "int8")
+    np.testing.assert_array_equal(got, x.transpose(1, 2, 0))

@@ -3,7 +3,9 @@
  * Depthwise convolution of codes. A pixel is computed from one pointer per kernel tap, four channels at a time; taps in
  * the padding point to a row of zero points, so borders and the inside run through the same code. The constants of a
  * group of four channels lie in one stream in the order of their use: four biases; for each pair of taps two int16
- * weights of each channel; for an odd last tap the weights of channels 0, 2, 1, 3; four multipliers. When
+ * weights of each channel; for an odd last tap the weights of channels 0, 2, 1, 3; four multipliers. Where
+ * multipliers are not all below one half, twelve numbers stand for these: m, add and post (see scale.h) of the first two
+ * channels, and of the other two; weights and bias contain the unit. When
  * channels are no multiple of four, the last group is that of the last four channels. Layers that are not computed in
  * groups have for each channel: bias, multiplier, shift, int16 weights in whole words.
  */
@@ -59,14 +61,29 @@ typedef void ek_dw_run(ek_dw_t *r);
     "smlatt r5, r8, r10, r5\n" \
     "smlabb r4, r9, r11, r4\n" \
     "smlatt r6, r9, r11, r6\n"
-/* Round and store four codes; next group, next pixel. */
-#define EK_DW_STORE \
+/* Four codes, as `ek_rqh`. */
+#define EK_DW_HALVES \
     "ldm r1!, {r10-r12, lr}\n" \
     "ldm r0, {r7-r9}\n" \
     "smmlar r3, r3, r10, r9\n" \
     "smmlar r4, r4, r11, r9\n" \
     "smmlar r5, r5, r12, r9\n" \
-    "smmlar r6, r6, lr, r9\n" \
+    "smmlar r6, r6, lr, r9\n"
+/* Four codes, as `ek_rescaled`. */
+#define EK_DW_SCALES \
+    "ldm r1!, {r7-r12}\n" \
+    "smmla r3, r3, r7, r9\n" \
+    "smmla r4, r4, r8, r10\n" \
+    "asr r3, r11\n" \
+    "asr r4, r12\n" \
+    "ldm r1!, {r7-r12}\n" \
+    "smmla r5, r5, r7, r9\n" \
+    "smmla r6, r6, r8, r10\n" \
+    "asr r5, r11\n" \
+    "asr r6, r12\n" \
+    "ldrd r7, r8, [r0]\n"
+/* Store four codes to r7, until r2 is r8; next group, next pixel. */
+#define EK_DW_STORE \
     "ssat r3, #8, r3\n" \
     "ssat r4, #8, r4\n" \
     "ssat r5, #8, r5\n" \
@@ -89,43 +106,48 @@ typedef void ek_dw_run(ek_dw_t *r);
     "bne 1b\n"
 
 /* Any number of taps: r0 walks over them. */
-__attribute__((naked, noinline, unused)) static void
-ek_dw_groups(__attribute__((unused)) ek_dw_t *r) {
-    __asm__ volatile("push {r4-r11, lr}\n"
-                     "ldr r5, [r0, #44]\n"
-                     "add r3, r0, #48\n"
-                     "asr r4, r5, #1\n"
-                     "add r4, r3, r4, lsl #3\n"
-                     "push {r0, r3, r4, r5}\n"
-                     "movs r2, #0\n"
-                     "1: ldr r1, [r0, #12]\n"
-                     "2: ldm r1!, {r3-r6}\n"
-                     "ldrd r0, r7, [sp, #4]\n"
-                     "cmp r0, r7\n"
-                     "beq 4f\n"
-                     "3: ldrd r7, r8, [r0], #8\n" EK_DW_PAIR "ldr r7, [sp, #8]\n"
-                     "cmp r0, r7\n"
-                     "bne 3b\n"
-                     "4: ldr r7, [sp, #12]\n"
-                     "lsls r7, #31\n"
-                     "beq 5f\n"
-                     "ldr r7, [r0]\n" EK_DW_LAST "5: ldr r0, [sp]\n" EK_DW_STORE "add sp, #16\n"
-                     "pop {r4-r11, pc}\n");
+#define EK_DW_ALL(codes) \
+    "push {r4-r11, lr}\n" \
+    "ldr r5, [r0, #44]\n" \
+    "add r3, r0, #48\n" \
+    "asr r4, r5, #1\n" \
+    "add r4, r3, r4, lsl #3\n" \
+    "push {r0, r3, r4, r5}\n" \
+    "movs r2, #0\n" \
+    "1: ldr r1, [r0, #12]\n" \
+    "2: ldm r1!, {r3-r6}\n" \
+    "ldrd r0, r7, [sp, #4]\n" \
+    "cmp r0, r7\n" \
+    "beq 4f\n" \
+    "3: ldrd r7, r8, [r0], #8\n" EK_DW_PAIR "ldr r7, [sp, #8]\n" \
+    "cmp r0, r7\n" \
+    "bne 3b\n" \
+    "4: ldr r7, [sp, #12]\n" \
+    "lsls r7, #31\n" \
+    "beq 5f\n" \
+    "ldr r7, [r0]\n" EK_DW_LAST "5: ldr r0, [sp]\n" codes EK_DW_STORE "add sp, #16\n" \
+    "pop {r4-r11, pc}\n"
+
+__attribute__((naked, noinline, unused)) static void ek_dw_groups(__attribute__((unused)) ek_dw_t *r) {
+    __asm__ volatile(EK_DW_ALL(EK_DW_HALVES));
+}
+
+__attribute__((naked, noinline, unused)) static void ek_dw_groups_any(__attribute__((unused)) ek_dw_t *r) {
+    __asm__ volatile(EK_DW_ALL(EK_DW_SCALES));
 }
 
 /* Nine taps. */
-__attribute__((naked, noinline, unused)) static void
-ek_dw_groups9(__attribute__((unused)) ek_dw_t *r) {
+__attribute__((naked, noinline, unused)) static void ek_dw_groups9(__attribute__((unused)) ek_dw_t *r) {
     __asm__ volatile("push {r4-r11, lr}\n"
                      "movs r2, #0\n"
                      "1: ldr r1, [r0, #12]\n"
                      "2: ldm r1!, {r3-r6}\n"
                      "ldrd r7, r8, [r0, #48]\n" EK_DW_PAIR "ldrd r7, r8, [r0, #56]\n" EK_DW_PAIR
                      "ldrd r7, r8, [r0, #64]\n" EK_DW_PAIR "ldrd r7, r8, [r0, #72]\n" EK_DW_PAIR
-                     "ldr r7, [r0, #80]\n" EK_DW_LAST EK_DW_STORE "pop {r4-r11, pc}\n");
+                     "ldr r7, [r0, #80]\n" EK_DW_LAST EK_DW_HALVES EK_DW_STORE "pop {r4-r11, pc}\n");
 }
 #else
-EK_KERNEL void ek_dw_groups(ek_dw_t *r) {
+EK_INLINE void ek_dw_sums(ek_dw_t *r, int any) {
     int8_t *out = (int8_t *)r->out;
     int32_t start = 0, pairs = r->count >> 1;
     for (int32_t pixel = 0; pixel < r->pixels; pixel++, start += r->jump, out += r->channels) {
@@ -156,20 +178,34 @@ EK_KERNEL void ek_dw_groups(ek_dw_t *r) {
             }
             s = (const int32_t *)w;
             int8_t *y = out + c;
-            y[0] = (int8_t)ek_clamp(ek_rqh(a0, s[0]) + r->zero, r->lo, r->hi);
-            y[1] = (int8_t)ek_clamp(ek_rqh(a1, s[1]) + r->zero, r->lo, r->hi);
-            y[2] = (int8_t)ek_clamp(ek_rqh(a2, s[2]) + r->zero, r->lo, r->hi);
-            y[3] = (int8_t)ek_clamp(ek_rqh(a3, s[3]) + r->zero, r->lo, r->hi);
-            s += 4;
+            if (any) {
+                y[0] = ek_narrow(ek_smmla(a0, s[0], s[2]) >> s[4], r->lo, r->hi);
+                y[1] = ek_narrow(ek_smmla(a1, s[1], s[3]) >> s[5], r->lo, r->hi);
+                y[2] = ek_narrow(ek_smmla(a2, s[6], s[8]) >> s[10], r->lo, r->hi);
+                y[3] = ek_narrow(ek_smmla(a3, s[7], s[9]) >> s[11], r->lo, r->hi);
+            } else {
+                y[0] = ek_narrow(ek_rqh(a0, s[0]) + r->zero, r->lo, r->hi);
+                y[1] = ek_narrow(ek_rqh(a1, s[1]) + r->zero, r->lo, r->hi);
+                y[2] = ek_narrow(ek_rqh(a2, s[2]) + r->zero, r->lo, r->hi);
+                y[3] = ek_narrow(ek_rqh(a3, s[3]) + r->zero, r->lo, r->hi);
+            }
+            s += any ? 12 : 4;
         }
     }
 }
 
+EK_KERNEL void ek_dw_groups(ek_dw_t *r) { ek_dw_sums(r, 0); }
+
+EK_KERNEL void ek_dw_groups_any(ek_dw_t *r) { ek_dw_sums(r, 1); }
+
 #define ek_dw_groups9 ek_dw_groups
 #endif
 
-/* groups: a form of ek_dw_groups, for at least four channels. The last group may overlap the one before it. */
-EK_INLINE void ek_dw_half(ek_dw_t *r, ek_dw_run *groups) {
+/*
+ * groups: a form of ek_dw_groups, for at least four channels. The last group may overlap the one before it. words: in
+ * the stream beside the weights.
+ */
+EK_KERNEL void ek_dw_grouped(ek_dw_t *r, ek_dw_run *groups, int32_t words) {
     int8_t *out = (int8_t *)r->out;
     int32_t pixels = r->pixels, channels = r->channels, last = channels & 3 ? channels - 4 : 0;
     r->end = channels & -4;
@@ -177,7 +213,7 @@ EK_INLINE void ek_dw_half(ek_dw_t *r, ek_dw_run *groups) {
     groups(r);
     if (last) {
         const int32_t *weights = r->weights;
-        r->weights += (channels >> 2) * (8 + 4 * (r->count >> 1) + 2 * (r->count & 1));
+        r->weights += (channels >> 2) * (words + 4 * (r->count >> 1) + 2 * (r->count & 1));
         for (int32_t t = 0; t < r->count; t++) r->taps[t] += last;
         r->out = out + last;
         r->end = 4;
@@ -189,9 +225,11 @@ EK_INLINE void ek_dw_half(ek_dw_t *r, ek_dw_run *groups) {
     ek_narrowed(out, pixels * channels, r->lo, r->hi);
 }
 
-EK_KERNEL void ek_dw_run_half(ek_dw_t *r) { ek_dw_half(r, ek_dw_groups); }
+EK_KERNEL void ek_dw_run_half(ek_dw_t *r) { ek_dw_grouped(r, ek_dw_groups, 8); }
 
-EK_KERNEL void ek_dw_run_half9(ek_dw_t *r) { ek_dw_half(r, ek_dw_groups9); }
+EK_KERNEL void ek_dw_run_half9(ek_dw_t *r) { ek_dw_grouped(r, ek_dw_groups9, 8); }
+
+EK_KERNEL void ek_dw_run_any(ek_dw_t *r) { ek_dw_grouped(r, ek_dw_groups_any, 16); }
 
 /* Channels one by one: any multipliers, or real results. */
 EK_INLINE void ek_dw_singles(ek_dw_t *r, int real) {
@@ -213,7 +251,7 @@ EK_INLINE void ek_dw_singles(ek_dw_t *r, int real) {
     }
 }
 
-EK_KERNEL void ek_dw_run_any(ek_dw_t *r) { ek_dw_singles(r, 0); }
+EK_KERNEL void ek_dw_run_each(ek_dw_t *r) { ek_dw_singles(r, 0); }
 
 EK_KERNEL void ek_dw_run_float(ek_dw_t *r) { ek_dw_singles(r, 1); }
 
@@ -289,7 +327,7 @@ EK_KERNEL void ek_depthwise_add_i8(const ek_depthwise_add_t *p, const int8_t *x,
     ek_dw_drive(&p->conv, x, w, other, y, scratch, ek_dw_run_half, 1, &p->add);
 }
 
-/* Any multipliers. */
+/* Any multipliers, in groups of four channels. */
 EK_KERNEL void ek_depthwise_any_i8(const ek_depthwise_t *p, const int8_t *x, const int32_t *w, int8_t *y,
                                    void *scratch) {
     ek_dw_plain(p, x, w, y, scratch, ek_dw_run_any, 1);
@@ -298,6 +336,17 @@ EK_KERNEL void ek_depthwise_any_i8(const ek_depthwise_t *p, const int8_t *x, con
 EK_KERNEL void ek_depthwise_any_add_i8(const ek_depthwise_add_t *p, const int8_t *x, const int32_t *w,
                                        const int8_t *other, int8_t *y, void *scratch) {
     ek_dw_drive(&p->conv, x, w, other, y, scratch, ek_dw_run_any, 1, &p->add);
+}
+
+/* Any multipliers, channel by channel. */
+EK_KERNEL void ek_depthwise_each_i8(const ek_depthwise_t *p, const int8_t *x, const int32_t *w, int8_t *y,
+                                   void *scratch) {
+    ek_dw_plain(p, x, w, y, scratch, ek_dw_run_each, 1);
+}
+
+EK_KERNEL void ek_depthwise_each_add_i8(const ek_depthwise_add_t *p, const int8_t *x, const int32_t *w,
+                                       const int8_t *other, int8_t *y, void *scratch) {
+    ek_dw_drive(&p->conv, x, w, other, y, scratch, ek_dw_run_each, 1, &p->add);
 }
 
 /* Real results. */

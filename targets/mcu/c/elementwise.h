@@ -57,7 +57,7 @@ EK_KERNEL void ek_mul_row(const void *parameters, const int8_t *a, int32_t sa, c
     const ek_product_t p = *(const ek_product_t *)parameters;
     int32_t start = -p.zb * p.scale.unit;
     for (const int8_t *end = y + n; y != end; a += sa, b += sb)
-        *y++ = ek_narrow(ek_scaled(p.scale, (*a - p.za) * (*b * p.scale.unit + start)), p.scale.lo, p.scale.hi);
+        *y++ = ek_narrow(ek_rescaled(p.scale, (*a - p.za) * (*b * p.scale.unit + start)), p.scale.lo, p.scale.hi);
     ek_narrowed(y - n, n, p.scale.lo, p.scale.hi);
 }
 
@@ -78,7 +78,7 @@ EK_KERNEL void ek_qrescale_i8(const ek_qrescale_t *p, const int8_t *x, int8_t *y
     const ek_scale_t s = p->scale;
     int32_t start = -p->zero * s.unit;
     for (const int8_t *end = x + p->n; x != end;)
-        *y++ = ek_narrow(ek_scaled(s, *x++ * s.unit + start), s.lo, s.hi);
+        *y++ = ek_narrow(ek_rescaled(s, *x++ * s.unit + start), s.lo, s.hi);
     ek_narrowed(y - p->n, p->n, s.lo, s.hi);
 }
 

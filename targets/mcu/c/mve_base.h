@@ -3,6 +3,12 @@
 #ifndef EK_MVE_BASE_H
 #define EK_MVE_BASE_H
 
+EK_INLINE int32_t ek_mve_int(const int8_t *from) {
+    int32_t v;
+    memcpy(&v, from, 4);
+    return v;
+}
+
 #if EK_MVE
 /* n bytes, any alignment, n >= 0. Nothing beyond them is touched. */
 EK_INLINE void ek_mve_copy(int8_t *to, const int8_t *from, int32_t n) {
@@ -31,12 +37,6 @@ EK_INLINE void ek_mve_fill(int8_t *to, int32_t code, int32_t n) {
 #else
 EK_INLINE void ek_mve_copy(int8_t *to, const int8_t *from, int32_t n) { memcpy(to, from, (size_t)n); }
 EK_INLINE void ek_mve_fill(int8_t *to, int32_t code, int32_t n) { memset(to, (int)code, (size_t)n); }
-
-EK_INLINE int32_t ek_mve_int(const int8_t *from) {
-    int32_t v;
-    memcpy(&v, from, 4);
-    return v;
-}
 #endif
 
 /* Fused or separate addition of codes: ((self * a + other * b + start) >> shift) + zero, clamped. `start` holds the

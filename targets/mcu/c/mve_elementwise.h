@@ -1,5 +1,5 @@
 /* needs: mve_base */
-/* Addition of codes, pools, and the two ends of an integer region, on Helium. Loops end with predicated vectors. */
+/* Arithmetic on codes, tables, pools, and the two ends of an integer region, on Helium. Last vectors are predicated. */
 #ifndef EK_MVE_ELEMENTWISE_H
 #define EK_MVE_ELEMENTWISE_H
 
@@ -34,10 +34,114 @@ EK_KERNEL void ek_mve_qadd_s8(const ek_mve_qadd_t *p, const int8_t *a, const int
 #endif
 }
 
-/* grow, shrink: the sum, shifted left, times m has 32 + shrink bits behind the point; shrink > 0. */
+/* An integer times m at 2^-(32 + shrink), after `grow` bits to the left; shrink > 0. Rounds once, halves up. */
+typedef struct {
+    int32_t m, grow, shrink, zero, lo, hi;
+} ek_mve_rescale_t;
+
+EK_INLINE int32_t ek_mve_rescale(const ek_mve_rescale_t *p, int32_t v) {
+    v = (int32_t)(((int64_t)v * ((int64_t)1 << p->grow) * p->m) >> 32);
+    return ek_clamp(((v + (1 << (p->shrink - 1))) >> p->shrink) + p->zero, p->lo, p->hi);
+}
+
+/* rows: of n elements. again: whether b is one row, for all of a. */
+typedef struct {
+    int32_t rows, n, again, za, zb;
+    ek_mve_rescale_t to;
+} ek_mve_qmul_t;
+
+/* y may be a, and b where that is not repeated. */
+EK_KERNEL void ek_mve_qmul_s8(const ek_mve_qmul_t *p, const int8_t *a, const int8_t *b, int8_t *y) {
+    for (int32_t row = 0; row < p->rows; row++) {
+        const int8_t *factors = b;
+#if EK_MVE
+        const ek_mve_rescale_t *q = &p->to;
+        int32x4_t m = vdupq_n_s32(q->m), lo = vdupq_n_s32(q->lo), hi = vdupq_n_s32(q->hi), z = vdupq_n_s32(q->zero);
+        __asm__ volatile(
+            "dlstp.32 lr, %3\n"
+            "1: vldrb.s32 q0, [%0], #4\n"
+            "vsub.i32 q0, q0, %4\n"
+            "vldrb.s32 q1, [%1], #4\n"
+            "vsub.i32 q1, q1, %5\n"
+            "vmul.i32 q0, q0, q1\n"
+            "vshl.s32 q0, %6\n"
+            "vmulh.s32 q0, q0, %q8\n"
+            "vrshl.s32 q0, %7\n"
+            "vadd.i32 q0, q0, %q9\n"
+            "vmax.s32 q0, q0, %q10\n"
+            "vmin.s32 q0, q0, %q11\n"
+            "vstrb.32 q0, [%2], #4\n"
+            "letp lr, 1b"
+            : "+l"(a), "+l"(factors), "+l"(y)
+            : "r"(p->n), "r"(p->za), "r"(p->zb), "r"(q->grow), "r"(-q->shrink), "w"(m), "w"(z), "w"(lo), "w"(hi)
+            : "lr", "q0", "q1", "memory");
+        /* The last vector moved them beyond the row. */
+        a -= -p->n & 3;
+        y -= -p->n & 3;
+#else
+        for (int32_t i = 0; i < p->n; i++) *y++ = (int8_t)ek_mve_rescale(&p->to, (*a++ - p->za) * (*factors++ - p->zb));
+#endif
+        if (!p->again) b += p->n;
+    }
+}
+
+typedef struct {
+    int32_t n, zero;
+    ek_mve_rescale_t to;
+} ek_mve_qrescale_t;
+
+/* y may be x. */
+EK_KERNEL void ek_mve_qrescale_s8(const ek_mve_qrescale_t *p, const int8_t *x, int8_t *y) {
+#if EK_MVE
+    const ek_mve_rescale_t *q = &p->to;
+    int32x4_t m = vdupq_n_s32(q->m), lo = vdupq_n_s32(q->lo), hi = vdupq_n_s32(q->hi);
+    __asm__ volatile(
+        "dlstp.32 lr, %2\n"
+        "1: vldrb.s32 q0, [%0], #4\n"
+        "vsub.i32 q0, q0, %3\n"
+        "vshl.s32 q0, %4\n"
+        "vmulh.s32 q0, q0, %q7\n"
+        "vrshl.s32 q0, %5\n"
+        "vadd.i32 q0, q0, %6\n"
+        "vmax.s32 q0, q0, %q8\n"
+        "vmin.s32 q0, q0, %q9\n"
+        "vstrb.32 q0, [%1], #4\n"
+        "letp lr, 1b"
+        : "+l"(x), "+l"(y)
+        : "r"(p->n), "r"(p->zero), "r"(q->grow), "r"(-q->shrink), "r"(q->zero), "w"(m), "w"(lo), "w"(hi)
+        : "lr", "q0", "memory");
+#else
+    for (int32_t i = 0; i < p->n; i++) y[i] = (int8_t)ek_mve_rescale(&p->to, x[i] - p->zero);
+#endif
+}
+
+typedef struct {
+    int32_t n;
+} ek_mve_lut_t;
+
+/* table: for codes from -128 on. */
+EK_KERNEL void ek_mve_lut_s8(const ek_mve_lut_t *p, const int8_t *x, const int8_t *table, int8_t *y) {
+#if EK_MVE
+    uint8x16_t half = vdupq_n_u8(128);
+    __asm__ volatile(
+        "dlstp.8 lr, %2\n"
+        "1: vldrb.8 q0, [%0], #16\n"
+        "veor q0, q0, %q4\n"
+        "vldrb.u8 q1, [%3, q0]\n"
+        "vstrb.8 q1, [%1], #16\n"
+        "letp lr, 1b"
+        : "+r"(x), "+r"(y)
+        : "r"(p->n), "r"(table), "w"(half)
+        : "lr", "q0", "q1", "memory");
+#else
+    for (int32_t i = 0; i < p->n; i++) y[i] = table[x[i] + 128];
+#endif
+}
+
 typedef struct {
     int32_t ih, iw, c, oh, ow, kh, kw, sh, sw, dh, dw, top, left;
-    int32_t x_zero, m, grow, shrink, y_zero, lo, hi;
+    int32_t x_zero;
+    ek_mve_rescale_t to;
 } ek_mve_pool_t;
 
 /* The part of a window that lies in the input: taps from `at`, `d` elements apart, as their number; at becomes the
@@ -60,7 +164,8 @@ EK_INLINE void ek_mve_window(const ek_mve_pool_t *p, const int8_t *x, int32_t oy
 #if EK_MVE
     /* No intrinsics with predicates here: GCC cannot be told that assembler writes VPR. */
     if (average) {
-        int32x4_t lo = vdupq_n_s32(p->lo), hi = vdupq_n_s32(p->hi);
+        const ek_mve_rescale_t *q = &p->to;
+        int32x4_t lo = vdupq_n_s32(q->lo), hi = vdupq_n_s32(q->hi);
         for (int32_t i = 0; i < c; i += 4) {
             int32x4_t sum = vdupq_n_s32(-rows * columns * p->x_zero);
             const int8_t *row = x + i, *at;
@@ -78,8 +183,8 @@ EK_INLINE void ek_mve_window(const ek_mve_pool_t *p, const int8_t *x, int32_t oy
                     : "r"(columns), "r"(across), "r"(c - i)
                     : "lr", "q0", "memory");
             }
-            sum = vmulhq_s32(vshlq_r_s32(sum, p->grow), vdupq_n_s32(p->m));
-            sum = vaddq_n_s32(vrshlq_n_s32(sum, -p->shrink), p->y_zero);
+            sum = vmulhq_s32(vshlq_r_s32(sum, q->grow), vdupq_n_s32(q->m));
+            sum = vaddq_n_s32(vrshlq_n_s32(sum, -q->shrink), q->zero);
             sum = vminq_s32(vmaxq_s32(sum, lo), hi);
             __asm__ volatile("vctp.32 %2\nvpst\nvstrbt.32 %q0, [%1]" : : "w"(sum), "l"(y + i), "r"(c - i) : "memory");
         }
@@ -114,12 +219,7 @@ EK_INLINE void ek_mve_window(const ek_mve_pool_t *p, const int8_t *x, int32_t oy
                 most = v > most ? v : most;
             }
         }
-        if (average) {
-            int32_t scaled = (int32_t)(((int64_t)sum * ((int64_t)1 << p->grow) * p->m) >> 32);
-            scaled = (scaled + (1 << (p->shrink - 1))) >> p->shrink;
-            most = ek_clamp(scaled + p->y_zero, p->lo, p->hi);
-        }
-        y[i] = (int8_t)most;
+        y[i] = (int8_t)(average ? ek_mve_rescale(&p->to, sum) : most);
     }
 #endif
 }
@@ -136,6 +236,13 @@ EK_KERNEL void ek_mve_max_pool_s8(const ek_mve_pool_t *p, const int8_t *x, int8_
     }
 }
 
+/* The integer instructions may be there alone. */
+#if EK_MVE && (__ARM_FEATURE_MVE & 2)
+#define EK_MVE_FLOAT 1
+#else
+#define EK_MVE_FLOAT 0
+#endif
+
 /* limit: 512 scales, beyond which codes are at their ends. inverse: the rounded reciprocal. */
 typedef struct {
     int32_t n;
@@ -145,7 +252,7 @@ typedef struct {
 
 /* x / scale by two steps of Markstein's division, which give the correctly rounded quotient; Helium does not divide. */
 EK_KERNEL void ek_mve_quantize_f32(const ek_mve_grid_t *p, const float *x, int8_t *y) {
-#if EK_MVE
+#if EK_MVE_FLOAT
     float32x4_t low = vdupq_n_f32(-p->limit), high = vdupq_n_f32(p->limit);
     int32x4_t lo = vdupq_n_s32(-128), hi = vdupq_n_s32(127);
     __asm__ volatile(
@@ -181,7 +288,7 @@ EK_KERNEL void ek_mve_quantize_f32(const ek_mve_grid_t *p, const float *x, int8_
 }
 
 EK_KERNEL void ek_mve_dequantize_s8(const ek_mve_grid_t *p, const int8_t *x, float *y) {
-#if EK_MVE
+#if EK_MVE_FLOAT
     __asm__ volatile(
         "dlstp.32 lr, %2\n"
         "1: vldrb.s32 q0, [%0], #4\n"

@@ -3,10 +3,10 @@
 typedef struct {
     int32_t h, w, c, oh, ow;
     int16_t kh, kw, sy, sx, dy, dx, top, left;
-} ek_window_t;
+} ek_pool_t;
 
 /* Taps from..to of a window that starts at `first` fall on 0..size. */
-EK_INLINE void ek_window_taps(int32_t first, int32_t kernel, int32_t dilation, int32_t size, int32_t *from,
+EK_INLINE void ek_pool_taps(int32_t first, int32_t kernel, int32_t dilation, int32_t size, int32_t *from,
                               int32_t *to) {
     int32_t room = size - 1 - first;
     *from = first < 0 ? (dilation - 1 - first) / dilation : 0;
@@ -24,7 +24,7 @@ typedef struct {
 /* Reduces a window for `c` channels into y. */
 typedef void ek_reduce(const void *p, const ek_taps_t *t, int32_t c, void *y);
 
-EK_KERNEL void ek_pool(const ek_window_t *w, const void *p, const void *x, void *y, int32_t size, ek_reduce *reduce) {
+EK_KERNEL void ek_pool(const ek_pool_t *w, const void *p, const void *x, void *y, int32_t size, ek_reduce *reduce) {
     ek_taps_t t;
     t.right = w->dx * w->c;
     t.down = w->dy * w->w * w->c;
@@ -32,8 +32,8 @@ EK_KERNEL void ek_pool(const ek_window_t *w, const void *p, const void *x, void 
     for (int32_t row = 0; row < w->oh; row++)
         for (int32_t column = 0; column < w->ow; column++, out += w->c * size) {
             int32_t i = row * w->sy - w->top, j = column * w->sx - w->left, up, left;
-            ek_window_taps(i, w->kh, w->dy, w->h, &up, &t.rows);
-            ek_window_taps(j, w->kw, w->dx, w->w, &left, &t.columns);
+            ek_pool_taps(i, w->kh, w->dy, w->h, &up, &t.rows);
+            ek_pool_taps(j, w->kw, w->dx, w->w, &left, &t.columns);
             t.rows -= up;
             t.columns -= left;
             i += up * w->dy;
@@ -45,7 +45,7 @@ EK_KERNEL void ek_pool(const ek_window_t *w, const void *p, const void *x, void 
 }
 
 typedef struct {
-    ek_window_t window;
+    ek_pool_t window;
     ek_scale_t scale;
     int32_t zero;
 } ek_avg_pool_t;
@@ -86,10 +86,10 @@ EK_KERNEL void ek_avg_reduce_i8(const void *parameters, const ek_taps_t *t, int3
                 a3 += (int32_t)odd >> 16;
             }
         }
-        out[k] = ek_narrow(ek_scaled(s, a0 * s.unit), s.lo, s.hi);
-        out[k + 1] = ek_narrow(ek_scaled(s, a1 * s.unit), s.lo, s.hi);
-        out[k + 2] = ek_narrow(ek_scaled(s, a2 * s.unit), s.lo, s.hi);
-        out[k + 3] = ek_narrow(ek_scaled(s, a3 * s.unit), s.lo, s.hi);
+        out[k] = ek_narrow(ek_rescaled(s, a0 * s.unit), s.lo, s.hi);
+        out[k + 1] = ek_narrow(ek_rescaled(s, a1 * s.unit), s.lo, s.hi);
+        out[k + 2] = ek_narrow(ek_rescaled(s, a2 * s.unit), s.lo, s.hi);
+        out[k + 3] = ek_narrow(ek_rescaled(s, a3 * s.unit), s.lo, s.hi);
     }
 #endif
     for (; k < c; k++) {
@@ -99,7 +99,7 @@ EK_KERNEL void ek_avg_reduce_i8(const void *parameters, const ek_taps_t *t, int3
             const int8_t *x = row;
             for (int32_t j = t->columns; j > 0; j--, x += right) acc += *x;
         }
-        out[k] = ek_narrow(ek_scaled(s, acc * s.unit), s.lo, s.hi);
+        out[k] = ek_narrow(ek_rescaled(s, acc * s.unit), s.lo, s.hi);
     }
     ek_narrowed(out, c, s.lo, s.hi);
 }
@@ -138,12 +138,12 @@ EK_KERNEL void ek_max_reduce_i8(const void *p, const ek_taps_t *t, int32_t c, vo
     }
 }
 
-EK_KERNEL void ek_max_pool_i8(const ek_window_t *p, const int8_t *x, int8_t *y) {
+EK_KERNEL void ek_max_pool_i8(const ek_pool_t *p, const int8_t *x, int8_t *y) {
     ek_pool(p, p, x, y, 1, ek_max_reduce_i8);
 }
 
 typedef struct {
-    ek_window_t window;
+    ek_pool_t window;
     float share; /* 1 / (taps of a whole window) */
 } ek_avg_pool_f32_t;
 
@@ -177,6 +177,6 @@ EK_KERNEL void ek_max_reduce_f32(const void *p, const ek_taps_t *t, int32_t c, v
     }
 }
 
-EK_KERNEL void ek_max_pool_f32(const ek_window_t *p, const float *x, float *y) {
+EK_KERNEL void ek_max_pool_f32(const ek_pool_t *p, const float *x, float *y) {
     ek_pool(p, p, x, y, 4, ek_max_reduce_f32);
 }

@@ -10,4 +10,4 @@ typedef struct {
 } ek_scale_t;
 
 /* acc: multiplied by `unit` already. To be limited: see `ek_narrow`. */
-EK_INLINE int32_t ek_scaled(ek_scale_t p, int32_t acc) { return ek_smmla(acc, p.m, p.add) >> p.post; }
+EK_INLINE int32_t ek_rescaled(ek_scale_t p, int32_t acc) { return ek_smmla(acc, p.m, p.add) >> p.post; }

@@ -1,4 +1,7 @@
-"""Convolutions, matrix products and fully connected layers on int8 (`c/conv.h`, `c/fc.h`)."""
+"""Convolutions, matrix products and fully connected layers on int8.
+
+`c/conv.h`, `c/fc.h`; by weights of 4 bits `c/conv4.h`, `c/fc4.h`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,17 @@ import numpy as np
 
 from edgec.integer import HALF_SHIFT
 from edgec.targets.device import Device
-from edgec.targets.kernels.common import AddEpilogue, Epilogue, round_up
+from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
+from edgec.targets.mcu.kernels.depthwise import add_fields
 
 # Weights of a unit: what one step of the inner loop takes along a column.
 UNIT = 4
 # Products of one row from which `FullyConnected` is worth its code; the convolution does the others in twice the time.
 ROW_MACS = 4096
+# Weights of a layer from which 4 bits for each save more than the code that takes them.
+HALVED = 2048
 # Bits of `act` in ek_real_t, by the epilogue's activation.
 SLOPE, LOWER, UPPER = 1, 2, 4
 ACTIVATIONS = ("none", "clip", "leaky_relu")
@@ -28,13 +34,14 @@ ACTIVATIONS = ("none", "clip", "leaky_relu")
 class Conv(McuKernel):
     """`Conv2D` on int8: pointers x, weights, constants, [shifts], [residual], y, columns.
 
-    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. Weights of fewer than 8 bits have a
-    byte each, too. Packing and scratch memory are the same for all cores: the code chooses its instructions by the core
-    that it is compiled for, which need not be the one that it was generated for.
+    rounding: "RQH", "RQ1" with any shifts, or "float", which gives real values. bits: of a stored weight, 4 or 8.
+    Packing and scratch memory are the same for all cores: the code chooses its instructions by the core that it is
+    compiled for, which need not be the one that it was generated for.
     """
 
     spec: Conv2D
     rounding: str
+    bits: int = 8
 
     name: ClassVar[str] = "conv2d"
     # Output channels that the inner loop computes at a time.
@@ -68,8 +75,9 @@ class Conv(McuKernel):
 
     @property
     def units(self) -> int:
-        """Units of a column: each of its rows is filled up to whole ones."""
-        return self.rows[0] * (round_up(self.rows[1], UNIT) // UNIT)
+        """Units of a column: whole ones of its rows, then those of what the rows have beyond them."""
+        rows, length = self.rows
+        return rows * (length // UNIT) + -(-rows * (length % UNIT) // UNIT)
 
     @property
     def flat(self) -> bool:
@@ -78,13 +86,17 @@ class Conv(McuKernel):
         pointwise = spec.kernel == (1, 1) and spec.stride == (1, 1) and not any(spec.padding)
         return pointwise and spec.groups == 1 and spec.ci % UNIT == 0
 
+    @property
+    def part(self) -> str:
+        return "conv" if self.bits == 8 else "conv4"
+
     def operands(self) -> tuple[Operand, ...]:
         spec = self.spec
         rows, columns = spec.out
         size, channels = rows * columns * spec.co, spec.groups * self.blocks * self.block
         result = [
             Operand(spec.h * spec.w * spec.ci),
-            Operand(channels * self.units * UNIT),
+            Operand(channels * self.units * UNIT * self.bits // 8),
             Operand(2 * channels, "int32"),
         ]
         if self.rounding == "RQ1":
@@ -101,11 +113,15 @@ class Conv(McuKernel):
         spec, w, m = self.spec, weights["w"], weights["m"]
         assert w is not None and m is not None
         kh, kw = spec.kernel
-        rows = w.reshape(spec.groups, self.outputs, self.depth, kh, kw).transpose(0, 1, 3, 4, 2)
-        rows = rows.reshape(spec.groups, self.outputs, *self.rows)
-        full = np.zeros((spec.groups, self.blocks * self.block, self.rows[0], round_up(self.rows[1], UNIT)), np.int8)
-        full[:, : self.outputs, :, : self.rows[1]] = rows
+        taps = w.reshape(spec.groups, self.outputs, self.depth, kh, kw).transpose(0, 1, 3, 4, 2)
+        taps = taps.reshape(spec.groups, self.outputs, *self.rows)
+        whole, rest = np.split(taps, [self.rows[1] // UNIT * UNIT], axis=3)
+        full = np.zeros((spec.groups, self.blocks * self.block, self.units * UNIT), np.int8)
+        full[:, : self.outputs, : whole[0, 0].size] = whole.reshape(spec.groups, self.outputs, -1)
+        full[:, : self.outputs, whole[0, 0].size :][..., : rest[0, 0].size] = rest.reshape(*rest.shape[:2], -1)
         packed = full.reshape(spec.groups, self.blocks, self.block, self.units, UNIT).transpose(0, 1, 3, 2, 4)
+        if self.bits == 4:
+            packed = (packed[..., ::2, :] << 4) | (packed[..., 1::2, :] & 15)
         factors = m.view(np.int32) if self.rounding == "float" else m.astype(np.int32)
         bias = weights.get("bias")
         columns = [np.zeros(spec.co, np.int32) if bias is None else bias.astype(np.int32), factors]
@@ -134,27 +150,24 @@ class Conv(McuKernel):
         if self.rounding == "float":
             coded = "_s8" if self.spec.out_type == "int8" else ""
             fields = {**nested, **real_fields(self.spec.epilogue)}
-            return Call(f"ek_conv{infix}_f32{coded}", "conv", "ek_conv_f32_t", fields, scratch)
-        stem = "ek_conv" if self.rounding == "RQH" else "ek_conv_rq1"
+            return Call(f"ek_{self.part}{infix}_f32{coded}", self.part, "ek_conv_f32_t", fields, scratch)
+        stem = f"ek_{self.part}" if self.rounding == "RQH" else f"ek_{self.part}_rq1"
         if add is None:
-            return Call(f"{stem}_s8", "conv", "ek_conv_t", plain, scratch)
+            return Call(f"{stem}_s8", self.part, "ek_conv_t", plain, scratch)
         fields = {**nested, **{f"add.{name}": value for name, value in add_fields(add).items()}}
-        return Call(f"{stem}_add_s8", "conv", "ek_conv_add_t", fields, scratch)
+        return Call(f"{stem}_add_s8", self.part, "ek_conv_add_t", fields, scratch)
 
     def _geometry(self) -> dict[str, Value]:
         spec, epilogue = self.spec, self.spec.epilogue
         rows, columns = spec.out
         codes = epilogue.requant != "float"
-        row = self.units // spec.kernel[0]
-        # The last unit of a row that is not whole reads beyond it.
-        whole = spec.kernel[1] * self.depth % UNIT == 0
-        dense = spec.groups == 1 and spec.dilation[1] == 1
+        dense = spec.kernel[1] == 1 or (spec.groups == 1 and spec.dilation[1] == 1)
         return {
             "h": spec.h,
             "w": spec.w,
             "oh": rows,
             "ow": columns,
-            "inner_h": spec.h - spec.dilation[0] * (spec.kernel[0] - 1) - (0 if whole else 1),
+            "inner_h": spec.h - spec.dilation[0] * (spec.kernel[0] - 1),
             "inner_w": spec.w - spec.kernel[1] + 1 if dense else 0,
             "ci": spec.ci,
             "co": spec.co,
@@ -170,7 +183,8 @@ class Conv(McuKernel):
             "top": spec.padding[0],
             "left": spec.padding[2],
             "units": self.units,
-            "row": row,
+            "row": self.rows[1] // UNIT,
+            "rest": self.rows[1] % UNIT,
             "flat": int(self.flat),
             "x_zp": spec.x_zp,
             "zero": epilogue.y_zp,
@@ -190,14 +204,18 @@ class FullyConnected(Conv):
     def rows(self) -> tuple[int, int]:
         return 1, self.spec.h * self.spec.w * self.spec.ci
 
+    @property
+    def part(self) -> str:
+        return "fc" if self.bits == 8 else "fc4"
+
     def call(self) -> Call:
         plain = self._geometry()
         fields = {name: plain[name] for name in ("co", "units", "zero", "lo", "hi")}
         if self.rounding == "RQH":
-            return Call("ek_fc_s8", "fc", "ek_fc_t", fields)
+            return Call(f"ek_{self.part}_s8", self.part, "ek_fc_t", fields)
         coded = "_s8" if self.spec.out_type == "int8" else ""
         fields = {**{f"fc.{name}": value for name, value in fields.items()}, **real_fields(self.spec.epilogue)}
-        return Call(f"ek_fc_f32{coded}", "fc", "ek_fc_f32_t", fields)
+        return Call(f"ek_{self.part}_f32{coded}", self.part, "ek_fc_f32_t", fields)
 
 
 def real_fields(epilogue: Epilogue) -> dict[str, Value]:
@@ -213,20 +231,6 @@ def real_fields(epilogue: Epilogue) -> dict[str, Value]:
             act, hi = act | UPPER, _float32(epilogue.hi)
     scale = 1.0 if epilogue.y_scale is None else _float32(1 / epilogue.y_scale)
     return {"real.act": act, "real.slope": slope, "real.lo": lo, "real.hi": hi, "real.scale": scale}
-
-
-def add_fields(add: AddEpilogue) -> dict[str, Value]:
-    """Fields of `ek_fused_add_t`. Zero points and rounding are one constant, modulo 2^32."""
-    constant = (1 << (add.f - 1)) - add.m_self * add.z_self - add.m_other * add.z_other
-    return {
-        "self": add.m_self,
-        "other": add.m_other,
-        "bias": (constant + 2**31) % 2**32 - 2**31,
-        "f": add.f,
-        "zero": add.z_y,
-        "lo": int(add.lo),
-        "hi": int(add.hi),
-    }
 
 
 def _float32(value: float) -> float:
@@ -253,7 +257,9 @@ def _conv(spec: Conv2D, weights: Mapping[str, np.ndarray | None], device: Device
     else:
         return None
     kind = FullyConnected if rounding != "RQ1" and _one_row(spec) else Conv
-    kernel = kind(spec, rounding)
+    w = weights["w"]
+    assert w is not None
+    kernel = kind(spec, rounding, 4 if spec.bits <= 4 and w.size >= HALVED else 8)
     return kernel if kernel.units < 2**15 else None
 
 

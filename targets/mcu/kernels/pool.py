@@ -11,11 +11,10 @@ import numpy as np
 from edgec.targets.device import Device
 from edgec.targets.kernels.pool import AvgPool, MaxPool
 from edgec.targets.mcu.kernels.base import Call, McuKernel, Operand, Value
+from edgec.targets.mcu.kernels.depthwise import WINDOW
 from edgec.targets.mcu.kernels.elementwise import CODE_SPAN, nested
 from edgec.targets.mcu.kernels.scale import scale_fields
 
-# Of an int16 field.
-LARGEST = 2**15
 SUFFIXES = {"int8": "i8", "float32": "f32"}
 
 
@@ -44,7 +43,7 @@ class Pool(McuKernel):
     def call(self) -> Call:
         spec = self.spec
         whole = spec.kernel == (spec.h, spec.w) and not any(spec.padding) and spec.dilation == (1, 1)
-        if whole and spec.taps < LARGEST:
+        if whole and spec.taps < WINDOW:
             # Over the whole map, which is one row of memory.
             spec = replace(spec, h=1, w=spec.taps, kernel=(1, spec.taps), stride=(1, 1))
         oh, ow = spec.out
@@ -53,7 +52,7 @@ class Pool(McuKernel):
         window |= dict(zip(("kh", "kw", "sy", "sx", "dy", "dx", "top", "left"), sizes, strict=True))
         function = f"ek_{spec.name}_{SUFFIXES[spec.dtype]}"
         if isinstance(spec, MaxPool):
-            return Call(function, "pool", "ek_window_t", window)
+            return Call(function, "pool", "ek_pool_t", window)
         if spec.requant is None:
             share = {"share": float(np.float32(1.0 / spec.taps))}
             return Call(function, "pool", "ek_avg_pool_f32_t", nested("window", window) | share)
@@ -64,7 +63,7 @@ class Pool(McuKernel):
 def _pool(spec: AvgPool | MaxPool, weights: Any, device: Device) -> McuKernel | None:
     """None for other types, and for int8 averages whose sums 32 bits do not rescale."""
     kernel = Pool(spec)
-    if spec.dtype not in SUFFIXES or max(*spec.kernel, *spec.stride) >= LARGEST:
+    if spec.dtype not in SUFFIXES or max(*spec.kernel, *spec.stride, *spec.padding, *spec.dilation) >= WINDOW:
         return None
     scaled = isinstance(spec, AvgPool) and spec.dtype == "int8"
     return None if scaled and kernel.scale() is None else kernel

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+
+from benchmarks.timm_models import randomise
+from edgec.frontend import load_model
+from edgec.program import Program
 
 # Expansion, channels at width 1, blocks, stride of the first one.
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 HEAD = 1280
+SEED = 0
 
 
 def channels(count: float) -> int:
@@ -56,3 +63,16 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
+
+
+def create(width: float, size: int, **options: Any) -> Program:
+    """The network with weights drawn from SEED, and batch normalisations of trained-like spread; [1, 3, size, size]."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = MobileNetV2(width, **options).eval()
+    generator = torch.Generator().manual_seed(SEED)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            randomise(module, generator)
+    name = f"mobilenetv2_{width:.2f}_{size}".replace(".", "")
+    return load_model(network, input_shape=(1, 3, size, size), name=name)
