@@ -10,12 +10,14 @@ import tvm
 from tvm import relax, tirx
 
 from edgec.errors import EdgecError
+from edgec.lowering.binding import Binding
 from edgec.lowering.importer import TAG, VIEWS, Imported
 from edgec.passbase import Skip
 from edgec.plan import ALIGN, Form, Plan, PlanBuilder
 from edgec.program import Program
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
+from edgec.targets.kernels.device_kernel import DeviceKernel
 from edgec.targets.mcu.lower import LoweredC, lower_to_c
 
 # Words of a microcontroller are aligned; nothing gains from more.
@@ -36,7 +38,7 @@ def make_plan(
     }
     lower = lower_to_c if device.is_mcu else lower_kernels
     kernels = lower(tvm.IRModule({f"{prefix}_{n}": f for n, f in renamed.items()}), device)
-    reader = _Reader(program, forms, imported, kernels, prefix, MCU_ALIGN if device.is_mcu else ALIGN)
+    reader = _Reader(program, forms, imported, kernels, prefix, MCU_ALIGN if device.is_mcu else ALIGN, device)
     plan = reader.read(module["main"])
     return plan, kernels, reader.fallbacks
 
@@ -58,8 +60,10 @@ class _Reader:
         kernels: LoweredKernels | LoweredC,
         prefix: str,
         align: int,
+        device: Device,
     ) -> None:
         self.program = program
+        self.device = device
         self.forms = forms
         self.imported = imported
         self.kernels = kernels
@@ -121,6 +125,8 @@ class _Reader:
             layer = ours.layer
             if ours.dense:
                 self.fallbacks.append(Skip(layer, "zeros multiplied", ours.dense))
+            if not self._tuned(ours):
+                self.fallbacks.append(Skip(layer, "untuned kernel", f"no kernel of the target's own for {ours.symbol}"))
         else:
             operator = kernel.rstrip("0123456789")
             self.fallbacks.append(Skip(layer or kernel, "untuned kernel", f"no template for {operator}"))
@@ -130,13 +136,17 @@ class _Reader:
             layer=layer,
             op=ours.symbol if ours else kernel,
             macs=ours.spec.macs if ours else 0,
-            tuned=ours is not None,
+            tuned=ours is not None and self._tuned(ours),
             inplace=ours.spec.inplace if ours else (),
             scratch=self.kernels.scratch[symbol],
             outputs=len(outputs),
             origin=ours.origin if ours else "",
         )
         return tuple(outputs) if tuple_out else outputs[0]
+
+    def _tuned(self, ours: Binding) -> bool:
+        """Whether a template runs as it is written for: those of CPUs run elsewhere too, but not fast."""
+        return isinstance(ours.spec, DeviceKernel) or not self.device.is_mcu
 
 
 def _shape(value: Any) -> tuple[int, ...]:
