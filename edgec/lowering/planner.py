@@ -10,14 +10,15 @@ import tvm
 from tvm import relax, tirx
 
 from edgec.errors import EdgecError
+from edgec.lowering.binding import Binding
 from edgec.lowering.importer import TAG, VIEWS, Imported
 from edgec.passbase import Skip
 from edgec.plan import ALIGN, Form, Plan, PlanBuilder
 from edgec.program import Program
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
-from edgec.targets.gpu.kernels.base import GpuKernel
 from edgec.targets.gpu.lower import LoweredGpu, lower_to_gpu
+from edgec.targets.kernels.device_kernel import DeviceKernel
 from edgec.targets.mcu.lower import LoweredC, lower_to_c
 
 # Words of a microcontroller are aligned; nothing gains from more.
@@ -129,8 +130,8 @@ class _Reader:
             layer = ours.layer
             if ours.dense:
                 self.fallbacks.append(Skip(layer, "zeros multiplied", ours.dense))
-            if self.device.is_gpu and not isinstance(ours.spec, GpuKernel):
-                self.fallbacks.append(Skip(layer, "untuned kernel", f"no GPU kernel for {ours.symbol}"))
+            if not self._tuned(ours):
+                self.fallbacks.append(Skip(layer, "untuned kernel", f"no kernel of the target's own for {ours.symbol}"))
         else:
             operator = kernel.rstrip("0123456789")
             self.fallbacks.append(Skip(layer or kernel, "untuned kernel", f"no template for {operator}"))
@@ -140,7 +141,7 @@ class _Reader:
             layer=layer,
             op=ours.symbol if ours else kernel,
             macs=ours.spec.macs if ours else 0,
-            tuned=ours is not None and (not self.device.is_gpu or isinstance(ours.spec, GpuKernel)),
+            tuned=ours is not None and self._tuned(ours),
             inplace=self._inplace(ours.spec) if ours else (),
             scratch=self.kernels.scratch[symbol],
             outputs=len(outputs),
@@ -151,8 +152,12 @@ class _Reader:
     def _inplace(self, spec: Any) -> tuple[int, ...]:
         """Operands whose memory the result may take. Vulkan does not let one dispatch read and write one buffer, and
         templates written as OpenCL C promise the compiler that it does not happen."""
-        own = not self.device.is_gpu or (self.device.api == "opencl" and isinstance(spec, GpuKernel))
+        own = not self.device.is_gpu or (self.device.api == "opencl" and isinstance(spec, DeviceKernel))
         return spec.inplace if own else ()
+
+    def _tuned(self, ours: Binding) -> bool:
+        """Whether a template runs as it is written for: those of CPUs run elsewhere too, but not fast."""
+        return isinstance(ours.spec, DeviceKernel) or not (self.device.is_mcu or self.device.is_gpu)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -1,21 +1,16 @@
 """What every GPU kernel is: launches of functions in the device's language, and its packed weights.
 
-A kernel stands in a `Binding` in the place of the template that the CPU targets use. Its PrimFunc has no body: it
-carries the launches, which `edgec.targets.gpu.lower` reads, through Relax to the memory planner.
+The launches go with its PrimFunc to `edgec.targets.gpu.lower`, see `DeviceKernel`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import numpy as np
 
 from edgec.targets.device import Device
-from edgec.targets.kernels import common
-from edgec.targets.mcu.kernels.base import Operand
-from edgec.targets.tir import T
+from edgec.targets.kernels.device_kernel import DeviceKernel
+from edgec.targets.kernels.device_kernel import Operand as Operand
 
 # Attribute of a PrimFunc that stands for launches.
 LAUNCHES = "edgec.gpu_launches"
@@ -38,36 +33,13 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class GpuKernel:
-    """Base of the kernels. Subclasses are frozen dataclasses whose fields decide the launches, and nothing else does.
+class GpuKernel(DeviceKernel):
+    """Base of the kernels of GPUs."""
 
-    name: the operation, in reports. macs: multiplications of one call. inplace: positions of operands whose memory
-    the output may take over.
-    """
-
-    name: ClassVar[str]
-
-    @property
-    def macs(self) -> int:
-        return 0
-
-    @property
-    def inplace(self) -> tuple[int, ...]:
-        return ()
-
-    def key(self) -> str:
-        return repr(self)
-
-    def operands(self) -> tuple[Operand, ...]:
-        """Buffers in the order of the call: activations, packed weights, further activations, output."""
-        raise NotImplementedError
+    attribute = LAUNCHES
 
     def scratch(self) -> tuple[int, ...]:
         """Bytes of each buffer behind the output that the launches need between them."""
-        return ()
-
-    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """The constants among the operands. weights: as in `edgec.lowering.binding.Binding`."""
         return ()
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
@@ -79,13 +51,8 @@ class GpuKernel:
         the device and keeps the fastest."""
         return (self.launches(device),)
 
-    def prim_func(self, device: Device) -> Any:
-        """A PrimFunc with these operands that says what to launch."""
-        with common.prim_func(self.name, self.inplace) as builder:
-            for number, operand in enumerate(self.operands()):
-                common.param(f"p{number}", (operand.elements,), operand.dtype)
-            T.evaluate(0)
+    def text(self, device: Device) -> str:
         plain = [
             [[x.function, x.text, x.arguments, x.grid, x.group] for x in launches] for launches in self.variants(device)
         ]
-        return builder.get().with_attr(LAUNCHES, json.dumps([plain, self.scratch(), self.macs]))
+        return json.dumps([plain, self.scratch(), self.macs])

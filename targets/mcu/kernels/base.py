@@ -1,7 +1,6 @@
 """What every microcontroller kernel is: a function of the kernel header, its parameters, and its packed weights.
 
-A kernel stands in a `Binding` in the place of the template that the CPU targets use. Its PrimFunc has no body: it
-carries the call, which `edgec.targets.mcu.lower` reads, through Relax to the memory planner.
+The call goes with its PrimFunc to `edgec.targets.mcu.lower`, see `DeviceKernel`.
 """
 
 from __future__ import annotations
@@ -9,26 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
-
-import numpy as np
 
 from edgec.targets.device import Device
-from edgec.targets.kernels import common
-from edgec.targets.tir import T
+from edgec.targets.kernels.device_kernel import DeviceKernel
+from edgec.targets.kernels.device_kernel import Operand as Operand
 
 # Attribute of a PrimFunc that stands for a function of the kernel header.
 CALL = "edgec.mcu_call"
 # A C literal, or an array of them.
 Value = int | float | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A pointer parameter: so many elements of a NumPy type."""
-
-    elements: int
-    dtype: str = "int8"
 
 
 @dataclass(frozen=True)
@@ -56,41 +44,13 @@ class Call:
 
 
 @dataclass(frozen=True)
-class McuKernel:
-    """Base of the kernels. Subclasses are frozen dataclasses whose fields decide the call, and nothing else does.
+class McuKernel(DeviceKernel):
+    """Base of the kernels of microcontrollers."""
 
-    name: the operation, in reports. macs: multiplications of one call. inplace: positions of operands whose memory
-    the output may take over.
-    """
-
-    name: ClassVar[str]
-
-    @property
-    def macs(self) -> int:
-        return 0
-
-    @property
-    def inplace(self) -> tuple[int, ...]:
-        return ()
-
-    def key(self) -> str:
-        return repr(self)
-
-    def operands(self) -> tuple[Operand, ...]:
-        """Pointers in the order of the C parameters: activations, packed weights, further activations, output."""
-        raise NotImplementedError
-
-    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        """The constants among the operands. weights: as in `edgec.lowering.binding.Binding`."""
-        return ()
+    attribute = CALL
 
     def call(self) -> Call:
         raise NotImplementedError
 
-    def prim_func(self, device: Device) -> Any:
-        """A PrimFunc with these operands that says what to call."""
-        with common.prim_func(self.name, self.inplace) as builder:
-            for number, operand in enumerate(self.operands()):
-                common.param(f"p{number}", (operand.elements,), operand.dtype)
-            T.evaluate(0)
-        return builder.get().with_attr(CALL, self.call().to_json())
+    def text(self, device: Device) -> str:
+        return self.call().to_json()
