@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -144,8 +143,3 @@ def _vulkan(launches: Any, images: list[np.ndarray], number: int) -> tuple[np.nd
 
     once()
     return np.frombuffer(device.queue.read_buffer(buffers[number]), np.uint8), once
-
-
-def variants(kernel: Any, tiles: Sequence[Any]) -> list[Any]:
-    """The kernel with each of these tiles."""
-    return [replace(kernel, tile=tile) for tile in tiles]
