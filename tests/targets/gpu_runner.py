@@ -16,7 +16,7 @@ from edgec.targets.gpu.kernels.base import GpuKernel
 # Bytes behind each buffer that no kernel may write.
 GUARD = 64
 GUARD_BYTE = 0xA5
-# PoCL takes it for the work-group methods; a fixed one keeps compile times short.
+# Compiled kernels stay here from one run of the tests to the next.
 os.environ.setdefault("POCL_CACHE_DIR", "/tmp/edgec-pocl-cache")
 
 APIS = [pytest.param("opencl", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
