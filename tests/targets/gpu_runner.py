@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from edgec.targets.gpu.kernels.base import GpuKernel
 # Bytes behind each buffer that no kernel may write.
 GUARD = 64
 GUARD_BYTE = 0xA5
-# PoCL takes it for the work-group methods; a fixed one keeps compile times short.
+# Compiled kernels stay here from one run of the tests to the next.
 os.environ.setdefault("POCL_CACHE_DIR", "/tmp/edgec-pocl-cache")
 
 APIS = [pytest.param("opencl", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
@@ -144,8 +143,3 @@ def _vulkan(launches: Any, images: list[np.ndarray], number: int) -> tuple[np.nd
 
     once()
     return np.frombuffer(device.queue.read_buffer(buffers[number]), np.uint8), once
-
-
-def variants(kernel: Any, tiles: Sequence[Any]) -> list[Any]:
-    """The kernel with each of these tiles."""
-    return [replace(kernel, tile=tile) for tile in tiles]

@@ -57,17 +57,13 @@ def clamped(c: Code, code: str, z: int, lo: int, hi: int) -> str:
     return f"{inside} + {c.splat('int4', str(z))}" if z else inside
 
 
-def finish(
-    c: Code, name: str, acc: str, spec: Any, factors: Sequence[str], residual: str | None, bias: str | None = None
-) -> str:
+def finish(c: Code, name: str, acc: str, spec: Any, factors: Sequence[str], residual: str | None) -> str:
     """The float4 or int4 that is stored, as a variable `name`, for an accumulator.
 
     factors: m and shift of the four channels; residual: what `Code.load` reads, unpacked to int4 for int8 codes.
     """
     epilogue: Epilogue = spec.epilogue
     real = spec.dtype != "int8"
-    if bias is not None:
-        acc = f"{acc} + {bias}"
     if real or epilogue.requant == "float":
         value = acc if real else f"{c.floats(acc)} * {factors[0]}"
         value = c.let("float4", f"{name}_sum", value if residual is None else f"{value} + {residual}")

@@ -93,10 +93,15 @@ def rows_by_rows(
     mask: View | None = None,
     causal: bool = False,
     shared: int = 1,
+    filled: bool = False,
 ) -> Launch:
-    """y[..., i, j] = scale * sum_d q[..., i, d] k[..., j, d] + mask[..., i, j], dense. Arguments: q, k, [mask], y."""
+    """y[..., i, j] = scale * sum_d q[..., i, d] k[..., j, d] + mask[..., i, j], dense. Arguments: q, k, [mask], y.
+
+    filled: rows of y are filled up to whole vectors with `LOWEST`.
+    """
     units = [_unit(v, (size.batch, size.heads, n, size.depth)) for v, n in ((q, size.rows), (k, size.columns))]
-    whole = size.columns % 4 == 0
+    # Whether four columns of y are a vector, and whether all of them are columns of the product.
+    whole, full = filled or size.columns % 4 == 0, size.columns % 4 == 0
     buffers = [Buffer("left", "float32", units[0]), Buffer("right", "float32", units[1])]
     mask_unit = 1
     if mask is not None:
@@ -115,7 +120,7 @@ def rows_by_rows(
         index = f"first + {i}"
         left.row(f"q{i}", f"min({index}, {size.rows - 1})" if size.rows % rows else f"({index})")
     for j in range(4):
-        right.row(f"k{j}", f"(column * 4 + {j})" if whole else f"min(column * 4 + {j}, {size.columns - 1})")
+        right.row(f"k{j}", f"(column * 4 + {j})" if full else f"min(column * 4 + {j}, {size.columns - 1})")
     for i in range(rows):
         for j in range(4):
             c.var("float4", f"a{i}_{j}", c.constant(0.0))
@@ -149,7 +154,9 @@ def rows_by_rows(
                     for j in range(count):
                         with c.when([f"column * 4 + {j} > first + {i}"]):
                             c.line(f"y{i}.{LANES[j]} = {literal(LOWEST)};")
-                line = f"(z * {size.rows} + first + {i}) * {size.columns // 4 if whole else size.columns}"
+                for j in range(count, 4 if filled else count):
+                    c.line(f"y{i}.{LANES[j]} = {literal(LOWEST)};")
+                line = f"(z * {size.rows} + first + {i}) * {slices(size.columns) if whole else size.columns}"
                 at = f"{line} + column" if whole else f"{line} + column * 4"
                 epilogue.write(c, "y", "float32", at, f"y{i}", count, whole)
 
@@ -180,10 +187,14 @@ def rows_by_columns(
     arguments: tuple[int, ...],
     shared: int = 1,
     grid: tuple[float, int] | None = None,
+    filled: bool = False,
 ) -> Launch:
-    """y[..., i, :] = sum_j p[..., i, j] v[..., j, :], where rows of v and y are neighbours. Arguments: p, v, y."""
+    """y[..., i, :] = sum_j p[..., i, j] v[..., j, :], where rows of v and y are neighbours. Arguments: p, v, y.
+
+    filled: rows of p are filled up to whole vectors, with anything.
+    """
     kind = "float32" if grid is None else "int8"
-    unit = _unit(p, (size.batch, size.heads, size.rows, size.depth))
+    unit = 4 if filled else _unit(p, (size.batch, size.heads, size.rows, size.depth))
     whole = all(_unit(w, (size.batch, size.heads, n, size.columns)) == 4 for w, n in ((v, size.depth), (y, size.rows)))
     lanes = 4 if whole else 1
     buffers = [Buffer("p", "float32", unit), Buffer("v", "float32", lanes), Buffer("y", kind, lanes, written=True)]
@@ -275,9 +286,14 @@ class Heads(GpuKernel):
         return self.spec.macs
 
     @property
+    def _row(self) -> int:
+        """Elements of a row of scores: keys, filled up to whole vectors."""
+        return slices(self.spec.keys) * 4
+
+    @property
     def _scores(self) -> int:
         s = self.spec
-        return s.batch * s.heads * s.queries * s.keys
+        return s.batch * s.heads * s.queries * self._row
 
     def operands(self) -> tuple[Operand, ...]:
         s = self.spec
@@ -302,18 +318,18 @@ class Heads(GpuKernel):
             s.mask,
             s.causal,
             s.group,
+            filled=True,
         )
         # Rows that see nothing become zero, not equal shares.
-        second = softmax(
-            device, s.batch * s.heads * s.queries, s.keys, (scores,), hidden=LOWEST if masked or s.causal else None
-        )
+        hidden = LOWEST if masked or s.causal else None
+        second = softmax(device, s.batch * s.heads * s.queries, self._row, (scores,), hidden=hidden)
         row = s.heads * s.value_depth
         y = View(s.batch * s.queries * row, 0, (s.queries * row, s.value_depth, row, 1))
-        p = View(self._scores, 0, (s.heads * s.queries * s.keys, s.queries * s.keys, s.keys, 1))
+        p = View(self._scores, 0, (s.heads * s.queries * self._row, s.queries * self._row, self._row, 1))
         # Neighbours of one value each may have any stride.
         v = s.v if s.value_depth > 1 else View(s.v.size, s.v.offset, (*s.v.strides[:3], 1))
         size = Grid4(s.batch, s.heads, s.queries, s.value_depth, s.keys)
-        third = rows_by_columns(device, size, p, v, y, (scores, 2, out), s.group, s.grid)
+        third = rows_by_columns(device, size, p, v, y, (scores, 2, out), s.group, s.grid, filled=True)
         return first, second, third
 
 

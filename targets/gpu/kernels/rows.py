@@ -74,15 +74,26 @@ class Row:
     def zero(self, value: float) -> str:
         return self.c.constant(value) if self.whole else literal(value)
 
-    def fold(self, name: str, start: float, value: str, largest: bool = False) -> str:
-        """The sum, or the maximum, of `value` over all `i`, known to every item of the row."""
+    def fold(self, name: str, start: float, value: str, largest: bool = False, kept: str = "") -> str:
+        """The sum, or the maximum, of `value` over all `i`, known to every item of the row.
+
+        kept: the buffer that the values are written to.
+        """
         c = self.c
 
         def both(a: str, b: str) -> str:
             return f"max({a}, {b})" if largest else f"{a} + {b}"
 
         c.var(self.kind, f"{name}_part", self.zero(start))
-        self.each(lambda: c.line(f"{name}_part = {both(f'{name}_part', value)};"))
+
+        def step() -> None:
+            one = value
+            if kept:
+                one = c.let(self.kind, "one", value)
+                c.store(kept, "first + i", one)
+            c.line(f"{name}_part = {both(f'{name}_part', one)};")
+
+        self.each(step)
         one = f"{name}_part"
         if self.whole:
             one = both(both(f"{name}_part.x", f"{name}_part.y"), both(f"{name}_part.z", f"{name}_part.w"))
@@ -118,7 +129,8 @@ def softmax(
     value = c.load(source, "first + i")
     most = row.fold("most", LOWEST, value, largest=True)
     most4 = c.splat("float4", most) if row.whole else most
-    total = row.fold("total", 0.0, f"exp({value} - {most4})")
+    # The powers are where the result will be: a logarithm has no use for them.
+    total = row.fold("total", 0.0, f"exp({value} - {most4})", kept="" if log else "y")
     if log:
         c.let("float", "shift", f"{most} + log({total})")
         result = f"{value} - {c.splat('float4', 'shift') if row.whole else 'shift'}"
@@ -127,7 +139,7 @@ def softmax(
         if hidden is not None:
             inverse = c.pick(f"{most} <= {literal(hidden)}", "0.0f", inverse)
         c.let("float", "inverse", inverse)
-        result = f"exp({value} - {most4}) * inverse"
+        result = f"{c.load('y', 'first + i')} * inverse"
     row.each(lambda: c.store("y", "first + i", result))
     return c.launch(arguments)
 
