@@ -239,8 +239,9 @@ def compile_model(
     pipeline = Pipeline.of(passes)
     _known_stage(stop_after, pipeline)
     device = tuned_device(get_device(target), tuning)
-    if threads > 1 and device.is_mcu:
-        raise EdgecError(f"{device.name} has one thread", where="--threads", hint="leave it out")
+    if threads > 1 and (device.is_mcu or device.is_gpu):
+        what = "has one thread" if device.is_mcu else "is no CPU, whose threads could share the work"
+        raise EdgecError(f"{device.name} {what}", where="--threads", hint="leave it out")
     budget = Budget.of(device, sram, flash, fit, external_io)
     destination = Path(output) if output is not None else None
     if destination is not None:

@@ -43,13 +43,18 @@ def passes_page() -> str:
 def targets_page() -> str:
     """The device tables."""
     header = ("target", "what", "CPU", "run with", "Debian packages", "SIMD bytes", "L1 / L2 KiB")
-    rows, chips = [], []
+    rows, chips, gpus = [], [], []
     for name in device_names():
         d = describe_target(name)
         if d["family"] == "mcu":
             packages = f"{d['package']} {d['runner_package']}"
             memory = ["" if d[key] is None else str(d[key]) for key in ("flash_kb", "sram_kb")]
             chips.append((name, d["summary"], d["core"], d["isa"], *memory, f"{d['runner']} {d['machine']}", packages))
+            continue
+        if d["family"] == "gpu":
+            package = d["package"] if d["runner"] else ""
+            limits = str(d["work_group"]), str(d["local_kb"] or "")
+            gpus.append((name, d["summary"], d["api"], *limits, d["dot"], d["runner"] or "nothing", package))
             continue
         if name == "host":
             # The rest of the row depends on the machine that reads it.
@@ -67,6 +72,11 @@ def targets_page() -> str:
             "## Microcontrollers\n",
             "A board is a core with its memory. isa: `c` (portable C), `dsp` (DSP extension), `mve` (Helium).\n",
             _table(("target", "what", "core", "isa", "flash KiB", "SRAM KiB", "run with", "Debian packages"), chips),
+            "## GPUs\n",
+            "Checked on this machine's OpenCL or Vulkan device, which may be the CPU: `pip install 'edgec[gpu]'`.\n",
+            _table(
+                ("target", "what", "API", "group", "local KiB", "int8 dot product", "run with", "Debian packages"), gpus
+            ),
         ]
     )
 

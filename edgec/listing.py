@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -44,11 +45,14 @@ def describe_pass(name: str) -> dict[str, Any]:
 def list_targets() -> list[dict[str, Any]]:
     """{"name", "summary", "runner", "source", "ready"}; `ready` is "yes" or what has to be installed."""
     from edgec.targets.cpu.toolchain import has_toolchain
+    from edgec.targets.gpu.runner import has_device
 
     rows = []
+    # Looking for devices takes a while.
+    found = functools.cache(has_device)
     for name, source in device_entries().items():
         device = get_device(name)
-        missing = has_toolchain(device)
+        missing = found(device.api) if device.is_gpu else has_toolchain(device)
         ready = "yes" if missing is None else missing.partition("; ")[2] or missing
         rows.append(
             {"name": name, "summary": device.summary, "runner": device.runner, "source": source, "ready": ready}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +74,26 @@ def test_compile_checks_the_device_code(target: str, tmp_path: Path) -> None:
     assert result.ledger.device.target == target and result.ledger.device.max_abs_error < 1e-4
     plan = json.loads((tmp_path / "b" / "plan.json").read_text())
     assert plan["name"] == "net" and all(np.prod(row["group"]) <= 256 for row in plan["launches"])
+
+
+@pytest.mark.opencl
+@pytest.mark.vulkan
+@pytest.mark.parametrize("target", ["mali-g78", "vulkan"])
+def test_a_bundle_runs_without_tvm_and_torch(target: str, tmp_path: Path) -> None:
+    bundle, x, want = bundled("residual", target, tmp_path)
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=want[0])
+    script = (
+        "import sys, numpy as np; from edgec.bundle import load_bundle\n"
+        "data = np.load(sys.argv[2]); got = load_bundle(sys.argv[1]).run(data['x'])\n"
+        "assert np.abs(got - data['y']).max() <= 1e-5 * np.abs(data['y']).max()\n"
+        "assert not {'tvm', 'torch'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, str(bundle.path), str(tmp_path / "data.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.opencl
+def test_threads_are_for_cpus(tmp_path: Path) -> None:
+    with pytest.raises(EdgecError, match="opencl is no CPU"):
+        compile_model(zoo.module("conv_bn_relu"), target="opencl", output=tmp_path / "b", threads=2)

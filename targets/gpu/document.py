@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgec.plan import COPY, Plan
-from edgec.targets.device import Device
-from edgec.targets.gpu.kernels.base import Size
-from edgec.targets.gpu.lower import LoweredGpu
+
+if TYPE_CHECKING:
+    # What runs bundles reads this module too, and needs no TVM.
+    from edgec.targets.device import Device
+    from edgec.targets.gpu.kernels.base import Size
+    from edgec.targets.gpu.lower import LoweredGpu
 
 SCHEMA = 1
 # Sizes of buffers and copies are multiples of this in Vulkan.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -14,7 +14,9 @@ from edgec.plan import Plan, Port
 from edgec.targets.cpu.emit import CTYPES, SelfTest, c_names, check_name, comment
 from edgec.targets.device import Device
 from edgec.targets.gpu import document
-from edgec.targets.gpu.lower import LoweredGpu
+
+if TYPE_CHECKING:
+    from edgec.targets.gpu.lower import LoweredGpu
 
 # Kernels of languages that are not one program, by the ending of their files.
 ENDINGS = {"vulkan": "wgsl", "metal": "metal"}

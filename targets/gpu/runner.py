@@ -34,6 +34,15 @@ def require_device(api: str) -> None:
         raise ToolchainMissing("no Vulkan device", where="target", hint="apt-get install mesa-vulkan-drivers")
 
 
+def has_device(api: str) -> str | None:
+    """None when `require_device` would pass, else what is missing."""
+    try:
+        require_device(api)
+    except ToolchainMissing as error:
+        return str(error)
+    return None
+
+
 def open_runner(bundle: Path, api: str, *, profile: bool = False, split: bool = False) -> Any:
     """The runner of the bundle in a folder: see `OpenCLRunner` and `VulkanRunner`. split: of the former.
 

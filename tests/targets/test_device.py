@@ -15,11 +15,14 @@ V3 = "cx16 popcnt sse4_1 sse4_2 ssse3 abm avx avx2 bmi1 bmi2 f16c fma movbe"
 V4 = f"{V3} avx512bw avx512cd avx512dq avx512f avx512vl"
 CPUS = [name for name in device_names() if load_device(name).family in ("host", "cpu")]
 MCUS = [name for name in device_names() if load_device(name).is_mcu]
+GPUS = [name for name in device_names() if load_device(name).is_gpu]
 ARM64 = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1", "cortex-x2")
 
 
 def test_names() -> None:
     assert list(CPUS) == ["host", *ARM64, "cortex-a7"]
+    assert {"opencl", "mali-g52", "mali-g78", "mali-g610"} <= set(GPUS)
+    assert {"adreno-618", "adreno-640", "adreno-730", "vulkan", "metal"} <= set(GPUS)
     assert {"cortex-m0plus", "cortex-m4", "cortex-m55", "rv32imc", "nucleo-l4r5zi", "rp2040"} <= set(MCUS)
 
 
@@ -119,3 +122,15 @@ def test_unknown_name() -> None:
 def test_devices_are_values() -> None:
     assert load_device("cortex-a7") == load_device("cortex-a7")
     assert isinstance(hash(load_device("host")), int) and isinstance(load_device("host"), Device)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gpus(name: str) -> None:
+    device = load_device(name)
+    assert device.summary and device.requant == "RQ1" and not device.is_mcu
+    assert device.api in ("opencl", "vulkan", "metal") and 64 <= device.work_group <= 256
+    assert device.vector_bytes == 4, "templates without a kernel are written in scalars"
+    assert device.tvm_target()["kind"] == {"vulkan": "webgpu"}.get(device.api, device.api)
+    assert device.has_dot == bool(device.dot) and device.dot in ("", "arm", "khr", "qcom")
+    # Nothing here runs Metal.
+    assert (device.runner == "") == (device.api == "metal")
