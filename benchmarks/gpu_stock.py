@@ -109,4 +109,4 @@ def _typed(var: Any) -> tuple[list[int], str]:
 
 def _tensor(typed: Any) -> tuple[list[int], str]:
     """Shape and dtype of a Relax type."""
-    return [int(n) for n in typed.shape], str(getattr(typed.dtype, "dtype", typed.dtype))
+    return [int(n) for n in typed.shape.values], str(typed.dtype)
