@@ -1,0 +1,112 @@
+"""Networks as TVM compiles them for a GPU without us: its operators, its fusion, dlight's default schedules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+from tvm.relax.frontend.torch import from_exported_program
+from tvm.s_tir import dlight
+
+from edgec.errors import EdgecError
+from edgec.plan import PlanBuilder
+from edgec.program import Program
+from edgec.targets.device import load_device
+from edgec.targets.gpu import document
+from edgec.targets.gpu.lower import lower_to_gpu
+from edgec.targets.gpu.opencl import OpenCLRunner
+
+DEVICE = "opencl"
+ALIGN = 256
+# What TVM calls a convolution with groups.
+GROUPED = "group_conv2d"
+RULES = ("Matmul", "GEMV", "Reduction", "GeneralReduction")
+
+
+def network(program: Program, *, profile: bool = False) -> OpenCLRunner:
+    """The runner of a float32 program with a batch of one, on the first OpenCL device.
+
+    Convolutions with groups go to dlight's Fallback. Raises EdgecError for what is more than calls of kernels.
+    """
+    device = load_device(DEVICE)
+    module = from_exported_program(_static(program))
+    module = tvm.transform.Sequential(
+        [
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+        ]
+    )(module)
+    main = module["main"]
+    kernels = {v.name_hint: f for v, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
+    rules = [getattr(dlight.gpu, name)() for name in RULES]
+    plain = {name: f for name, f in kernels.items() if GROUPED not in f.script()}
+    target = tvm.target.Target(device.tvm_target()).with_host(tvm.target.Target("c"))
+    with target:
+        scheduled = dlight.ApplyDefaultSchedule(*rules)(tvm.IRModule(plain))
+    # What no rule took, and what has groups, gets Fallback there.
+    ready = {name: scheduled[name] if name in plain else kernels[name] for name in kernels}
+    lowered = lower_to_gpu(tvm.IRModule(ready), device)
+    plan = _plan(main, lowered.scratch)
+    described = document.describe(plan, lowered, device)
+    return OpenCLRunner(described, document.program(lowered), document.weights(plan), profile=profile)
+
+
+def _static(program: Program) -> Any:
+    """The program with a batch of one, in operators that TVM's importer knows."""
+    import torch
+
+    example = tuple(torch.zeros(1, *tuple(spec.shape)[1:]) for spec in program.inputs)
+    return torch.export.export(program.edit(), example).run_decompositions()
+
+
+def _plan(main: Any, scratch: Any) -> Any:
+    """The calls of a Relax function as a plan."""
+    builder = PlanBuilder("stock", ALIGN)
+    names: dict[Any, Any] = {}
+    for p in main.params:
+        names[p] = builder.add_input(p.name_hint, *_typed(p))
+    for block in main.body.blocks:
+        for binding in block.bindings:
+            value = binding.value
+            if isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.call_tir"):
+                operands = [_operand(a, names, builder) for a in value.args[1].fields]
+                shape, dtype = _typed(binding.var)
+                result = builder.add_temp(shape, dtype)
+                symbol = value.args[0].name_hint
+                builder.add_step(symbol, [*operands, result], layer=symbol, scratch=scratch[symbol])
+                names[binding.var] = result
+            elif isinstance(value, relax.Tuple):
+                names[binding.var] = [_operand(a, names, builder) for a in value.fields]
+            elif isinstance(value, relax.TupleGetItem):
+                names[binding.var] = names[value.tuple_value][value.index]
+            elif isinstance(value, relax.Var):
+                names[binding.var] = names[value]
+            else:
+                raise EdgecError(f"cannot be planned: {value}", where="stock")
+    results = names[main.body.body]
+    several = isinstance(results, list)
+    types = main.body.body.ty.fields if several else [main.body.body.ty]
+    for number, (buffer, each) in enumerate(zip(results if several else [results], types, strict=True)):
+        builder.add_output(f"y{number}", buffer, *_tensor(each))
+    return builder.finish()
+
+
+def _operand(value: Any, names: Any, builder: PlanBuilder) -> Any:
+    if isinstance(value, relax.Constant):
+        return builder.add_constant(np.asarray(value.data.numpy()))
+    return names[value]
+
+
+def _typed(var: Any) -> tuple[list[int], str]:
+    """Shape and dtype of a Relax variable."""
+    return _tensor(var.ty)
+
+
+def _tensor(typed: Any) -> tuple[list[int], str]:
+    """Shape and dtype of a Relax type."""
+    return [int(n) for n in typed.shape.values], str(typed.dtype)
