@@ -352,8 +352,7 @@ def beside_ncnn(model: str, kind: str, rounds: int) -> Cell:
         bundle, _ = built(program, "vulkan", Path(work))
         runner = open_runner(bundle.path, "vulkan")
         result = np.zeros_like(want)
-        import ncnn
-
+        ncnn: Any = importlib.import_module("ncnn")
         image = np.ascontiguousarray(sample[0])
         theirs: list[np.ndarray] = []
 
@@ -380,13 +379,14 @@ def _ncnn(program: Program, kind: str, folder: Path) -> Any:
     import torch
 
     try:
-        import ncnn
-        import pnnx
+        ncnn: Any = importlib.import_module("ncnn")
+        pnnx: Any = importlib.import_module("pnnx")
     except ImportError as error:
         raise Absent(f"{error.name} is not installed (make peers)") from error
     example = torch.zeros(1, *tuple(program.inputs[0].shape)[1:])
     trace = folder / "net.pt"
-    torch.jit.trace(program.edit(), example, check_trace=False).save(str(trace))
+    traced: Any = torch.jit.trace(program.edit(), example, check_trace=False)
+    traced.save(str(trace))
     # Float16 is chosen when the network is loaded, not in its file.
     pnnx.convert(str(trace), [example], fp16=False)
     if not (folder / "net.ncnn.param").is_file():

@@ -47,7 +47,8 @@ def network(program: Program, *, profile: bool = False) -> OpenCLRunner:
     plain = {name: f for name, f in kernels.items() if GROUPED not in f.script()}
     target = tvm.target.Target(device.tvm_target()).with_host(tvm.target.Target("c"))
     with target:
-        scheduled = dlight.ApplyDefaultSchedule(*rules)(tvm.IRModule(plain))
+        apply: Any = dlight.ApplyDefaultSchedule(*rules)
+        scheduled = apply(tvm.IRModule(plain))
     # What no rule took, and what has groups, gets Fallback there.
     ready = {name: scheduled[name] if name in plain else kernels[name] for name in kernels}
     lowered = lower_to_gpu(tvm.IRModule(ready), device)
@@ -72,7 +73,7 @@ def _plan(main: Any, scratch: Any) -> Any:
         names[p] = builder.add_input(p.name_hint, *_typed(p))
     for block in main.body.blocks:
         for binding in block.bindings:
-            value = binding.value
+            value: Any = binding.value
             if isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.call_tir"):
                 operands = [_operand(a, names, builder) for a in value.args[1].fields]
                 shape, dtype = _typed(binding.var)
@@ -97,7 +98,7 @@ def _plan(main: Any, scratch: Any) -> Any:
 
 
 def _operand(value: Any, names: Any, builder: PlanBuilder) -> Any:
-    if isinstance(value, relax.Constant):
+    if isinstance(value, tvm.relax.expr.Constant):
         return builder.add_constant(np.asarray(value.data.numpy()))
     return names[value]
 
