@@ -19,11 +19,13 @@ about the work in the code and next to nothing about the order of two kernels on
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -108,14 +110,14 @@ def cell(measured: Callable[..., Cell], arguments: Mapping[str, Any], limit: flo
     with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as folder:
         result = Path(folder) / "result.json"
         process = multiprocessing.get_context("fork").Process(
-            target=_child, args=(measured, dict(arguments), result), daemon=True
+            target=_child, args=(measured, dict(arguments), result, limit), daemon=True
         )
         process.start()
         process.join(limit)
         if process.is_alive():
             process.kill()
             process.join()
-            return {"error": f"not done after {limit:.0f} s"}
+            return {"error": f"not done after {limit:.0f} s{_place(result.with_suffix('.stack'))}"}
         if not result.is_file():
             return {"error": f"ended with status {process.exitcode}"}
         found = json.loads(result.read_text())
@@ -125,8 +127,19 @@ def cell(measured: Callable[..., Cell], arguments: Mapping[str, Any], limit: flo
     return found
 
 
-def _child(measured: Callable[..., Cell], arguments: Mapping[str, Any], result: Path) -> None:
+def _place(stack: Path) -> str:
+    """ ", in FUNCTION of FILE" for the innermost call of ours in a stack that was dumped; empty where there is none."""
+    if stack.is_file():
+        for file, function in re.findall(r'File "(.*)", line \d+ in (\w+)', stack.read_text()):
+            if file.startswith(str(ROOT)):
+                return f", in {function} of {Path(file).name}"
+    return ""
+
+
+def _child(measured: Callable[..., Cell], arguments: Mapping[str, Any], result: Path, limit: float) -> None:
     """Run a cell and write its result. Compiled code is not taken from drivers' caches: compile times are measured."""
+    stack = result.with_suffix(".stack").open("w")
+    faulthandler.dump_traceback_later(0.9 * limit, file=stack)
     os.environ["POCL_CACHE_DIR"] = str(result.parent / "pocl")
     os.environ["MESA_SHADER_CACHE_DISABLE"] = "true"
     (result.parent / "pocl").mkdir()
