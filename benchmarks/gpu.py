@@ -75,6 +75,9 @@ CALIBRATION_SAMPLES = 16
 SOURCES = ("edgec", "passes", "targets")
 # To be raised when cells measure something else.
 SCHEMA = 1
+# Of the largest value, in float32; float16 may have so many times that.
+LARGEST_ERROR = 1e-3
+FP16_ERRORS = 50
 # A work item of dlight's schedules waits for others; PoCL takes seconds for one inference.
 STOCK_BURST = 0.0
 
@@ -383,6 +386,7 @@ def beside_ncnn(model: str, kind: str, rounds: int) -> Cell:
         name: float(np.abs(y.reshape(want.shape) - want).max() / np.abs(want).max())
         for name, y in (("edgec", result), ("ncnn", theirs[0]))
     }
+    _right({name: errors[name] / (FP16_ERRORS if kind == "fp16" else 1) for name in errors})
     rows = {name: t.to_json() for name, t in times.items()}
     return {"version": version, "device": device, "times": rows, "errors": errors, "load": os.getloadavg()[0]}
 
@@ -476,7 +480,15 @@ def stock_network(model: str, rounds: int) -> Cell:
         times = measure(contestants, rounds, STOCK_BURST)
     scale = np.abs(want).max()
     errors = {name: float(np.abs(y - want).max() / scale) for name, y in results.items()}
+    _right(errors)
     return {"times": {name: t.to_json() for name, t in times.items()}, "errors": errors}
+
+
+def _right(errors: Mapping[str, float]) -> None:
+    """Raise Absent when a contestant is wrong: how fast it is means nothing."""
+    for name, error in errors.items():
+        if not error <= LARGEST_ERROR:
+            raise Absent(f"{name} gives a wrong result, {error:.2g} of the largest value from PyTorch's")
 
 
 def stock_layer(shape: Sequence[int], rounds: int) -> Cell:
@@ -509,6 +521,7 @@ def stock_layer(shape: Sequence[int], rounds: int) -> Cell:
         measure({"edgec": lambda: run("edgec", own), "dlight": lambda: run("dlight", stock)}, rounds, STOCK_BURST)
     scale = np.abs(want).max()
     errors = {name: float(np.abs(y - want).max() / scale) for name, y in results.items()}
+    _right(errors)
     return {"kernel_ms": {name: float(np.median(t)) for name, t in kernels.items()}, "errors": errors}
 
 
