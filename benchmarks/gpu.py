@@ -19,11 +19,13 @@ about the work in the code and next to nothing about the order of two kernels on
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import importlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 import time
@@ -73,6 +75,9 @@ CALIBRATION_SAMPLES = 16
 SOURCES = ("edgec", "passes", "targets")
 # To be raised when cells measure something else.
 SCHEMA = 1
+# Of the largest value, in float32; float16 may have so many times that.
+LARGEST_ERROR = 1e-3
+FP16_ERRORS = 50
 # A work item of dlight's schedules waits for others; PoCL takes seconds for one inference.
 STOCK_BURST = 0.0
 
@@ -108,14 +113,14 @@ def cell(measured: Callable[..., Cell], arguments: Mapping[str, Any], limit: flo
     with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as folder:
         result = Path(folder) / "result.json"
         process = multiprocessing.get_context("fork").Process(
-            target=_child, args=(measured, dict(arguments), result), daemon=True
+            target=_child, args=(measured, dict(arguments), result, limit), daemon=True
         )
         process.start()
         process.join(limit)
         if process.is_alive():
             process.kill()
             process.join()
-            return {"error": f"not done after {limit:.0f} s"}
+            return {"error": f"not done after {limit:.0f} s{_place(result.with_suffix('.stack'))}"}
         if not result.is_file():
             return {"error": f"ended with status {process.exitcode}"}
         found = json.loads(result.read_text())
@@ -125,8 +130,19 @@ def cell(measured: Callable[..., Cell], arguments: Mapping[str, Any], limit: flo
     return found
 
 
-def _child(measured: Callable[..., Cell], arguments: Mapping[str, Any], result: Path) -> None:
+def _place(stack: Path) -> str:
+    """ ", in FUNCTION of FILE" for the innermost call of ours in a stack that was dumped; empty where there is none."""
+    if stack.is_file():
+        for file, function in re.findall(r'File "(.*)", line \d+ in (\w+)', stack.read_text()):
+            if file.startswith(str(ROOT)):
+                return f", in {function} of {Path(file).name}"
+    return ""
+
+
+def _child(measured: Callable[..., Cell], arguments: Mapping[str, Any], result: Path, limit: float) -> None:
     """Run a cell and write its result. Compiled code is not taken from drivers' caches: compile times are measured."""
+    stack = result.with_suffix(".stack").open("w")
+    faulthandler.dump_traceback_later(0.9 * limit, file=stack)
     os.environ["POCL_CACHE_DIR"] = str(result.parent / "pocl")
     os.environ["MESA_SHADER_CACHE_DISABLE"] = "true"
     (result.parent / "pocl").mkdir()
@@ -352,8 +368,7 @@ def beside_ncnn(model: str, kind: str, rounds: int) -> Cell:
         bundle, _ = built(program, "vulkan", Path(work))
         runner = open_runner(bundle.path, "vulkan")
         result = np.zeros_like(want)
-        import ncnn
-
+        ncnn: Any = importlib.import_module("ncnn")
         image = np.ascontiguousarray(sample[0])
         theirs: list[np.ndarray] = []
 
@@ -371,6 +386,7 @@ def beside_ncnn(model: str, kind: str, rounds: int) -> Cell:
         name: float(np.abs(y.reshape(want.shape) - want).max() / np.abs(want).max())
         for name, y in (("edgec", result), ("ncnn", theirs[0]))
     }
+    _right({name: errors[name] / (FP16_ERRORS if kind == "fp16" else 1) for name in errors})
     rows = {name: t.to_json() for name, t in times.items()}
     return {"version": version, "device": device, "times": rows, "errors": errors, "load": os.getloadavg()[0]}
 
@@ -380,13 +396,14 @@ def _ncnn(program: Program, kind: str, folder: Path) -> Any:
     import torch
 
     try:
-        import ncnn
-        import pnnx
+        ncnn: Any = importlib.import_module("ncnn")
+        pnnx: Any = importlib.import_module("pnnx")
     except ImportError as error:
         raise Absent(f"{error.name} is not installed (make peers)") from error
     example = torch.zeros(1, *tuple(program.inputs[0].shape)[1:])
     trace = folder / "net.pt"
-    torch.jit.trace(program.edit(), example, check_trace=False).save(str(trace))
+    traced: Any = torch.jit.trace(program.edit(), example, check_trace=False)
+    traced.save(str(trace))
     # Float16 is chosen when the network is loaded, not in its file.
     pnnx.convert(str(trace), [example], fp16=False)
     if not (folder / "net.ncnn.param").is_file():
@@ -463,7 +480,15 @@ def stock_network(model: str, rounds: int) -> Cell:
         times = measure(contestants, rounds, STOCK_BURST)
     scale = np.abs(want).max()
     errors = {name: float(np.abs(y - want).max() / scale) for name, y in results.items()}
+    _right(errors)
     return {"times": {name: t.to_json() for name, t in times.items()}, "errors": errors}
+
+
+def _right(errors: Mapping[str, float]) -> None:
+    """Raise Absent when a contestant is wrong: how fast it is means nothing."""
+    for name, error in errors.items():
+        if not error <= LARGEST_ERROR:
+            raise Absent(f"{name} gives a wrong result, {error:.2g} of the largest value from PyTorch's")
 
 
 def stock_layer(shape: Sequence[int], rounds: int) -> Cell:
@@ -496,6 +521,7 @@ def stock_layer(shape: Sequence[int], rounds: int) -> Cell:
         measure({"edgec": lambda: run("edgec", own), "dlight": lambda: run("dlight", stock)}, rounds, STOCK_BURST)
     scale = np.abs(want).max()
     errors = {name: float(np.abs(y - want).max() / scale) for name, y in results.items()}
+    _right(errors)
     return {"kernel_ms": {name: float(np.median(t)) for name, t in kernels.items()}, "errors": errors}
 
 

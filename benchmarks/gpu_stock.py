@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import tvm
 from tvm import relax, tirx
 from tvm.relax.frontend.torch import from_exported_program
@@ -47,7 +46,8 @@ def network(program: Program, *, profile: bool = False) -> OpenCLRunner:
     plain = {name: f for name, f in kernels.items() if GROUPED not in f.script()}
     target = tvm.target.Target(device.tvm_target()).with_host(tvm.target.Target("c"))
     with target:
-        scheduled = dlight.ApplyDefaultSchedule(*rules)(tvm.IRModule(plain))
+        apply: Any = dlight.ApplyDefaultSchedule(*rules)
+        scheduled = apply(tvm.IRModule(plain))
     # What no rule took, and what has groups, gets Fallback there.
     ready = {name: scheduled[name] if name in plain else kernels[name] for name in kernels}
     lowered = lower_to_gpu(tvm.IRModule(ready), device)
@@ -69,37 +69,39 @@ def _plan(main: Any, scratch: Any) -> Any:
     builder = PlanBuilder("stock", ALIGN)
     names: dict[Any, Any] = {}
     for p in main.params:
-        names[p] = builder.add_input(p.name_hint, *_typed(p))
+        names[p] = builder.add_input(p.name, *_typed(p))
     for block in main.body.blocks:
         for binding in block.bindings:
-            value = binding.value
-            if isinstance(value, relax.Call) and value.op == tvm.ir.Op.get("relax.call_tir"):
-                operands = [_operand(a, names, builder) for a in value.args[1].fields]
-                shape, dtype = _typed(binding.var)
-                result = builder.add_temp(shape, dtype)
-                symbol = value.args[0].name_hint
-                builder.add_step(symbol, [*operands, result], layer=symbol, scratch=scratch[symbol])
-                names[binding.var] = result
-            elif isinstance(value, relax.Tuple):
-                names[binding.var] = [_operand(a, names, builder) for a in value.fields]
-            elif isinstance(value, relax.TupleGetItem):
-                names[binding.var] = names[value.tuple_value][value.index]
-            elif isinstance(value, relax.Var):
-                names[binding.var] = names[value]
-            else:
+            value: Any = binding.value
+            if not isinstance(value, relax.Call):
+                names[binding.var] = _operand(value, names, builder)
+                continue
+            if getattr(value.op, "name", "") != "relax.call_tir":
                 raise EdgecError(f"cannot be planned: {value}", where="stock")
-    results = names[main.body.body]
-    several = isinstance(results, list)
+            operands = [_operand(a, names, builder) for a in value.args[1].fields]
+            result = builder.add_temp(*_typed(binding.var))
+            symbol = value.args[0].name_hint
+            builder.add_step(symbol, [*operands, result], layer=symbol, scratch=scratch[symbol])
+            names[binding.var] = result
+    found = _operand(main.body.body, names, builder)
+    several = isinstance(found, tuple)
     types = main.body.body.ty.fields if several else [main.body.body.ty]
-    for number, (buffer, each) in enumerate(zip(results if several else [results], types, strict=True)):
+    for number, (buffer, each) in enumerate(zip(found if several else [found], types, strict=True)):
         builder.add_output(f"y{number}", buffer, *_tensor(each))
     return builder.finish()
 
 
 def _operand(value: Any, names: Any, builder: PlanBuilder) -> Any:
-    if isinstance(value, relax.Constant):
-        return builder.add_constant(np.asarray(value.data.numpy()))
-    return names[value]
+    """The buffer or constant behind a Relax expression, a tuple of them for a tuple."""
+    if isinstance(value, relax.Var):
+        return names[value]
+    if isinstance(value, relax.Tuple):
+        return tuple(_operand(f, names, builder) for f in value.fields)
+    if isinstance(value, relax.TupleGetItem):
+        return _operand(value.tuple_value, names, builder)[value.index]
+    if hasattr(value, "value") and hasattr(value.value, "numpy"):
+        return builder.add_constant(value.value.numpy())
+    raise EdgecError(f"cannot be planned: {value}", where="stock")
 
 
 def _typed(var: Any) -> tuple[list[int], str]:

@@ -53,7 +53,7 @@ def slow(file: str) -> gpu.Cell:
         (refused, 30, {"error": "here: cannot"}, 1),
         (wrong, 30, {"error": "ValueError: oops"}, 2),
         (killed, 30, {"error": "ended with status -9"}, 2),
-        (slow, 1, {"error": "not done after 1 s"}, 2),
+        (slow, 1, {"error": "not done after 1 s, in slow of test_benchmarks_gpu.py"}, 2),
     ],
 )
 def test_a_cell_is_kept_when_it_is_finished(
@@ -115,3 +115,10 @@ def test_a_wrong_result_is_seen_in_its_row() -> None:
 def test_unknown_names_are_one_line(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(gpu.app, arguments)
     assert done.exit_code == 2 and message in done.output and len(done.output.splitlines()) == 1
+
+
+def test_a_wrong_contestant_is_not_timed() -> None:
+    gpu._right({"edgec": 1e-6, "ncnn": 1e-4})
+    for error in (0.5, float("nan")):
+        with pytest.raises(gpu.Absent, match="ncnn gives a wrong result"):
+            gpu._right({"edgec": 1e-6, "ncnn": error})
