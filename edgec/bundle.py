@@ -430,10 +430,7 @@ def assemble(
             "threads": threads,
             "symbols": list(verify_freestanding(library)),
         }
-        manifest = _manifest(plan, device, selftest, meta, bundle, facts)
-        _write_manifest(bundle, manifest)
-        install(bundle, target)
-    return Bundle(target, manifest)
+        return _installed(bundle, target, _manifest(plan, device, selftest, meta, bundle, facts))
 
 
 def _assemble_mcu(
@@ -460,12 +457,13 @@ def _assemble_mcu(
         bundle = folder / "bundle"
         bundle.mkdir()
         flash = build(plan, lowered.kernels, device, bundle, selftest, __version__)
-        steps = [{"layer": step.layer, "op": step.op, "macs": step.macs} for step in plan.steps]
-        facts = {"code_bytes": flash - plan.weight_bytes, "flash_bytes": flash, "threads": 1, "steps": steps}
-        manifest = _manifest(plan, device, selftest, meta, bundle, facts)
-        _write_manifest(bundle, manifest)
-        install(bundle, target)
-    return Bundle(target, manifest)
+        facts = {
+            "code_bytes": flash - plan.weight_bytes,
+            "flash_bytes": flash,
+            "threads": 1,
+            "steps": _steps(plan),
+        }
+        return _installed(bundle, target, _manifest(plan, device, selftest, meta, bundle, facts))
 
 
 def _assemble_gpu(
@@ -496,11 +494,20 @@ def _assemble_gpu(
             "code_bytes": sum(len(text) for text in lowered.kernels.texts().values()),
             "pool_bytes": sum(pooled(plan)[1]),
             "threads": 1,
-            "steps": [{"layer": step.layer, "op": step.op, "macs": step.macs} for step in plan.steps],
+            "steps": _steps(plan),
         }
-        manifest = _manifest(plan, device, selftest, meta, bundle, facts)
-        _write_manifest(bundle, manifest)
-        install(bundle, target)
+        return _installed(bundle, target, _manifest(plan, device, selftest, meta, bundle, facts))
+
+
+def _steps(plan: Plan) -> list[dict[str, Any]]:
+    """What each call of the plan is, for counts and times by layer."""
+    return [{"layer": step.layer, "op": step.op, "macs": step.macs} for step in plan.steps]
+
+
+def _installed(staged: Path, target: Path, manifest: dict[str, Any]) -> Bundle:
+    """The bundle in the folder `staged`, with its manifest, moved to its place."""
+    _write_manifest(staged, manifest)
+    install(staged, target)
     return Bundle(target, manifest)
 
 

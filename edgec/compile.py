@@ -631,10 +631,7 @@ def arithmetic(program: Program) -> str:
         return "half"
     if not any(n.target in edges for n in calls):
         return "float"
-    if any(
-        n.target in (ops.tome_merge.default, ops.token_reduce.default, ops.token_keep.default)
-        for n in program.graph.nodes
-    ):
+    if chooses_tokens(program):
         return "choices"
     floats = [n for n in calls if n.meta["val"].dtype.is_floating_point and n.target not in edges]
     return "integer" if all(_only_moves(n) for n in floats) else "mixed"

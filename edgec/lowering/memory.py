@@ -149,8 +149,12 @@ def best_order(items: Sequence[Item], kept: Sequence[int] = ()) -> list[int]:
     for cut in [*cuts, None]:
         part = everything & ~done if cut is None else (mine[cut] | 1 << cut) & ~done
         members = [i for i in made if part >> i & 1]
-        result += _search(items, members, set(kept)) if len(members) > 2 else members
         done |= part
+        if len(members) > 1:
+            # Values may be read on both sides of a cut.
+            later = {read for i in made if not done >> i & 1 for read in items[i].reads}
+            members = _search(items, members, later.union(kept))
+        result += members
     return result if max(_peaks(items, result, kept), default=0) < max(profile(items, kept), default=0) else order
 
 
@@ -185,7 +189,10 @@ def _ancestors(items: Sequence[Item]) -> list[int]:
 
 
 def _search(items: Sequence[Item], members: Sequence[int], kept: set[int]) -> list[int]:
-    """The order of `members` with the smallest peak, when all that they read from outside has been computed."""
+    """The order of `members` with the smallest peak, when all that they read from outside has been computed.
+
+    kept: values that are alive behind the last of them.
+    """
     if len(members) > MOST_NODES:
         return list(members)
     bit = {i: 1 << k for k, i in enumerate(members)}
@@ -196,7 +203,6 @@ def _search(items: Sequence[Item], members: Sequence[int], kept: set[int]) -> li
             readers[read] = readers.get(read, 0) | bit[i]
     outside = [r for r in readers if r not in bit and r not in kept and not items[r].given]
     own = set(members)
-    # What nobody in here reads is read behind the part, kept, or nobody's.
     dying = {i for i in (*members, *outside) if i in readers and i not in kept}
     unread = set(members) - kept - {read for item in items for read in item.reads}
 
