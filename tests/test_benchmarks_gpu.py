@@ -122,3 +122,23 @@ def test_a_wrong_contestant_is_not_timed() -> None:
     for error in (0.5, float("nan")):
         with pytest.raises(gpu.Absent, match="ncnn gives a wrong result"):
             gpu._right({"edgec": 1e-6, "ncnn": error})
+
+
+def test_rows_of_contestants() -> None:
+    def timing(wall: float) -> dict[str, float]:
+        return gpu.Timing(wall, wall, wall, wall, 0.0, 1, 3).to_json()
+
+    found: gpu.Cell = {
+        "times": {"edgec": timing(1000.0), "a": timing(4000.0), "b": timing(5000.0)},
+        "errors": {"edgec": 1e-7, "a": 2e-7, "b": 0.0},
+    }
+    rows = list(gpu.time_rows("m", "fp32", found))
+    assert [row[2] for row in rows] == ["edgec", "a", "b"]
+    assert [row[6] for row in rows] == ["0.25, 0.20", "4.00", "5.00"]
+    assert all(len(row) == len(gpu.TIMES) for row in [*rows, *gpu.time_rows("m", "fp32", {"error": "gone"})])
+
+
+def test_row_of_a_layer() -> None:
+    row = gpu.layer_row((16, 96, 10, 10), {"kernel_ms": {"edgec": 0.5, "mali": 3.0, "adreno": 2.0}})
+    assert row == ["16 to 96, 10x10", "0.2", "0.500", "3.000", "2.000", "4.0"]
+    assert len(gpu.layer_row((1, 1, 1, 1), {"error": "gone"})) == len(gpu.LAYER_TIMES)

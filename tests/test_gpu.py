@@ -17,6 +17,7 @@ from edgec.errors import EdgecError
 from edgec.lowering.lower import lower
 from edgec.targets.cpu.emit import SelfTest
 from edgec.targets.device import load_device
+from edgec.targets.gpu.runner import open_runner
 from tests import zoo
 
 APIS = [pytest.param("opencl", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
@@ -51,6 +52,23 @@ def test_selftest_of_a_changed_model_fails(tmp_path: Path) -> None:
     weights[1::4] = bytes(len(weights) // 4)
     (bundle.path / "weights.bin").write_bytes(weights)
     assert not bundle.selftest()
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("target", ["opencl", "mali-g78", "adreno-640"])
+@pytest.mark.parametrize("name", ["depthwise_separable", "vit_block"])
+def test_groups_fit_the_profile_and_the_device(name: str, target: str, tmp_path: Path) -> None:
+    """Every launch of every variant; the kernel's own limit is CL_KERNEL_WORK_GROUP_SIZE."""
+    bundle, _, _ = bundled(name, target, tmp_path)
+    runner = open_runner(bundle.path, "opencl")
+    plan = json.loads((bundle.path / "plan.json").read_text())
+    assert len(plan["launches"]) == len(runner.kernels) > len(plan["steps"])
+    for launch, kernel in zip(plan["launches"], runner.kernels, strict=True):
+        items = int(np.prod(launch["group"]))
+        assert items <= load_device(target).work_group
+        if kernel is not None:
+            size = runner.cl.kernel_work_group_info.WORK_GROUP_SIZE
+            assert items <= kernel.get_work_group_info(size, runner.device)
 
 
 def test_metal_bundle_is_source_only(tmp_path: Path) -> None:

@@ -341,6 +341,13 @@ def _split(module: tvm.IRModule) -> tvm.IRModule:
             x.CommonSubexprElim(),
             x.VerifyMemory(),
             x.AnnotateEntryFunc(),
+            # Barriers around what work items share, and reductions across them. The plainest rule needs neither, but a
+            # schedule that does would give wrong results without them, and no error.
+            s.ThreadSync("shared"),
+            s.ThreadSync("shared.dyn"),
+            s.InferFragment(),
+            s.LowerThreadAllreduce(),
+            s.MergeSharedMemoryAllocations(),
             x.SplitHostDevice(),
         ]
     )(module)
