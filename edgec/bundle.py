@@ -491,7 +491,7 @@ def _assemble_gpu(
             (bundle / place).write_bytes(data)
         facts = {
             "api": device.api,
-            "code_bytes": sum(len(text) for text in lowered.kernels.texts().values()),
+            "code_bytes": lowered.kernels.bytes_of_text(device),
             "pool_bytes": sum(pooled(plan)[1]),
             "threads": 1,
             "steps": _steps(plan),

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from edgec.errors import EdgecError
 from edgec.targets import elementary
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
-from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size
+from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size, launch_of
 from edgec.targets.gpu.narrow import finish_bytes, widened
 from edgec.targets.mcu.scalar import scalarise
 
@@ -68,7 +68,7 @@ class LoweredGpu:
     @property
     def module(self) -> str:
         """All texts, for looking at."""
-        return "\n".join(self.texts().values())
+        return "\n".join([*self.helpers().values(), *self.texts().values()])
 
     def texts(self) -> dict[str, str]:
         """The text of each function, by name, in the order of the symbols.
@@ -76,11 +76,28 @@ class LoweredGpu:
         Raises AssertionError when one name stands for two texts: a bug of a kernel.
         """
         found: dict[str, str] = {}
-        for variants in self.variants.values():
-            for launch in (launch for launches in variants for launch in launches):
-                if found.setdefault(launch.function, launch.text) != launch.text:
-                    raise AssertionError(f"two functions are called {launch.function}")
+        for launch in self._launches():
+            if found.setdefault(launch.function, launch.text) != launch.text:
+                raise AssertionError(f"two functions are called {launch.function}")
         return found
+
+    def helpers(self, function: str | None = None) -> dict[str, str]:
+        """The text of each function that kernels call, or that one of them calls, by name, in an order in which all are
+        known where they are called. Raises AssertionError as `texts`."""
+        found: dict[str, str] = {}
+        for launch in self._launches():
+            for name, text in launch.helpers if function in (None, launch.function) else ():
+                if found.setdefault(name, text) != text:
+                    raise AssertionError(f"two functions are called {name}")
+        return found
+
+    def _launches(self) -> Iterator[Launch]:
+        return (launch for variants in self.variants.values() for launches in variants for launch in launches)
+
+    def bytes_of_text(self, device: Device) -> int:
+        """Bytes that a driver reads to compile all kernels: in OpenCL, where they are one program, with each helper
+        once, elsewhere with those of each kernel."""
+        return _bytes_of(self._launches(), device)
 
 
 def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
@@ -97,10 +114,7 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
         symbol = var.name_hint
         if LAUNCHES in (function.attrs or {}):
             variants, scratch, macs[symbol] = json.loads(str(function.attrs[LAUNCHES]))
-            made = tuple(
-                tuple(Launch(f, text, tuple(a), tuple(grid), tuple(group)) for f, text, a, grid, group in launches)
-                for launches in variants
-            )
+            made = tuple(tuple(map(launch_of, launches)) for launches in variants)
             _add(found, symbol, function, made, scratch)
         elif _has_blocks(function):
             library[symbol] = function
@@ -123,20 +137,37 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
     for symbol, variants in found.variants.items():
         for launch in (launch for launches in variants for launch in launches):
             _check(symbol, launch, device)
-    return replace(found, variants=_affordable(found.variants, macs))
+    return replace(found, variants=_affordable(found.variants, macs, device))
+
+
+def _bytes_of(launches: Iterable[Launch], device: Device) -> int:
+    """See `LoweredGpu.bytes_of_text`."""
+    return sum(map(len, _pieces(launches, device).values()))
+
+
+def _pieces(launches: Iterable[Launch], device: Device) -> dict[tuple[str, str], str]:
+    """The texts of functions and of what they call: of the latter one for all, or one for each function."""
+    found: dict[tuple[str, str], str] = {}
+    for launch in launches:
+        found["", launch.function] = launch.text
+        found.update({("" if device.api == "opencl" else launch.function, n): text for n, text in launch.helpers})
+    return found
 
 
 def _affordable(
-    variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int]
+    variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int], device: Device
 ) -> dict[str, tuple[tuple[Launch, ...], ...]]:
     """The first variant of each kernel, and further ones of those with most work as long as there is room for text."""
-    texts = {launch.function: launch.text for each in variants.values() for launch in each[0]}
+    texts = _pieces((launch for each in variants.values() for launch in each[0]), device)
+    size = sum(map(len, texts.values()))
     kept = {symbol: [each[0]] for symbol, each in variants.items()}
     for symbol in sorted(variants, key=lambda s: (-macs.get(s, 0), s)):
         for launches in variants[symbol][1:MOST_VARIANTS]:
-            more = {launch.function: launch.text for launch in launches if launch.function not in texts}
-            if sum(map(len, texts.values())) + sum(map(len, more.values())) <= SOURCE_BYTES:
+            more = {key: text for key, text in _pieces(launches, device).items() if key not in texts}
+            added = sum(map(len, more.values()))
+            if size + added <= SOURCE_BYTES:
                 texts |= more
+                size += added
                 kept[symbol].append(launches)
     return {symbol: tuple(each) for symbol, each in kept.items()}
 

@@ -220,10 +220,35 @@ def test_every_dot_product_gives_the_same(extension: str, monkeypatch: pytest.Mo
 
     def with_built_ins(self: Any) -> Any:
         made = launch(self)
-        return replace(made, text=BUILT_INS[extension] + made.text)
+        return replace(made, helpers=(("built_ins", BUILT_INS[extension]), *made.helpers))
 
     monkeypatch.setattr(conv._Conv, "launch", with_built_ins)
     _check_weighted(Conv2D(3, 3, 8, 8, dtype="int8", epilogue=RQF), "opencl", dot=True)
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("least", [1, 33])
+def test_requantisation_is_exact_to_the_ends_of_int32(api: str, least: int) -> None:
+    channels, rng = 512, np.random.default_rng(least)
+    spec = Conv2D(1, 3, 4, channels, dtype="int8", epilogue=Epilogue(y_zp=3, lo=-128, hi=127))
+    shift = rng.integers(least, 63, channels).astype(np.int32)
+    shift[:2] = least, 62
+    bias = rng.integers(-(2**31) + 70_000, 2**31 - 70_000, channels).astype(np.int32)
+    # Factors that give codes, as far as they are below 2^31, and the largest one.
+    wanted = rng.uniform(0.3, 160, channels)
+    m = np.clip(wanted / np.abs(bias.astype(float)) * 2.0**shift, 0, 2**31 - 1).astype(np.int32)
+    m[::16] = 2**31 - 1
+    weights = {"w": rng.integers(-127, 128, (channels, 4, 1, 1)).astype(np.int8), "bias": bias, "m": m, "shift": shift}
+    x = rng.integers(-128, 128, (1, 3, 4)).astype(np.int8)
+    device = device_of(api)
+    kernel = implement(spec, weights, device)
+    assert kernel is not None
+    names = [name for name, _ in kernel.launches(device)[0].helpers]
+    assert ("rq1_far" in names, "rq1" in names) == (least == 33, least == 1)
+    got = run(kernel, device, [x, *kernel.pack(device, **weights)])
+    want = spec.reference(x, *weights.values())
+    np.testing.assert_array_equal(got, want.reshape(-1))
+    assert len(np.unique(want)) > 100
 
 
 @pytest.mark.opencl

@@ -28,10 +28,14 @@ HELD = 9
 
 @dataclass(frozen=True)
 class DepthwiseConv(GpuKernel):
-    """`Depthwise`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too."""
+    """`Depthwise`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too.
+
+    least: see `epilogue.finish`.
+    """
 
     spec: Depthwise
     tile: Tile
+    least: int = 1
 
     name: ClassVar[str] = "depthwise"
 
@@ -146,7 +150,10 @@ class _Depthwise:
         for q in range(tile.rows):
             for p in range(tile.pixels):
                 c.var(kind, f"a{q}_{p}", c.constant(0.0) if self.integer else "b")
+        epilogue.read_numbers(c, spec)
         zero = c.constant(spec.x_zp if self.integer else 0.0)
+        if self.integer and spec.x_zp and epilogue.numbered(spec):
+            zero = epilogue.read_padding(c, False)
         held = self.kernel.taps <= HELD
         if held:
             for tap in range(self.kernel.taps):
@@ -216,7 +223,8 @@ class _Depthwise:
                         if spec.residual:
                             residual = self._read("r", spec.epilogue.residual_type(spec.dtype), at, channels)
                         total = f"(b + {c.whole(f'a{q}_{p}')})" if self.integer else f"a{q}_{p}"
-                        value = epilogue.finish(c, f"y{q}_{p}", total, spec, factors, residual)
+                        value = epilogue.finish(c, total, spec, factors, residual, self.kernel.least)
+                        value = value if self.whole else c.let(epilogue.kind_of(spec), f"y{q}_{p}", value)
                         epilogue.write(c, "y", spec.out_type, at, value, channels, self.whole)
 
 
@@ -238,7 +246,7 @@ def _depthwise(spec: Depthwise, weights: Any, device: Device) -> DepthwiseConv |
     words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
     if device.api != "opencl" and words and spec.c % 4:
         return None
-    return DepthwiseConv(spec, tiles_of(spec, device)[0])
+    return DepthwiseConv(spec, tiles_of(spec, device)[0], epilogue.least_shift(weights))
 
 
 RULES: dict[type, Callable[..., GpuKernel | None]] = {Depthwise: _depthwise}

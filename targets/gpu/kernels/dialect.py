@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,9 @@ WGSL_MEMORY = {
     ("int8", 16): "vec4<u32>",
 }
 
-# Functions that kernels may need, by name. All OpenCL kernels of a model stand in one file, hence the guards.
+# Shifts from here on need the high half of a product of 32 bits only.
+FAR = 33
+# Functions that kernels may need, by name. They stand before all OpenCL kernels of a model, once.
 # erf: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 _HORNER = "t * ({}f + t * ({}f + t * ({}f + t * ({}f + t * {}f))))".format(*_ERF)
@@ -69,9 +71,9 @@ static inline float4 edgec_erf(float4 x) {{
   return copysign(y, x);
 }}
 """,
-    # Dot product of four int8 codes and sum: the built-ins of Arm, Khronos and Qualcomm, or products of short numbers.
+    # Dot products of four int8 codes with those of four outputs, and sums: the built-ins of Arm, Khronos and Qualcomm, or products of short numbers.
     # Qualcomm's multiplies signed by unsigned bytes: one operand moves up by 128, and the sum of the other comes off.
-    "dot4": """\
+    "dots": """\
 #if defined(cl_arm_integer_dot_product_accumulate_int8)
 #pragma OPENCL EXTENSION cl_arm_integer_dot_product_accumulate_int8 : enable
 #define edgec_dot4(a, b, c) arm_dot_acc(as_char4(a), as_char4(b), c)
@@ -91,8 +93,22 @@ static inline int edgec_dot4(uint a, uint b, int c) {
   return c + p.x + p.y + p.z + p.w;
 }
 #endif
+static inline int4 edgec_dots(uint a, uint4 b, int4 c) {
+  return (int4)(edgec_dot4(a, b.x, c.x), edgec_dot4(a, b.y, c.y), edgec_dot4(a, b.z, c.z), edgec_dot4(a, b.w, c.w));
+}
 """,
-    # Specification 1.9, RQ1, saturated to int32.
+    "codes": """\
+static inline float4 edgec_codes(uint word) {
+  return convert_float4(as_char4(word));
+}
+""",
+    # Specification 1.9, RQ1, for shifts from 33 on: neither the low half of the product nor an overflow matter.
+    "rq1_far": """\
+static inline int4 edgec_rq1_far(int4 acc, int4 m, int4 shift) {
+  return (mul_hi(acc, m) + ((int4)(1) << (shift - 33))) >> (shift - 32);
+}
+""",
+    # The same for all shifts, saturated to int32.
     "rq1": """\
 static inline int4 edgec_rq1(int4 acc, int4 m, int4 shift) {
   const long4 bits = convert_long4(shift);
@@ -108,9 +124,25 @@ fn edgec_erf(x: vec4<f32>) -> vec4<f32> {{
   return sign(x) * (1.0f - {_HORNER} * exp(-a * a));
 }}
 """,
-    "dot4": """\
-fn edgec_dot4(a: u32, b: u32, c: i32) -> i32 {
-  return c + dot4I8Packed(a, b);
+    "dots": """\
+fn edgec_dots(a: u32, b: vec4<u32>, c: vec4<i32>) -> vec4<i32> {
+  return c + vec4<i32>(dot4I8Packed(a, b.x), dot4I8Packed(a, b.y), dot4I8Packed(a, b.z), dot4I8Packed(a, b.w));
+}
+""",
+    "codes": """\
+fn edgec_codes(word: u32) -> vec4<f32> {
+  return vec4<f32>(unpack4xI8(word));
+}
+""",
+    # The high half of the product: H. S. Warren, Hacker's Delight, 2nd edition, figure 8-2.
+    "rq1_far": """\
+fn edgec_rq1_far(acc: vec4<i32>, m: vec4<i32>, shift: vec4<i32>) -> vec4<i32> {
+  let word = vec4<i32>(65535);
+  let low = acc & word;
+  let bits = vec4<u32>(16u);
+  let t = (acc >> bits) * (m & word) + vec4<i32>((vec4<u32>(low) * vec4<u32>(m & word)) >> bits);
+  let high = (acc >> bits) * (m >> bits) + (t >> bits) + ((low * (m >> bits) + (t & word)) >> bits);
+  return (high + (vec4<i32>(1) << vec4<u32>(shift - 33))) >> vec4<u32>(shift - 32);
 }
 """,
     # Without 64-bit integers: the magnitude of the product in two halves, its sign, the rounding and the shift.
@@ -198,7 +230,8 @@ class Code:
             )
         self._lines: list[str] = []
         self._shared: list[str] = []
-        self._helpers: dict[str, None] = {}
+        # Texts of the functions that are called, by name.
+        self._functions: dict[str, str] = {}
         self._depth = 1
         self._where = {b.name: b for b in buffers}
 
@@ -221,7 +254,7 @@ class Code:
         return name
 
     def var(self, kind: str, name: str, value: str) -> str:
-        self.line(f"{kind} {name} = {value};" if self.opencl else f"var {name}: {self.type(kind)} = {value};")
+        self.line(f"{kind} {name} = {value};" if self.opencl else f"var {name} = {value};")
         return name
 
     @contextmanager
@@ -335,6 +368,10 @@ class Code:
     def floats(self, value: str) -> str:
         return f"convert_float4({value})" if self.opencl else f"vec4<f32>({value})"
 
+    def real(self, value: str) -> str:
+        """An int as a float."""
+        return f"(float){value}" if self.opencl else f"f32({value})"
+
     def ints(self, value: str) -> str:
         """Nearest integers, halves to even, of values within int32."""
         return f"convert_int4_rte({value})" if self.opencl else f"vec4<i32>(round({value}))"
@@ -345,7 +382,7 @@ class Code:
 
     def unpack_floats(self, word: str) -> str:
         """Four codes as float4."""
-        return f"convert_float4(as_char4({word}))" if self.opencl else f"vec4<f32>(unpack4xI8({word}))"
+        return self.call("codes", word)
 
     def whole(self, value: str) -> str:
         """A float4 of integers within int32 as int4."""
@@ -357,8 +394,33 @@ class Code:
 
     def call(self, helper: str, *arguments: str) -> str:
         """A call of a function of OPENCL_HELPERS."""
-        self._helpers[helper] = None
+        self._functions[helper] = (OPENCL_HELPERS if self.opencl else WGSL_HELPERS)[helper]
         return f"edgec_{helper}({', '.join(arguments)})"
+
+    def define(
+        self, stem: str, kind: str, parameters: Sequence[tuple[str, str]], body: Callable[[], str]
+    ) -> Callable[..., str]:
+        """A function for what a kernel does at many places: calls of the result are calls of it, as expressions.
+
+        parameters: (kind, name); body writes statements and gives the result, of `kind`.
+        """
+        lines, depth, self._lines, self._depth = self._lines, self._depth, [], 1
+        self.line(f"return {body()};")
+        inner, self._lines, self._depth = "\n".join(self._lines), lines, depth
+        if self.opencl:
+            listed = ", ".join(f"{k} {n}" for k, n in parameters)
+            head = f"static inline {kind} edgec_@@({listed}) {{\n"
+        else:
+            listed = ", ".join(f"{n}: {self.type(k)}" for k, n in parameters)
+            head = f"fn edgec_@@({listed}) -> {self.type(kind)} {{\n"
+        text = head + inner + "\n}\n"
+        name = f"{stem}_{hashlib.sha1(text.encode()).hexdigest()[:8]}"
+        self._functions[name] = text.replace("@@", name)
+        return lambda *arguments: f"edgec_{name}({', '.join(arguments)})"
+
+    def requantised(self, acc: str, m: str, shift: str, least: int) -> str:
+        """RQ1 of int4, for factors below 2^31; least: no shift is below."""
+        return self.call("rq1_far" if least >= FAR else "rq1", acc, m, shift)
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 
@@ -366,13 +428,10 @@ class Code:
         """The kernel and how to start it. arguments: operand of each buffer."""
         text = self._opencl_text() if self.opencl else self._wgsl_text()
         name = f"{self.stem}_{hashlib.sha1(text.encode()).hexdigest()[:10]}"
-        return Launch(name, text.replace("@NAME@", name), tuple(arguments), self.grid, self.group)
+        text, helpers = text.replace("@NAME@", name), tuple(self._functions.items())
+        return Launch(name, text, tuple(arguments), self.grid, self.group, helpers)
 
     def _opencl_text(self) -> str:
-        parts = []
-        for helper in self._helpers:
-            guard = f"EDGEC_{helper.upper()}"
-            parts.append(f"#ifndef {guard}\n#define {guard}\n{OPENCL_HELPERS[helper]}#endif\n")
         pointers = []
         for b in self.buffers:
             const = "" if b.written else "const "
@@ -380,7 +439,7 @@ class Code:
             pointers.append(f"__global {const}{OPENCL_MEMORY[b.dtype, b.lanes]}* {restrict}{b.name}")
         size = ", ".join(map(str, self.group))
         head = f"__kernel __attribute__((reqd_work_group_size({size})))\nvoid @NAME@({', '.join(pointers)}) {{\n"
-        return "".join(parts) + head + "\n".join([*self._shared, *self._lines]) + "\n}\n"
+        return head + "\n".join([*self._shared, *self._lines]) + "\n}\n"
 
     def _wgsl_text(self) -> str:
         parts = []
@@ -391,7 +450,6 @@ class Code:
             element = WGSL_MEMORY[b.dtype, b.lanes]
             parts.append(f"@group(0) @binding({number}) var<storage, {access}> {b.name}: array<{element}>;\n")
         parts += [line + "\n" for line in self._shared]
-        parts += [WGSL_HELPERS[helper] for helper in self._helpers]
         size = ", ".join(map(str, self.group))
         builtins = [("gid", "global_invocation_id"), ("lid", "local_invocation_id")]
         body = "\n".join(self._lines)

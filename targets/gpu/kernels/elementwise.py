@@ -169,7 +169,7 @@ class Pair(GpuKernel):
 
 def rescaled(c: Code, acc: str, spec: Any) -> str:
     """clamp(RQ1(acc) + zy, lo, hi)."""
-    code = c.call("rq1", acc, c.splat("int4", str(spec.m)), c.splat("int4", str(spec.shift)))
+    code = c.requantised(acc, c.splat("int4", str(spec.m)), c.splat("int4", str(spec.shift)), spec.shift)
     return epilogue.clamped(c, code, spec.zy, spec.lo, spec.hi)
 
 

@@ -87,7 +87,7 @@ def averaged(c: Code, spec: Any, total: str, taps: str) -> str:
     if q is None:
         return f"{total} * {literal(1.0 / spec.taps)}"
     less = f"{total} - {c.splat('int4', f'{taps} * {q.x_zp}')}" if q.x_zp else total
-    scaled = c.call("rq1", less, c.splat("int4", str(q.m)), c.splat("int4", str(q.shift)))
+    scaled = c.requantised(less, c.splat("int4", str(q.m)), c.splat("int4", str(q.shift)), q.shift)
     return epilogue.clamped(c, scaled, q.y_zp, q.lo, q.hi)
 
 
