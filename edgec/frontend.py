@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from edgec.errors import EdgecError
+from edgec.importing.rewrite import rewrite
 from edgec.origin import first_line, place, user_frame
 from edgec.program import MAX_BATCH, Program, is_call
 from edgec.pt2 import load_pt2
@@ -322,6 +323,9 @@ def import_exported(exported: torch.export.ExportedProgram, name: str) -> Progra
     In-place operators become functional ones, so that no pass has to think of aliases. Raises EdgecError for graphs in
     training mode, random numbers, control flow, shapes that depend on data, state, and anything but tensors as outputs.
     """
+    _check_state(exported, name)
+    with quiet():
+        exported = rewrite(exported, name)
     _check_graph(exported, name)
     with quiet(), torch.no_grad():
         exported = _functional(exported)
