@@ -129,14 +129,26 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
 def _affordable(
     variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int]
 ) -> dict[str, tuple[tuple[Launch, ...], ...]]:
-    """The first variant of each kernel, and further ones of those with most work as long as there is room for text."""
-    texts = {launch.function: launch.text for each in variants.values() for launch in each[0]}
+    """The first variant of each kernel, and further ones of those with most work as long as there is room for text.
+
+    Where the first ones are too long together, kernels with least work begin with their shortest variant.
+    """
     kept = {symbol: [each[0]] for symbol, each in variants.items()}
-    for symbol in sorted(variants, key=lambda s: (-macs.get(s, 0), s)):
-        for launches in variants[symbol][1:MOST_VARIANTS]:
-            more = {launch.function: launch.text for launch in launches if launch.function not in texts}
-            if sum(map(len, texts.values())) + sum(map(len, more.values())) <= SOURCE_BYTES:
-                texts |= more
+
+    def texts() -> dict[str, str]:
+        return {x.function: x.text for each in kept.values() for launches in each for x in launches}
+
+    order = sorted(variants, key=lambda s: (macs.get(s, 0), s))
+    for symbol in order:
+        if sum(map(len, texts().values())) > SOURCE_BYTES:
+            kept[symbol] = [min(variants[symbol], key=lambda launches: sum(len(x.text) for x in launches))]
+    found = texts()
+    for symbol in reversed(order):
+        others = [launches for launches in variants[symbol] if launches not in kept[symbol]]
+        for launches in others[: MOST_VARIANTS - 1]:
+            more = {launch.function: launch.text for launch in launches if launch.function not in found}
+            if sum(map(len, found.values())) + sum(map(len, more.values())) <= SOURCE_BYTES:
+                found |= more
                 kept[symbol].append(launches)
     return {symbol: tuple(each) for symbol, each in kept.items()}
 
