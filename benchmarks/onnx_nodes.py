@@ -37,7 +37,8 @@ def run_case(case: Any, *, program: bool = False) -> tuple[str, str]:
     """("right" | "refused" | "wrong" | "crashed", why)."""
     from edgec.errors import EdgecError
 
-    for inputs, outputs in case.data_sets:
+    for given, wanted in case.data_sets:
+        inputs, outputs = ([_array(x) for x in side] for side in (given, wanted))
         if any(not isinstance(x, np.ndarray) for x in (*inputs, *outputs)):
             return "refused", "takes or returns sequences"
         try:
@@ -54,6 +55,15 @@ def run_case(case: Any, *, program: bool = False) -> tuple[str, str]:
             if why:
                 return "wrong", why
     return "right", ""
+
+
+def _array(value: Any) -> Any:
+    """A tensor of a test, which has it in one of three forms; anything else as it is."""
+    from onnx import TensorProto, numpy_helper
+
+    if isinstance(value, TensorProto):
+        return numpy_helper.to_array(value)
+    return np.asarray(value) if isinstance(value, np.generic) else value
 
 
 def _run(case: Any, path: Path, inputs: list[np.ndarray], program: bool) -> list[np.ndarray]:

@@ -551,6 +551,8 @@ def _depth_to_space(node: Node) -> Any:
 @_op("SpaceToDepth")
 def _space_to_depth(node: Node) -> Any:
     x, block = node.x(0), node.attr("blocksize")
+    if node.attr("mode", "DCR") == "CRD":
+        return F.pixel_unshuffle(x, block)
     n, c, h, w = x.shape
     y = x.reshape(n, c, h // block, block, w // block, block).permute(0, 3, 5, 1, 2, 4)
     return y.reshape(n, c * block**2, h // block, w // block)
@@ -758,7 +760,8 @@ def _mean(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
 def _extreme(function: Callable[..., torch.Tensor], empty: float) -> Callable[[torch.Tensor, list[int], bool], torch.Tensor]:
     def run(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
         if any(isinstance(x.shape[a], int) and x.shape[a] == 0 for a in axes):
-            return torch.full(torch.sum(x, axes, keep).shape, empty, dtype=x.dtype)
+            value = empty > 0 if x.dtype == torch.bool else empty
+            return torch.full(torch.sum(x, axes, keep).shape, value, dtype=x.dtype)
         if x.dtype == torch.bool:
             return function(x.to(torch.uint8), axes, keep).to(torch.bool)
         return function(x, axes, keep)

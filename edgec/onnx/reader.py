@@ -29,6 +29,7 @@ C_WORDS = frozenset(
     "auto break case char const continue default do double else enum extern float for goto if inline int long register "
     "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while arena".split()
 )
+OLDER_CONTAINER = 10
 EXPORTS_BATCH = "batch"
 
 
@@ -72,6 +73,8 @@ def read_onnx(
     proto = _parse(path)
     _load_external(proto, path)
     opsets = _opsets(proto, path)
+    # The version of the container says nothing of the operators, and engines refuse newer ones.
+    proto.ir_version = min(proto.ir_version, OLDER_CONTAINER)
     original = proto.SerializeToString()
     try:
         onnx.checker.check_model(proto)
@@ -229,7 +232,7 @@ def _shape(
     sizes: list[int | None] = []
     names: list[str] = []
     for dim in kind.shape.dim:
-        known = dim.HasField("dim_value") and dim.dim_value > 0
+        known = dim.HasField("dim_value") and dim.dim_value >= 0
         sizes.append(dim.dim_value if known else None)
         names.append(dim.dim_param or "?")
     if given is not None:
@@ -256,7 +259,7 @@ def _numpy_type(code: int, where: str) -> np.dtype[Any]:
         dtype = np.dtype(helper.tensor_dtype_to_np_dtype(code))
     except (KeyError, TypeError):
         dtype = np.dtype(object)
-    names = ("float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool", "float64")
+    names = ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float64")
     if dtype.name not in names:
         raise EdgecError(
             f"is of type {TensorProto.DataType.Name(code).lower()}", where=where, hint="take float32, integers or booleans"
@@ -317,7 +320,7 @@ def _simplified(proto: onnx.ModelProto, notes: list[str]) -> onnx.ModelProto:
         with quiet():
             import onnxsim
 
-            simple, _ = onnxsim.simplify(proto, skip_fuse_bn=True, certify=False)
+            simple, _ = onnxsim.simplify(proto, skip_fuse_bn=True, skip_constant_folding=True, certify=False)
         if [v.name for v in simple.graph.output] != [v.name for v in proto.graph.output]:
             raise ValueError("it renamed outputs")
         _keep_names(simple, proto)

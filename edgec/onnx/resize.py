@@ -26,7 +26,7 @@ def resize_node(node: Node) -> torch.Tensor:
         axes = list(range(1, x.dim()))
         return resize(node, x, axes, scales[1:], sizes, "asymmetric", mode, "floor")
     axes = [a % x.dim() for a in node.attr("axes") or range(x.dim())]
-    if node.has(3) and node.value(3).array.size:
+    if node.has(3) and tuple(node.value(3).shape) != (0,):
         wanted = node.ints(3, "sizes")
         pairs = [(a, s) for a, s in zip(axes, wanted) if not isinstance(s, torch.SymInt)]
         axes, sizes = [a for a, _ in pairs], [s for _, s in pairs]
