@@ -55,6 +55,8 @@ class Program:
     module: FX GraphModule; nodes are placeholders, `get_attr` of weights, ATen or `edgec::` calls and one output.
     example_inputs: one tensor per input; dimension 0 is at least 2 when `dynamic_batch` is set.
     annotations: what passes record about tensors (keyed by node name) or weights (keyed by attribute path).
+    output_names: identifiers, one per output, where the model's file names them. notes: what was done to the model when
+    it was read, for the report.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Program:
     example_inputs: tuple[torch.Tensor, ...]
     dynamic_batch: bool = False
     annotations: Mapping[str, Any] = field(default_factory=dict)
+    output_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def from_exported(exported: torch.export.ExportedProgram, name: str) -> Program:
@@ -123,7 +127,7 @@ class Program:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         nodes = output_nodes(self.module)
-        names = ["y"] if len(nodes) == 1 else [f"y{i}" for i in range(len(nodes))]
+        names = self.output_names or (["y"] if len(nodes) == 1 else [f"y{i}" for i in range(len(nodes))])
         return tuple(self._spec(n, name) for n, name in zip(nodes, names, strict=True))
 
     def _spec(self, node: fx.Node, name: str) -> TensorSpec:
