@@ -39,10 +39,16 @@ class Axis:
         """(first tap, end) of output `position`, a TIR expression: the taps on the input are consecutive."""
         if not self.padded:
             return 0, self.kernel
-        first = position * self.stride - self.before
-        low = tirx.min(tirx.max(tirx.floordiv(self.dilation - 1 - first, self.dilation), 0), self.kernel)
-        high = tirx.min(tirx.floordiv(self.size - 1 - first, self.dilation) + 1, self.kernel)
-        return low, tirx.max(high, low)
+        # Both are n - floor((position * stride + c) / dilation) with c >= 0. TVM 0.27 turns a quotient in which the
+        # position is subtracted into one by a negative number, which is wrong by one.
+        shift = -(-self.before // self.dilation) + 1
+        low = shift - tirx.floordiv(position * self.stride + shift * self.dilation - self.before, self.dilation)
+        more = -(-(self.before + self.size) // self.dilation)
+        high = more - tirx.floordiv(
+            position * self.stride + more * self.dilation - self.before - self.size, self.dilation
+        )
+        low = tirx.min(tirx.max(low, 0), self.kernel)
+        return low, tirx.max(tirx.min(high, self.kernel), low)
 
     def classes(self) -> list[tuple[int, ...]]:
         """The taps of each class of outputs: the first ones, all the inner ones as one, the last ones."""
