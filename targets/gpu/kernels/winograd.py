@@ -294,7 +294,7 @@ def _store_row(c: Code, kernel: Winograd, r: int) -> None:
                 residual = None
                 if spec.residual:
                     residual = epilogue.read(c, "r", spec.epilogue.residual_type(spec.dtype), place)
-                value = epilogue.finish(c, f"y{r}_{q}", f"a{r}_{q}", spec, [], residual)
+                value = epilogue.finish(c, f"a{r}_{q}", spec, [], residual)
                 epilogue.write(c, "y", spec.out_type, place, value)
 
 
