@@ -262,7 +262,9 @@ def export_module(
     Raises EdgecError with the reason and the line of the user's code when the module does not export.
     """
     for path, weight in module.named_parameters():
-        _check_type(weight.dtype, f"weight '{path}' of {name}")
+        # Complex weights become pairs of real ones.
+        if weight.dtype is not torch.complex64:
+            _check_type(weight.dtype, f"weight '{path}' of {name}")
         if weight.device.type != "cpu":
             raise EdgecError(
                 f"is on {weight.device}", where=f"weight '{path}' of {name}", hint="call model.cpu() first"
@@ -274,6 +276,8 @@ def export_module(
         # Whatever goes wrong here goes wrong again below, without the dynamic batch in the message.
         with contextlib.suppress(Exception):
             exported = _export(module, batched, tuple({0: dim} for _ in batched))
+            with quiet():
+                exported = rewrite(exported, name)
             if _keeps_batch(exported):
                 return exported
     try:
