@@ -125,6 +125,8 @@ class _Chain:
         self.arguments = [*inputs, self.output]
         self.known: dict[str, str] = {}
         self.guarded = 0
+        # Elements of the four that there are.
+        self.count = 4
 
     def launch(self) -> Launch:
         def compute(count: int) -> str:
@@ -218,10 +220,10 @@ class _Chain:
             return f"({self.index(e.a)} {sign} {self.index(e.b)})"
         if name in ("Min", "Max"):
             return f"{name.lower()}({self.index(e.a)}, {self.index(e.b)})"
-        if name in ("FloorDiv", "FloorMod") and (self._constant(e.b) or 0) > 0:
-            # Of what is not negative, as both languages divide.
-            if self.analyzer.const_int_bound(e.a).min_value >= 0:
-                return f"({self.index(e.a)} {'/' if name == 'FloorDiv' else '%'} {self.index(e.b)})"
+        divides = name in ("FloorDiv", "FloorMod") and (self._constant(e.b) or 0) > 0
+        # Both languages divide as this does where nothing is negative.
+        if divides and self.analyzer.const_int_bound(e.a).min_value >= 0:
+            return f"({self.index(e.a)} {'/' if name == 'FloorDiv' else '%'} {self.index(e.b)})"
         if name == "Not":
             return f"!{self.index(e.a)}"
         raise Refused

@@ -1,9 +1,9 @@
 """Kernels of a GPU: launches of functions in OpenCL C, WGSL or Metal's language.
 
 Four kinds of PrimFuncs come here. Those of `edgec.targets.gpu.kernels` carry their launches. Element-wise operators of
-TVM's library are written anew by `edgec.targets.gpu.chains`. The others of that library are bound to threads by dlight's plainest rule, one work item for each element of a result. Templates of
-`edgec.targets.kernels` without a GPU kernel are scalar code whose marked loops become work items (see
-`edgec.targets.phases`): correct on every device, and slow.
+TVM's library are written anew by `edgec.targets.gpu.chains`. Others of that library are bound to threads by dlight's
+plainest rule, one work item for each element of a result. Templates of `edgec.targets.kernels` without a GPU kernel are
+scalar code whose marked loops become work items (see `edgec.targets.phases`): correct on every device, and slow.
 
 Nothing here calls what crashes in TVM 0.27: no `tensorize` (the rules for matrix products on Metal), no
 `ConvertLayout`.

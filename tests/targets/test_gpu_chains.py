@@ -25,7 +25,7 @@ def _inputs(*shapes: tuple[int, ...], dtype: str = "float32") -> list[Any]:
 def scaled() -> Made:
     """A chain over channels: two steps, each with memory of its own before it is inlined."""
     x, a, b = _inputs((3, 5, 8), (8,), (8,))
-    y = te.compute(x.shape, lambda i, j, k: x[i, j, k] * a[k] + b[k])
+    y: Any = te.compute(x.shape, lambda i, j, k: x[i, j, k] * a[k] + b[k])
     z = te.compute(x.shape, lambda i, j, k: y[i, j, k] * te.sigmoid(y[i, j, k]))
     return [x, a, b, z], lambda x, a, b: (x * a + b) / (1 + np.exp(-(x * a + b)))
 
