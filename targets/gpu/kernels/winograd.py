@@ -299,7 +299,7 @@ def _store_row(c: Code, kernel: Winograd, r: int) -> None:
 
 
 # (tiles, slices of outputs) of a work item of the product.
-PRODUCTS = {"opencl": ((4, 4), (4, 2)), "vulkan": ((8, 1), (8, 2))}
+PRODUCTS = {"opencl": ((4, 4), (4, 2)), "vulkan": ((8, 2), (8, 1))}
 
 
 def product_tiles(kernel: Winograd, device: Device) -> list[Tile]:
