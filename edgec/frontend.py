@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from edgec.errors import EdgecError
 from edgec.importing.rewrite import rewrite
+from edgec.importing.stored import fold_stored, stored_nodes
 from edgec.origin import first_line, place, user_frame
 from edgec.program import MAX_BATCH, Program, is_call
 from edgec.pt2 import load_pt2
@@ -262,7 +263,9 @@ def export_module(
     Raises EdgecError with the reason and the line of the user's code when the module does not export.
     """
     for path, weight in module.named_parameters():
-        _check_type(weight.dtype, f"weight '{path}' of {name}")
+        # Complex weights become pairs of real ones.
+        if weight.dtype is not torch.complex64:
+            _check_type(weight.dtype, f"weight '{path}' of {name}")
         if weight.device.type != "cpu":
             raise EdgecError(
                 f"is on {weight.device}", where=f"weight '{path}' of {name}", hint="call model.cpu() first"
@@ -274,6 +277,8 @@ def export_module(
         # Whatever goes wrong here goes wrong again below, without the dynamic batch in the message.
         with contextlib.suppress(Exception):
             exported = _export(module, batched, tuple({0: dim} for _ in batched))
+            with quiet():
+                exported = rewrite(exported, name)
             if _keeps_batch(exported):
                 return exported
     try:
@@ -337,7 +342,9 @@ def import_exported(exported: torch.export.ExportedProgram, name: str) -> Progra
     with quiet(), torch.no_grad():
         exported = _functional(exported)
     _check_state(exported, name)
-    program = Program.from_exported(exported, name)
+    # A Program's own file has been through this, and passes may have added what is to stay as it is.
+    ours = any("edgec_origin" in node.meta.get("custom", {}) for node in exported.graph.nodes)
+    program = Program.from_exported(exported, name, None if ours else fold_stored)
     if program.dynamic_batch and not _keeps_batch(exported):
         raise EdgecError(
             "the batch is dynamic, but an output does not have it as dimension 0",
@@ -353,12 +360,16 @@ def _check_graph(exported: torch.export.ExportedProgram, name: str) -> None:
             raise EdgecError(f"returns {value!r} beside tensors", where=name, hint="return tensors only")
     if not _output_values(exported):
         raise EdgecError("returns nothing", where=name, hint="return at least one tensor")
+    signature = exported.graph_signature
+    names = {*signature.inputs_to_parameters, *signature.inputs_to_buffers}
+    stored = stored_nodes(exported.graph, {n for n in exported.graph.nodes if n.name in names})
     for node in exported.graph.nodes:
         if node.op == "call_function":
-            _check_node(node, name)
+            _check_node(node, name, node.args[0] in stored if node.args else False)
 
 
-def _check_node(node: fx.Node, name: str) -> None:
+def _check_node(node: fx.Node, name: str, stored: bool) -> None:
+    """stored: whether the first operand follows from weights alone."""
     where = f"{name} ({place(node)})"
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         kind = node.target.name()
@@ -370,7 +381,8 @@ def _check_node(node: fx.Node, name: str) -> None:
     arguments = {a.name: a.default_value for a in node.target._schema.arguments}
     arguments.update(zip(arguments, node.args))
     arguments.update(node.kwargs)
-    if "batch_norm" in str(node.target) and arguments.get("training"):
+    # Statistics of a weight are those of every batch: weight standardisation is written so.
+    if "batch_norm" in str(node.target) and arguments.get("training") and not stored:
         raise EdgecError(
             "batch norm uses statistics of the batch: the model is in training mode",
             where=where,

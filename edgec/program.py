@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -68,10 +68,12 @@ class Program:
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def from_exported(exported: torch.export.ExportedProgram, name: str) -> Program:
+    def from_exported(
+        exported: torch.export.ExportedProgram, name: str, prepare: Callable[[fx.GraphModule], None] | None = None
+    ) -> Program:
         """Take over an ExportedProgram whose shapes are static or dynamic in dimension 0 only.
 
-        Raises EdgecError when a dimension other than the batch is dynamic.
+        prepare: edits the graph in place before it is verified. Raises EdgecError when a dimension other than the batch is dynamic.
         """
         module = _flat(exported.module(check_guards=False))
         dynamic = False
@@ -105,6 +107,8 @@ class Program:
         for node in module.graph.nodes:
             if node.op not in ("placeholder", "output", "get_attr"):
                 node.meta["edgec_layer"] = node.meta.get("custom", {}).get("edgec_layer") or _layer_from_origin(node)
+        if prepare is not None:
+            prepare(module)
         program = Program(name=name, module=module, example_inputs=tuple(examples), dynamic_batch=dynamic)
         return program.replace(module, _stored_masks(module), check_signature=False)
 

@@ -47,7 +47,8 @@ def trip_counts(module: fx.GraphModule, name: str) -> dict[fx.Node, Any]:
 
 class _Constants(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, found: dict[fx.Node, Any], name: str) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module, garbage_collect_values=True)
+        self.extra_traceback = False
         self.found, self.name = found, name
         self.node: Any = None
 
@@ -70,6 +71,7 @@ class _Constants(fx.Interpreter):
             # The size of a tensor is known even where its elements are not.
             return value if isinstance(value, (int, float, bool)) else UNKNOWN
         mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+        mutable = mutable and target is not torch.ops.aten.detach_.default
         return UNKNOWN if mutable else super().call_function(target, args, kwargs)
 
     def _inner(self, module: fx.GraphModule, operands: Any) -> Any:

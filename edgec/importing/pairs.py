@@ -50,21 +50,45 @@ def has_pairs(value: Any) -> bool:
 def makes_pairs(target: Any, node: fx.Node) -> bool:
     """Whether a call gives complex tensors, or is a transform that works on them inside."""
     values = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
-    return any(v.is_complex() for v in values) or target in RULES
+    return any(v.is_complex() for v in values) or target in TRANSFORMS
 
 
 def call_pairs(run: Any, target: Any, args: Any, kwargs: Any) -> Any:
     """What a call gives on pairs; raises EdgecError where there is no rule for the operator."""
     if target is operator.getitem:
         return args[0][args[1]]
-    rule = RULES.get(target) or RULES_OF_PAIRS.get(target)
+    rule = TRANSFORMS.get(target) or ARITHMETIC.get(target)
     if rule is not None:
         return rule(run, *args, **kwargs)
     if target in PARTWISE:
         return _partwise(target, args, kwargs)
+    if _writes_first(target) and isinstance(args[0], Pair):
+        return _in_place(run, target, args, kwargs)
     raise run.error(
         f"{target} of complex tensors has no rule", "write this operation with real and imaginary parts in two tensors"
     )
+
+
+def _writes_first(target: Any) -> bool:
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    return name.endswith("_") and target._schema.is_mutable
+
+
+def _in_place(run: Any, target: Any, args: Any, kwargs: Any) -> Pair:
+    """`copy_` and what has a functional form: both parts are overwritten, which views of them see."""
+    x = args[0]
+    if target is aten.copy_.default:
+        new = args[1]
+    else:
+        packet = getattr(aten, target._schema.name.split("::")[1][:-1], None)
+        functional = getattr(packet, target._overloadname, None)
+        if functional not in ARITHMETIC and functional not in PARTWISE:
+            raise run.error(
+                f"{target} of complex tensors has no rule", "write real and imaginary parts into two tensors"
+            )
+        new = call_pairs(run, functional, args, kwargs)
+    new = _pair(new)
+    return Pair(x.re.copy_(new.re), x.im.copy_(new.im))
 
 
 def _partwise(target: Any, args: Any, kwargs: Any) -> Any:
@@ -450,7 +474,7 @@ def _operators(table: dict[str, Any]) -> dict[Any, Any]:
     return found
 
 
-RULES: dict[Any, Callable[..., Any]] = _operators(
+TRANSFORMS: dict[Any, Callable[..., Any]] = _operators(
     {
         "view_as_complex": lambda run, x: Pair(*(p.squeeze(-1) for p in x.split(1, -1))),
         "view_as_complex_copy": lambda run, x: Pair(*(p.squeeze(-1) for p in x.split(1, -1))),
@@ -482,8 +506,8 @@ RULES: dict[Any, Callable[..., Any]] = _operators(
     }
 )
 
-# Rules for operators that also work on real tensors: they are asked only where a pair comes in or goes out.
-RULES_OF_PAIRS: dict[Any, Callable[..., Any]] = _operators(
+# Operators that also work on real tensors: they are asked only where a pair comes in or goes out.
+ARITHMETIC: dict[Any, Callable[..., Any]] = _operators(
     {
         "real": lambda run, x: x.re,
         "imag": lambda run, x: x.im,

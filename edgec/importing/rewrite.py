@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from edgec.errors import EdgecError
 from edgec.importing import control_flow, recurrent
-from edgec.importing.pairs import Pair, call_pairs, has_pairs, makes_pairs
-from edgec.origin import layer_name, place, source_line
+from edgec.importing.pairs import TRANSFORMS, Pair, call_pairs, has_pairs, makes_pairs
+from edgec.origin import first_line, layer_name, place, source_line
 from edgec.program import MAX_BATCH
 
 Rule = Callable[..., Any]
@@ -30,7 +30,7 @@ RULES: Mapping[Any, Rule] = {**recurrent.RULES, **control_flow.RULES}
 def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.ExportedProgram:
     """An equal program in which no operator with a rule is left; the program itself when it has none.
 
-    Inputs keep their names, and outputs become a flat tuple. Raises EdgecError that names the operator and its place.
+    Inputs keep their names, and become positional. Raises EdgecError that names the operator and its place.
     """
     if not any(_needs_rule(node) for graph in graphs(exported.graph_module) for node in graph.nodes):
         return exported
@@ -41,11 +41,17 @@ def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.E
     out.args = (tuple(tree_leaves(out.args[0])),)
     trips = control_flow.trip_counts(module, name)
     inputs, shapes = _examples(module, name)
-    wrapper = _Rewritten(module, trips, name)
+    wrapper = _Rewritten(module, exported.call_spec.out_spec, trips, name)
     with torch.no_grad():
         # The first run makes the constants that rules need; export then finds them registered.
         wrapper(*inputs)
-        return torch.export.export(wrapper, inputs, dynamic_shapes=shapes)
+        try:
+            return torch.export.export(wrapper, inputs, dynamic_shapes=shapes)
+        except EdgecError:
+            raise
+        except Exception as error:
+            hint = "export it with a static batch of one" if shapes else "report this as an error of edgec"
+            raise EdgecError(f"does not export: {first_line(error)}", where=name, hint=hint) from error
 
 
 def graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
@@ -63,7 +69,7 @@ def _needs_rule(node: fx.Node) -> bool:
     if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
         # `_functional` of the front end takes these away too.
         return False
-    return node.op == "call_function" and (node.target in RULES or node.target in recurrent.REFUSED)
+    return node.op == "call_function" and any(node.target in table for table in (RULES, TRANSFORMS, recurrent.REFUSED))
 
 
 def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ...], Any]:
@@ -97,9 +103,9 @@ def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ..
 class _Rewritten(nn.Module):
     """The module of a graph, run by rules. It has the same weights under the same names."""
 
-    def __init__(self, module: fx.GraphModule, trips: Mapping[fx.Node, int], name: str) -> None:
+    def __init__(self, module: fx.GraphModule, out: Any, trips: Mapping[fx.Node, int], name: str) -> None:
         super().__init__()
-        self.__dict__.update(_graph=module, _trips=trips, _model=name)
+        self.__dict__.update(_graph=module, _out=out, _trips=trips, _model=name)
         taken = copy.copy(module)
         for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             setattr(self, table, getattr(taken, table))
@@ -112,7 +118,8 @@ class _Rewritten(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         with fx_traceback.preserve_node_meta():
-            return Rewriter(self._graph, self).run(*inputs)
+            results = Rewriter(self._graph, self).run(*inputs)
+        return tree_unflatten(list(results), self._out)
 
 
 class Rewriter(fx.Interpreter):
@@ -120,6 +127,8 @@ class Rewriter(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, owner: _Rewritten) -> None:
         super().__init__(module, garbage_collect_values=True)
+        # An error is one line; the interpreter would add the node and its traceback.
+        self.extra_traceback = False
         self.owner = owner
         self.node: Any = None
 

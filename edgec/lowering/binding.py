@@ -101,6 +101,9 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None, device: De
     masks: of pruned weights, by the same names. device: `on` which the binding will be asked for.
     """
     rule = rules(device).get(node.target) if node.op == "call_function" else None
+    if rule is not None and getattr(node.target, "namespace", "") == "aten" and _is_stored(node, constants):
+        # Computed at compile time, where a kernel would have to be run that may be of another machine.
+        return None
     binding = rule(node, constants) if rule is not None else None
     if binding is None:
         return None
@@ -117,6 +120,20 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None, device: De
 def rules(device: Device | None = None) -> Mapping[Any, Rule]:
     """The operators that have kernels of ours; for a microcontroller also those that only move elements."""
     return {**RULES, **MOVES} if device is not None and device.is_mcu else RULES
+
+
+def _is_stored(node: Any, constants: Weights) -> bool:
+    """Whether a value follows from stored tensors alone."""
+    waiting, seen = [node], set()
+    while waiting:
+        found = waiting.pop()
+        if found.name in constants or found in seen:
+            continue
+        seen.add(found)
+        if found.op == "placeholder":
+            return False
+        waiting += found.all_input_nodes
+    return True
 
 
 def _dtype(node: Any) -> str:

@@ -1,9 +1,9 @@
 """Kernels of a GPU: launches of functions in OpenCL C, WGSL or Metal's language.
 
-Three kinds of PrimFuncs come here. Those of `edgec.targets.gpu.kernels` carry their launches. Operators of TVM's
-library are bound to threads by dlight's plainest rule, one work item for each element of a result. Templates of
-`edgec.targets.kernels` without a GPU kernel are scalar code whose marked loops become work items (see
-`edgec.targets.phases`): correct on every device, and slow.
+Four kinds of PrimFuncs come here. Those of `edgec.targets.gpu.kernels` carry their launches. Element-wise operators of
+TVM's library are written anew by `edgec.targets.gpu.chains`. Others of that library are bound to threads by dlight's
+plainest rule, one work item for each element of a result. Templates of `edgec.targets.kernels` without a GPU kernel are
+scalar code whose marked loops become work items (see `edgec.targets.phases`): correct on every device, and slow.
 
 Nothing here calls what crashes in TVM 0.27: no `tensorize` (the rules for matrix products on Metal), no
 `ConvertLayout`.
@@ -29,6 +29,7 @@ from edgec.errors import EdgecError
 from edgec.targets import elementary
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
+from edgec.targets.gpu.chains import chain
 from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size, launch_of
 from edgec.targets.gpu.narrow import finish_bytes, widened
 from edgec.targets.mcu.scalar import scalarise
@@ -58,12 +59,14 @@ class LoweredGpu:
     """Kernels as the emitters of GPU bundles print them.
 
     variants: by symbol the ways to compute it, each of launches to be dispatched one after the other; the first one is
-    what is used until a host has measured them. signature, scratch: as in `LoweredKernels`.
+    what is used until a host has measured them. signature, scratch: as in `LoweredKernels`. chains: the symbols of
+    TVM's operators that `edgec.targets.gpu.chains` has written.
     """
 
     variants: Mapping[str, tuple[tuple[Launch, ...], ...]]
     signature: Mapping[str, tuple[str, ...]]
     scratch: Mapping[str, tuple[int, ...]]
+    chains: frozenset[str] = frozenset()
 
     @property
     def module(self) -> str:
@@ -120,6 +123,11 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
             library[symbol] = function
         else:
             templates[symbol] = function
+    library = {symbol: _narrow(symbol, function) for symbol, function in library.items()}
+    chains = {symbol: chain(function, device) for symbol, function in library.items() if device.api != "metal"}
+    for symbol, launch in chains.items():
+        if launch is not None:
+            _add(found, symbol, library.pop(symbol), ((launch,),), ())
     kernels: dict[str, Any] = {}
     parts: dict[str, list[tuple[str, tuple[int, ...], Size, Size]]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
@@ -137,7 +145,8 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
     for symbol, variants in found.variants.items():
         for launch in (launch for launches in variants for launch in launches):
             _check(symbol, launch, device)
-    return replace(found, variants=_affordable(found.variants, macs, device))
+    own = frozenset(symbol for symbol, launch in chains.items() if launch is not None)
+    return replace(found, variants=_affordable(found.variants, macs, device), chains=own)
 
 
 def _bytes_of(launches: Iterable[Launch], device: Device) -> int:
@@ -327,14 +336,9 @@ def _library(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
     if not functions:
         return {}
     target = _target(device).with_host(tvm.target.Target("c"))
-    narrow = tirx.transform.ForceNarrowIndexToInt32()
-    named = {}
-    for symbol, function in functions.items():
-        module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
-        named[symbol] = (module if _wide(function) else narrow(module))[symbol]
     with target:
         rules: Any = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
-        module = rules(tvm.IRModule(named))
+        module = rules(tvm.IRModule(dict(functions)))
         module = _split(tirx.transform.BindTarget(target)(module))
     convention = {name.name_hint: f.attrs.get("calling_conv", None) for name, f in module.functions.items()}
     found = {}
@@ -344,6 +348,12 @@ def _library(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
         assert all(convention[name] == ATTRIBUTES["calling_conv"] for name in kernels)
         found[symbol] = (kernels, calls, scratch)
     return found
+
+
+def _narrow(symbol: str, function: Any) -> Any:
+    """The function with indices of 32 bits, where it does not compute with 64."""
+    module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
+    return (module if _wide(function) else tirx.transform.ForceNarrowIndexToInt32()(module))[symbol]
 
 
 def _wide(function: Any) -> bool:

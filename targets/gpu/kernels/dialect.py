@@ -71,7 +71,8 @@ static inline float4 edgec_erf(float4 x) {{
   return copysign(y, x);
 }}
 """,
-    # Dot products of four int8 codes with those of four outputs, and sums: the built-ins of Arm, Khronos and Qualcomm, or products of short numbers.
+    # Dot products of four int8 codes with those of four outputs, and sums: the built-ins of Arm, Khronos and Qualcomm,
+    # or products of short numbers.
     # Qualcomm's multiplies signed by unsigned bytes: one operand moves up by 128, and the sum of the other comes off.
     "dots": """\
 #if defined(cl_arm_integer_dot_product_accumulate_int8)

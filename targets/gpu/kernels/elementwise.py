@@ -120,7 +120,7 @@ class Walk:
         return c.launch(arguments)
 
 
-def _flat(shape: Shape) -> Shape:
+def flat(shape: Shape) -> Shape:
     """All elements as one axis, or two where one dispatch's first axis does not hold them."""
     n = elements(shape)
     if n <= MOST_ELEMENTS:
@@ -151,7 +151,7 @@ class Pair(GpuKernel):
         s = self.spec
         shape, sources = merged_axes(broadcast_shape(s.a, s.b), [s.a, s.b])
         if len(shape) == 1 and sources[0] == sources[1]:
-            shape = _flat(shape)
+            shape = flat(shape)
             sources = [shape, shape]
         inputs = [(name, steps_of(source), "int8") for name, source in zip("ab", sources, strict=True)]
         walk = Walk(device, s.name, shape, inputs, "int8", self.inplace)
@@ -197,7 +197,7 @@ class Single(GpuKernel):
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
         s = self.spec
-        shape = _flat(s.shape)
+        shape = flat(s.shape)
         source, target = self._types
         walk = Walk(device, s.name, shape, [("x", steps_of(shape), source)], target, self.inplace)
         c = walk.c
@@ -245,7 +245,7 @@ class LookUp(GpuKernel):
         outer, channels, inner = self._sizes
         # Channels are the last axis of activations in most networks.
         shape = (outer, channels) if inner == 1 else (outer, channels, inner)
-        shape = _flat(self.spec.shape) if channels == 1 else shape
+        shape = flat(self.spec.shape) if channels == 1 else shape
         walk = Walk(device, "lut", shape, [("x", steps_of_all(shape), "int8")], "int8")
         # The walk declares buffers for what it reads by its index; the table is read by value.
         c = walk.c
@@ -304,7 +304,7 @@ def _pair(spec: QAdd | QMul, weights: Any, device: Device) -> Pair | None:
 
 def _single(spec: QRescale | Quantize | Dequantize, weights: Any, device: Device) -> Single | None:
     codes = not isinstance(spec, Dequantize)
-    return None if codes and _odd(_flat(spec.shape), device) else Single(spec)
+    return None if codes and _odd(flat(spec.shape), device) else Single(spec)
 
 
 def _look_up(spec: QLut, weights: Any, device: Device) -> LookUp | None:

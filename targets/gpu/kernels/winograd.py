@@ -294,12 +294,12 @@ def _store_row(c: Code, kernel: Winograd, r: int) -> None:
                 residual = None
                 if spec.residual:
                     residual = epilogue.read(c, "r", spec.epilogue.residual_type(spec.dtype), place)
-                value = epilogue.finish(c, f"y{r}_{q}", f"a{r}_{q}", spec, [], residual)
+                value = epilogue.finish(c, f"a{r}_{q}", spec, [], residual)
                 epilogue.write(c, "y", spec.out_type, place, value)
 
 
 # (tiles, slices of outputs) of a work item of the product.
-PRODUCTS = {"opencl": ((4, 4), (4, 2)), "vulkan": ((8, 1), (8, 2))}
+PRODUCTS = {"opencl": ((4, 4), (4, 2)), "vulkan": ((8, 2), (8, 1))}
 
 
 def product_tiles(kernel: Winograd, device: Device) -> list[Tile]:
