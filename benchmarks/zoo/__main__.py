@@ -109,6 +109,7 @@ def _warm(sources: Iterable[str]) -> None:
     """Import what measurements need, once for all of them."""
     for name in ("edgec.frontend", "edgec.lowering.lower", "edgec.bundle", "edgec.compile", "edgec.pipeline"):
         importlib.import_module(name)
+    _go_through()
     found = set(sources)
     if "benchmarks.zoo.timm_nets" in found:
         from benchmarks.timm_models import import_timm
@@ -116,6 +117,18 @@ def _warm(sources: Iterable[str]) -> None:
         import_timm()
     if "benchmarks.zoo.hf" in found:
         importlib.import_module("benchmarks.zoo.hf").import_transformers()
+
+
+def _go_through() -> None:
+    """Export and lower something small: torch and TVM import much of themselves at the first use."""
+    from torch import nn
+
+    from edgec.frontend import load_model
+    from edgec.lowering.lower import lower
+    from edgec.targets.device import load_device
+
+    small = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    lower(load_model(small, input_shape=(1, 1, 4, 4)), load_device("host"))
 
 
 def line(found: dict) -> str:

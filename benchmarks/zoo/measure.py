@@ -127,14 +127,14 @@ def record(entry: Entry, stage: str, limit: float, *, fresh: bool = False) -> Re
     limit: seconds. Keys: outcome, reason, step (where it ended), seconds by step, and what the steps found out.
     """
     folder = default_cache() / "zoo"
-    file = folder / f"{entry.name}.{stage}.json"
     key = digest(entry, stage)
+    file = folder / f"{entry.name}.{stage}.{key}.json"
     with contextlib.suppress(OSError, ValueError):
         kept = json.loads(file.read_text())
         # A process that ran out of time may have more of it now.
-        if not fresh and kept["digest"] == key and (kept["outcome"] != "timeout" or kept["limit"] >= limit):
+        if not fresh and (kept["outcome"] != "timeout" or kept["limit"] >= limit):
             return kept
-    found = {**_forked(entry, stage, limit), "digest": key, "limit": limit}
+    found = {**_forked(entry, stage, limit), "limit": limit}
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1))
     return found
