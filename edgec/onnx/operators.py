@@ -355,7 +355,7 @@ def _constant_of_shape(node: Node) -> Any:
     sizes = node.ints(0, "shape")
     if all(isinstance(n, int) for n in sizes):
         return np.full(sizes, filled.reshape(-1)[0], filled.dtype)
-    kind = torch.from_numpy(filled).dtype
+    kind = getattr(torch, filled.dtype.name)
     return torch.full(sizes, filled.reshape(-1)[0].item(), dtype=kind)
 
 
@@ -568,7 +568,7 @@ def _trilu(node: Node) -> Any:
 def _eye(node: Node) -> Any:
     rows, columns = node.value(0).shape
     kind = TYPES.get(node.attr("dtype"), node.x(0).dtype)
-    return torch.from_numpy(np.eye(rows, columns, node.attr("k", 0))).to(kind).numpy()
+    return np.eye(rows, columns, node.attr("k", 0), dtype=str(kind).removeprefix("torch."))
 
 
 @_op("OneHot")
