@@ -88,9 +88,7 @@ def _run(case: Any, path: Path, inputs: list[np.ndarray], program: bool) -> list
     raise last
 
 
-def _outputs(
-    path: Path, given: dict[str, np.ndarray], fixed: dict[str, np.ndarray], program: bool
-) -> list[np.ndarray]:
+def _outputs(path: Path, given: dict[str, np.ndarray], fixed: dict[str, np.ndarray], program: bool) -> list[np.ndarray]:
     import torch
 
     from edgec.errors import EdgecError

@@ -86,7 +86,9 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
     raise EdgecError(f"is a {type(model).__name__}", where="model", hint=f"give an nn.Module or {FORMS[5:]}")
 
 
-def original_of(model: Any, input_shape: Sequence[int] | None = None) -> nn.Module | torch.export.ExportedProgram | None:
+def original_of(
+    model: Any, input_shape: Sequence[int] | None = None
+) -> nn.Module | torch.export.ExportedProgram | None:
     """What `load_model` would read: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
     if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
         return model

@@ -112,4 +112,3 @@ def _first_difference(left: dict[str, Any], right: dict[str, Any]) -> str | None
         if layer != "output" and other is not None and other.shape == value.shape and _error(other, value) > TOLERANCE:
             return layer
     return None
-
