@@ -15,8 +15,12 @@ from edgec.bundle import Bundle, build_bundle, load_bundle
 from edgec.compile import compile_model
 from edgec.errors import EdgecError
 from edgec.lowering.lower import lower
+from edgec.passbase import Context
+from edgec.pipeline import Pipeline
 from edgec.targets.cpu.emit import SelfTest
 from edgec.targets.device import load_device
+from edgec.targets.gpu import document
+from edgec.targets.gpu.lower import LoweredGpu
 from edgec.targets.gpu.runner import open_runner
 from tests import zoo
 
@@ -109,6 +113,40 @@ def test_a_bundle_runs_without_tvm_and_torch(target: str, tmp_path: Path) -> Non
     command = [sys.executable, "-c", script, str(bundle.path), str(tmp_path / "data.npz")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def halved(sums: str, target: str) -> LoweredGpu:
+    program, device = zoo.program("conv_bn_relu"), load_device(target)
+    for step in Pipeline.parse(f"fold-bn, cast-fp16{sums}"):
+        program = step.run(program, Context(device=device))
+    kernels = lower(program, device).kernels
+    assert isinstance(kernels, LoweredGpu)
+    return kernels
+
+
+@pytest.mark.pure
+def test_the_pass_says_how_halves_are_summed() -> None:
+    for sums, kind in (("", "a0_0 = b0"), ("{accumulate=fp16}", "a0_0 = vec4<f16>(")):
+        texts = [text for name, text in halved(sums, "vulkan").texts().items() if name.startswith("conv")]
+        assert texts and all(f"var {kind}" in text for text in texts)
+    # Without the extension the text sums in float32: no device is refused.
+    kernels = halved("{accumulate=fp16}", "mali-g78")
+    assert "edgec_half4 a0_0" in kernels.module and not document._computes_in_half(kernels)
+    with pytest.raises(EdgecError, match="accumulate"):
+        Pipeline.parse("cast-fp16{accumulate=int8}")
+
+
+@pytest.mark.parametrize(
+    "api", [pytest.param("mali-g78", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
+)
+def test_half_sums_pass_the_check(api: str, tmp_path: Path) -> None:
+    passes = "fold-bn, cast-fp16{accumulate=fp16}"
+    module, shape = zoo.module("conv_bn_relu"), tuple(zoo.program("conv_bn_relu").inputs[0].shape)
+    result = compile_model(module, target=api, output=tmp_path / "b", input_shape=shape, name="net", passes=passes)
+    found = result.ledger.device
+    assert found is not None and found.max_abs_error is not None and found.max_abs_error < 0.05
+    # PoCL has no float16, and sums in float32 as PyTorch does.
+    assert api == "mali-g78" or found.max_abs_error > 0
 
 
 @pytest.mark.opencl
