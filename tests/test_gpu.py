@@ -14,6 +14,7 @@ import torch
 from edgec.bundle import Bundle, build_bundle, load_bundle
 from edgec.compile import compile_model
 from edgec.errors import EdgecError
+from edgec.frontend import load_model
 from edgec.lowering.lower import lower
 from edgec.passbase import Context
 from edgec.pipeline import Pipeline
@@ -73,6 +74,30 @@ def test_groups_fit_the_profile_and_the_device(name: str, target: str, tmp_path:
         if kernel is not None:
             size = runner.cl.kernel_work_group_info.WORK_GROUP_SIZE
             assert items <= kernel.get_work_group_info(size, runner.device)
+
+
+@pytest.mark.opencl
+def test_winograd_in_a_network(tmp_path: Path) -> None:
+    """Three launches, in the C host too; the direct way stays to be chosen on the device."""
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(16, 16, 3, padding=1).eval()
+    program = load_model(module, input_shape=(1, 16, 30, 33), name="net")
+    x = torch.randn(1, 16, 30, 33)
+    want = program(x)[0].detach().numpy()
+    device = load_device("mali-g52")
+    selftest = SelfTest([x.numpy()], [want], TOLERANCE)
+    bundle = build_bundle(lower(program, device), device, tmp_path / "bundle", selftest=selftest)
+    runner = open_runner(bundle.path, "opencl", profile=True)
+    plan = runner.plan
+    steps = [n for n, row in enumerate(plan["steps"]) if row["op"] == "conv2d"]
+    for variant, count in ((0, 3), (1, 1)):
+        for step in steps:
+            assert len([x for x in plan["launches"] if (x["step"], x["variant"]) == (step, variant)]) == count
+        runner.choices = [variant if step in steps else 0 for step in range(len(plan["steps"]))]
+        got = np.zeros_like(want)
+        runner.run([x.numpy()], [got])
+        assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+    assert bundle.selftest()
 
 
 def test_metal_bundle_is_source_only(tmp_path: Path) -> None:
