@@ -621,18 +621,34 @@ ROOFLINE = ("step", "launches", "MMAC", "KiB moved", "operations a byte", "bound
 
 def traffic(model: str, device: str, kind: str) -> Cell:
     """Steps of a network on a device: layer, op, macs, bytes of all buffers that the launches read or write, once for
-    each launch, and launches. Caches can make that less, bad access more."""
+    each parameter, and launches: of the first variants. Caches can make that less, bad access more."""
+    from edgec.lowering.lower import kernel_bindings
+    from edgec.targets.device import load_device
+    from edgec.targets.gpu.kernels.winograd import Winograd
+
     _, program = rewritten(model, kind, device)
     with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as work:
         bundle, _ = built(program, device, Path(work))
         plan = json.loads((bundle.path / "plan.json").read_text())
+    # What Winograd's way multiplies, where it is the first variant that the bundle has.
+    kernels = [(b.layer, b.on(load_device(device)).spec) for b in kernel_bindings(program)]
+    fewer = {layer: kernel.products for layer, kernel in kernels if isinstance(kernel, Winograd)}
+    return {"steps": moved(plan, fewer)}
+
+
+def moved(plan: Mapping[str, Any], fewer: Mapping[str, int]) -> list[Cell]:
+    """The rows of `traffic` for a plan. fewer: by layer, multiplications of a convolution in three launches."""
     rows = [{"layer": s["layer"], "op": s["op"], "macs": s["macs"], "bytes": 0, "launches": 0} for s in plan["steps"]]
     for launch in plan["launches"]:
         if launch["variant"] == 0:
             row = rows[launch["step"]]
-            row["bytes"] += sum(plan["buffers"][number]["bytes"] for number in set(launch["args"]))
+            # A buffer that is overwritten in place is read and written.
+            row["bytes"] += sum(plan["buffers"][number]["bytes"] for number in launch["args"])
             row["launches"] += 1
-    return {"steps": rows}
+    for row in rows:
+        if row["launches"] == 3 and row["layer"] in fewer:
+            row["macs"] = fewer[row["layer"]]
+    return rows
 
 
 def roofline_row(row: Mapping[str, Any], gflops: float, gbps: float) -> list[str]:
@@ -655,6 +671,7 @@ def roofline(
     kind: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8")] = None,
     limit: Annotated[float, typer.Option(help="seconds for a cell")] = 600,
     steps: Annotated[bool, typer.Option(help="every step, not only sums")] = True,
+    top: Annotated[int, typer.Option(help="only so many steps, those with the longest times first; 0: all")] = 0,
 ) -> None:
     """Operations and bytes of every step, against the rates in targets/devices.toml.
 
@@ -687,6 +704,10 @@ def roofline(
                     if all(rates):
                         # The sum of the steps' bounds, which is more than the bound of the sum.
                         last[5:] = ["", f"{sum(float(line[6]) for line in lines):.1f}"]
+                    if top:
+                        # Without rates by what is moved.
+                        lines.sort(key=lambda line: -float(line[6] or line[3]))
+                        lines = lines[:top]
                     print(markdown(ROOFLINE, [*(lines if steps else []), last]), flush=True)
 
 

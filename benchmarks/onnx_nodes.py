@@ -88,9 +88,7 @@ def _run(case: Any, path: Path, inputs: list[np.ndarray], program: bool) -> list
     raise last
 
 
-def _outputs(
-    path: Path, given: dict[str, np.ndarray], fixed: dict[str, np.ndarray], program: bool
-) -> list[np.ndarray]:
+def _outputs(path: Path, given: dict[str, np.ndarray], fixed: dict[str, np.ndarray], program: bool) -> list[np.ndarray]:
     import torch
 
     from edgec.errors import EdgecError
@@ -104,7 +102,7 @@ def _outputs(
         x = given[spec.name]
         if tuple(x.shape) != spec.shape and not spec.batch:
             raise EdgecError("has an input of another shape than it declares")
-        wide = x.astype(np.float32) if x.dtype.name in ("float16", "bfloat16") else x
+        wide: Any = x.astype(np.float32) if x.dtype.name in ("float16", "bfloat16") else x
         tensors.append(torch.from_numpy(np.array(wide)))
     if program:
         made = import_model(model, "case", check=False)

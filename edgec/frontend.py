@@ -88,6 +88,19 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
     raise EdgecError(f"is a {type(model).__name__}", where="model", hint=f"give an nn.Module or {FORMS[5:]}")
 
 
+def original_of(
+    model: Any, input_shape: Sequence[int] | None = None
+) -> nn.Module | torch.export.ExportedProgram | None:
+    """What `load_model` would read: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
+    if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
+        return model
+    if isinstance(model, (str, Path)):
+        if Path(model).suffix == ".pt2":
+            return load_pt2(Path(model))
+        return _made(str(model), input_shape)[0]
+    return None
+
+
 def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -> Program:
     path = Path(text)
     if path.is_dir():
@@ -103,9 +116,15 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
             raise EdgecError("a .pt2 file has fixed input shapes", where="--input-shape", hint="leave it out")
         exported = load_pt2(path)
         return _checked(exported, exported.module(check_guards=False), name or path.stem)
+    made, examples = _made(text, input_shape)
+    return _from_module(made, examples, name or text.rpartition(":")[2])
+
+
+def _made(text: str, input_shape: Sequence[int] | None) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """(module, example inputs) of a factory."""
     owner, _, attribute = text.rpartition(":")
     if not owner or not attribute.isidentifier():
-        raise _not_a_model(path)
+        raise _not_a_model(Path(text))
     factory = load_function(text)
     with user_code(text):
         made = factory()
@@ -124,7 +143,7 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
         raise EdgecError(
             "returned example inputs that are not tensors", where=text, hint="return (module, x) or (module, (x, y))"
         )
-    return _from_module(made, tuple(examples), name or attribute)
+    return made, tuple(examples)
 
 
 def _not_a_model(path: Path) -> EdgecError:

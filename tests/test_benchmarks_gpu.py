@@ -88,6 +88,20 @@ def test_what_bounds_a_step() -> None:
     assert gpu.roofline_row(step, 0, 1)[4:] == ["20.00", "", ""]
 
 
+def test_what_is_moved() -> None:
+    """In place is read and written; further variants are not made; Winograd's way multiplies less."""
+    sizes = (100, 20, 30)
+    launches = [(0, 0, [0, 1, 2, 2]), (0, 1, [0, 1, 2]), (1, 0, [0, 1]), (1, 0, [1, 2]), (1, 0, [2, 0])]
+    plan = {
+        "buffers": [{"bytes": n} for n in sizes],
+        "steps": [{"layer": name, "op": "conv2d", "macs": 9000} for name in ("a", "b")],
+        "launches": [{"step": s, "variant": v, "args": args} for s, v, args in launches],
+    }
+    first, second = gpu.moved(plan, {"a": 4000, "b": 4000})
+    assert (first["bytes"], first["launches"], first["macs"]) == (180, 1, 9000)
+    assert (second["bytes"], second["launches"], second["macs"]) == (300, 3, 4000)
+
+
 def test_signal_to_noise() -> None:
     want = np.array([3.0, 4.0], np.float32)
     assert gpu._sqnr(want, want) == 999

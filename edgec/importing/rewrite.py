@@ -18,13 +18,13 @@ from torch.fx import traceback as fx_traceback
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from edgec.errors import EdgecError
-from edgec.importing import control_flow, recurrent
+from edgec.importing import control_flow, recurrent, sampling
 from edgec.importing.pairs import TRANSFORMS, Pair, call_pairs, has_pairs, makes_pairs
 from edgec.origin import first_line, layer_name, place, source_line
 from edgec.program import MAX_BATCH
 
 Rule = Callable[..., Any]
-RULES: Mapping[Any, Rule] = {**recurrent.RULES, **control_flow.RULES}
+RULES: Mapping[Any, Rule] = {**recurrent.RULES, **control_flow.RULES, **sampling.RULES}
 
 
 def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.ExportedProgram:

@@ -127,16 +127,17 @@ def import_graph(
     """Import a legalised ExportedProgram with static shapes.
 
     annotations: of the Program; weights that they say are pruned go to block-sparse kernels where those are
-    faster on the device.
+    faster on the device, and `cast-fp16` may have asked for sums in float16.
 
     Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by `legalize.unsupported`.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
+    halves = _half_sums(annotations or {})
     bindings: dict[int, Binding] = {}
     functions: dict[str, Any] = {}
 
     def convert(node: fx.Node, importer: Any) -> Any:
-        binding = bind(node, constants, masks, device)
+        binding = bind(node, constants, masks, device, halves)
         if node.target is torch.ops.edgec.dequantize_weight.default:
             # Layers read the codes themselves; what else reads such a weight gets its values, computed now.
             return relax.const(weight_of(node, constants), "float32")
@@ -187,7 +188,8 @@ def bindings_of(
     Without a device, pruned layers are bound to dense kernels.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
-    found = [bind(node, constants, masks, device) for node in exported.graph.nodes]
+    halves = _half_sums(annotations or {})
+    found = [bind(node, constants, masks, device, halves) for node in exported.graph.nodes]
     return [binding if device is None else binding.on(device) for binding in found if binding is not None]
 
 
@@ -285,6 +287,11 @@ def _masks(exported: torch.export.ExportedProgram, annotations: Mapping[str, Any
     records = sparsities(annotations)
     found = {name: records[path] for name, path in paths.items() if path in records}
     return {name: record.mask.numpy() for name, record in found.items() if record.density < 1}
+
+
+def _half_sums(annotations: Mapping[str, Any]) -> bool:
+    """Whether GPUs are to sum float16 in float16."""
+    return getattr(annotations.get("cast-fp16"), "accumulate", "fp32") == "fp16"
 
 
 def _constants(exported: torch.export.ExportedProgram) -> dict[str, np.ndarray]:

@@ -47,6 +47,7 @@ UNLOWERED = frozenset(
         "bucketize.Tensor",
         "cond",
         "cumprod.default",
+        "as_strided.default",
         "cumsum.default",
         "item.default",
         "masked_select.default",
@@ -66,11 +67,10 @@ SUGGESTIONS = {
     "_fft_c2c": "write the transform as a product with the matrix of sines and cosines",
     "view_as_complex": "keep real and imaginary parts in two tensors",
     "complex": "keep real and imaginary parts in two tensors",
-    "cumprod": "take the exponential of a cumulative sum of logarithms",
+    "cumprod": "it is written out up to 64 factors; take the exponential of a cumulative sum of logarithms",
     "median": "give it an axis",
     "nonzero": "use a mask and torch.where, which keep shapes",
     "masked_select": "use a mask and torch.where, which keep shapes",
-    "_upsample_bilinear2d_aa": "resize without antialias, or average first",
     "as_strided": "use slices and reshapes",
 }
 

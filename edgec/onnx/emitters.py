@@ -175,7 +175,9 @@ def _operands(w: _Writer, node: fx.Node, compares: bool = False) -> tuple[str, s
     a, b = node.args[:2]
     kind = node.meta["val"].dtype
     if compares:
-        kind = torch.result_type(*[w.meta(v) if isinstance(v, fx.Node) and _is_tensor(v) else _number(v) for v in (a, b)])
+        kind = torch.result_type(
+            *[w.meta(v) if isinstance(v, fx.Node) and _is_tensor(v) else _number(v) for v in (a, b)]
+        )
     return w.x(a, kind), w.x(b, kind)
 
 
@@ -215,7 +217,13 @@ def _logical(w: _Writer, node: fx.Node) -> Any:
     return w.emit(op, [w.x(v, torch.bool) for v in node.args[:2]])
 
 
-for _name in ("logical_and.default", "logical_or.default", "logical_xor.default", "bitwise_and.Tensor", "bitwise_or.Tensor"):
+for _name in (
+    "logical_and.default",
+    "logical_or.default",
+    "logical_xor.default",
+    "bitwise_and.Tensor",
+    "bitwise_or.Tensor",
+):
     EMITTERS[f"aten.{_name}"] = _logical
 EMITTERS["aten.__and__.Tensor"] = lambda w, n: w.emit("And", [w.x(v, torch.bool) for v in n.args[:2]])
 EMITTERS["aten.logical_not.default"] = lambda w, n: w.emit("Not", [w.x(n.args[0], torch.bool)])
@@ -738,7 +746,9 @@ def _conv(w: _Writer, node: fx.Node) -> Any:
     else:
         pads = _pads(_all(a["padding"], rank))
     operands = [w.x(a["input"]), w.x(a["weight"])] + ([w.x(a["bias"])] if a["bias"] is not None else [])
-    return w.emit("Conv", operands, strides=stride, dilations=dilation, pads=pads, group=a["groups"], kernel_shape=_kernel(w, a))
+    return w.emit(
+        "Conv", operands, strides=stride, dilations=dilation, pads=pads, group=a["groups"], kernel_shape=_kernel(w, a)
+    )
 
 
 def _kernel(w: _Writer, a: dict[str, Any]) -> list[int]:
@@ -855,7 +865,9 @@ def _attention(w: _Writer, node: fx.Node) -> Any:
         raise w.refuse(node, "it is causal or shares keys among heads")
     scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(int(w.meta(query).shape[-1]))
     order = [*range(rank - 2), rank - 1, rank - 2]
-    scores = w.emit("MatMul", [w.emit("Mul", [w.x(query), w.x(float(scale), kind)]), w.emit("Transpose", [w.x(key)], perm=order)])
+    scores = w.emit(
+        "MatMul", [w.emit("Mul", [w.x(query), w.x(float(scale), kind)]), w.emit("Transpose", [w.x(key)], perm=order)]
+    )
     mask = a["attn_mask"]
     if mask is not None:
         if w.meta(mask).dtype == torch.bool:
@@ -935,7 +947,9 @@ def _upsample(w: _Writer, node: fx.Node) -> Any:
         batch = w.emit("Shape", [w.x(x)], start=0, end=2)
         operands = [w.x(x), "", "", w.emit("Concat", [batch, w.ints(new)], axis=0)]
     if "nearest" in name:
-        return w.emit("Resize", operands, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+        return w.emit(
+            "Resize", operands, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+        )
     corners = "align_corners" if a["align_corners"] else "half_pixel"
     mode = "cubic" if "bicubic" in name else "linear"
     return w.emit("Resize", operands, mode=mode, coordinate_transformation_mode=corners, cubic_coeff_a=-0.75)

@@ -69,7 +69,7 @@ def _example(shape: Sequence[int], dtype: np.dtype[Any]) -> torch.Tensor:
     if dtype.kind == "f" or dtype.name == "bfloat16":
         kind = torch.float64 if dtype == np.float64 else torch.float32
         return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0), dtype=kind)
-    return torch.zeros(tuple(shape), dtype=torch.from_numpy(np.zeros(1, dtype)).dtype)
+    return torch.zeros(tuple(shape), dtype=getattr(torch, dtype.name))
 
 
 def _exported(module: OnnxModule, examples: tuple[torch.Tensor, ...], name: str) -> Program:

@@ -42,6 +42,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "Gather": ("weight",),
     "Add": ("bias", "bias"),
 }
+# Bytes of constants that are compared by their contents.
+LARGE = 4096
 PLAIN_NAME = re.compile(r"[A-Za-z_][\w]*(\.\w+)+", re.ASCII)
 HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -186,6 +188,8 @@ class OnnxModule(nn.Module):
         # Weights get their places in the first run, which is before the export.
         self.recording = True
         self.free_batch = False
+        self.folded: dict[tuple[Any, ...], list[Value]] = {}
+        self.kept: list[Value] = []
         self.places: dict[tuple[Any, ...], str] = {}
         self.scopes: dict[str, list[str]] = {}
         self.weights = {t.name: Static(array_of(t), t.name) for t in self.root.initializer}
@@ -278,8 +282,17 @@ class OnnxModule(nn.Module):
 
     def _folded(self, node: Node, handler: Handler) -> list[Value]:
         """The results of a node on constants, computed at once and outside of any tracing."""
+        # The run before the export has computed most of them: what does not depend on the batch.
+        key = (node.name, *(None if v is None else _content(v.array) for v in node.inputs))
+        if key not in self.folded:
+            self.folded[key] = self._computed(node, handler)
+            # Large arrays are known by their address, so they must stay.
+            self.kept += node.inputs
+        return self.folded[key]
+
+    def _computed(self, node: Node, handler: Handler) -> list[Value]:
         path = next((v.path for v in node.inputs if v is not None and v.path), "")
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
             plain = Node(self, node.proto, node.name, node.path, node.inputs)
             plain.inputs = [None if v is None else torch.from_numpy(_own(v.array)) for v in node.inputs]
             plain.static = lambda index, what: node.value(index).array  # type: ignore[method-assign]
@@ -395,8 +408,15 @@ class OnnxModule(nn.Module):
         return self._at(known)
 
 
+def _content(array: np.ndarray) -> tuple[Any, ...]:
+    """What tells constants apart; large ones are weights and what is made of them, which are kept."""
+    if array.nbytes > LARGE:
+        return (id(array),)
+    return (array.shape, array.dtype.str, array.tobytes())
+
+
 def _kind(array: np.ndarray) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, array.dtype)).dtype
+    return getattr(torch, array.dtype.name)
 
 
 def _own(array: np.ndarray) -> np.ndarray:
@@ -499,7 +519,7 @@ def _type_of(value: Value) -> onnx.TypeProto:
     if isinstance(value, Static):
         dtype = np.dtype(np.int64) if not value.concrete else value.array.dtype
     else:
-        dtype = torch.empty(0, dtype=value.dtype).numpy().dtype
+        dtype = np.dtype(str(value.dtype).removeprefix("torch."))
     return helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(dtype), [None] * len(value.shape))
 
 

@@ -355,7 +355,7 @@ def _constant_of_shape(node: Node) -> Any:
     sizes = node.ints(0, "shape")
     if all(isinstance(n, int) for n in sizes):
         return np.full(sizes, filled.reshape(-1)[0], filled.dtype)
-    kind = torch.from_numpy(filled).dtype
+    kind = getattr(torch, filled.dtype.name)
     return torch.full(sizes, filled.reshape(-1)[0].item(), dtype=kind)
 
 
@@ -480,7 +480,11 @@ def _slice(node: Node) -> Any:
             continue
         first, last, step = slice(start, end, step).indices(size) if start >= -size or step > 0 else (-1, -1, step)
         if step > 0:
-            x = x if (first, last, step) == (0, size, 1) else torch.ops.aten.slice.Tensor(x, axis, first, max(first, last), step)
+            x = (
+                x
+                if (first, last, step) == (0, size, 1)
+                else torch.ops.aten.slice.Tensor(x, axis, first, max(first, last), step)
+            )
         else:
             count = max(0, -(-(first - last) // -step))
             low = first + step * (count - 1) if count else 0
@@ -568,7 +572,7 @@ def _trilu(node: Node) -> Any:
 def _eye(node: Node) -> Any:
     rows, columns = node.value(0).shape
     kind = TYPES.get(node.attr("dtype"), node.x(0).dtype)
-    return torch.from_numpy(np.eye(rows, columns, node.attr("k", 0))).to(kind).numpy()
+    return np.eye(rows, columns, node.attr("k", 0), dtype=str(kind).removeprefix("torch."))
 
 
 @_op("OneHot")
@@ -757,7 +761,9 @@ def _mean(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
     return torch.div(_sum(x, axes, keep), math.prod(x.shape[a] for a in axes), rounding_mode="trunc").to(x.dtype)
 
 
-def _extreme(function: Callable[..., torch.Tensor], empty: float) -> Callable[[torch.Tensor, list[int], bool], torch.Tensor]:
+def _extreme(
+    function: Callable[..., torch.Tensor], empty: float
+) -> Callable[[torch.Tensor, list[int], bool], torch.Tensor]:
     def run(x: torch.Tensor, axes: list[int], keep: bool) -> torch.Tensor:
         if any(isinstance(x.shape[a], int) and x.shape[a] == 0 for a in axes):
             value = empty > 0 if x.dtype == torch.bool else empty
@@ -776,7 +782,9 @@ _reduction("ReduceMin", _extreme(torch.amin, math.inf))
 _reduction("ReduceProd", _prod)
 _reduction("ReduceSumSquare", lambda x, axes, keep: _sum(x * x, axes, keep))
 _reduction("ReduceL1", lambda x, axes, keep: _sum(x.abs(), axes, keep))
-_reduction("ReduceL2", lambda x, axes, keep: as_type(torch.sqrt(as_type(_sum(x * x, axes, keep), torch.float32)), x.dtype))
+_reduction(
+    "ReduceL2", lambda x, axes, keep: as_type(torch.sqrt(as_type(_sum(x * x, axes, keep), torch.float32)), x.dtype)
+)
 _reduction("ReduceLogSum", lambda x, axes, keep: torch.log(_sum(x, axes, keep)))
 _reduction("ReduceLogSumExp", lambda x, axes, keep: torch.logsumexp(x, axes, keep))
 
@@ -966,7 +974,9 @@ def _conv_transpose(node: Node) -> Any:
     return y if bias is None else y + bias.reshape(-1, *[1] * rank)
 
 
-def _pool_windows(node: Node, x: torch.Tensor) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]:
+def _pool_windows(
+    node: Node, x: torch.Tensor
+) -> tuple[list[int], list[int], list[int], list[int], list[int], list[int]]:
     """(kernel, stride, dilation, before, after, count of windows) of each spatial axis."""
     rank = _spatial(node, x)
     kernel = node.attr("kernel_shape")
@@ -1247,7 +1257,9 @@ def _upsample(node: Node) -> Any:
     scales = node.attr("scales") if node.opset < 9 else node.static(1, "scales").tolist()
     x = node.x(0)
     sizes = [math.floor(n * s) for n, s in zip(x.shape[2:], scales[2:])]
-    return resize(node, x, list(range(2, x.dim())), scales[2:], sizes, "asymmetric", node.attr("mode", "nearest"), "floor")
+    return resize(
+        node, x, list(range(2, x.dim())), scales[2:], sizes, "asymmetric", node.attr("mode", "nearest"), "floor"
+    )
 
 
 @_op("Resize")

@@ -22,7 +22,12 @@ LIMITS = {
     torch.int32: (-(2**31), 2**31 - 1),
 }
 CODES = {TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8, TensorProto.INT16: torch.int16}
-FOUR_BITS = {TensorProto.UINT4: (0, 15), TensorProto.INT4: (-8, 7), TensorProto.INT2: (-2, 1), TensorProto.UINT2: (0, 3)}
+FOUR_BITS = {
+    TensorProto.UINT4: (0, 15),
+    TensorProto.INT4: (-8, 7),
+    TensorProto.INT2: (-2, 1),
+    TensorProto.UINT2: (0, 3),
+}
 
 
 def _spread(node: Node, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -215,5 +220,3 @@ def _qgemm(node: Node) -> Any:
     total = total + as_type(node.x(6), kind) if node.has(6) else total
     real = as_type(total, torch.float32) * (node.x(1) * node.x(4) * node.attr("alpha", 1.0))
     return _requantized(node, real, 7, 8) if node.has(7) else real
-
-

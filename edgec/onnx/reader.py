@@ -169,14 +169,18 @@ def _external_bytes(tensor: TensorProto, entries: dict[str, str], folder: Path, 
             hint="put the file beside the model and save it with that location",
         )
     if not file.is_file():
-        raise EdgecError(f"needs the file '{location}', which is not there", where=where, hint="copy it beside the model")
+        raise EdgecError(
+            f"needs the file '{location}', which is not there", where=where, hint="copy it beside the model"
+        )
     try:
         offset, size = int(entries.get("offset", 0)), file.stat().st_size
         length = int(entries.get("length", size - offset))
     except ValueError:
         offset = length = size = -1
     if offset < 0 or length < 0 or offset + length > size:
-        raise EdgecError(f"reads beyond the end of '{location}'", where=where, hint="the file is damaged: copy it again")
+        raise EdgecError(
+            f"reads beyond the end of '{location}'", where=where, hint="the file is damaged: copy it again"
+        )
     with file.open("rb") as stream:
         stream.seek(offset)
         return stream.read(length)
@@ -209,7 +213,9 @@ def _inputs(proto: onnx.ModelProto, path: Path, given: Sequence[int] | None) -> 
         where = f"input '{value.name}' of {path.name}"
         if not value.type.HasField("tensor_type"):
             kind = value.type.WhichOneof("value")
-            raise EdgecError(f"is a {(kind or 'value').removesuffix('_type')}, not a tensor", where=where, hint="take tensors only")
+            raise EdgecError(
+                f"is a {(kind or 'value').removesuffix('_type')}, not a tensor", where=where, hint="take tensors only"
+            )
         kind = value.type.tensor_type
         dtype = _numpy_type(kind.elem_type, where)
         shape, batch = _shape(kind, where, given if number == 0 else None, given is not None)
@@ -221,9 +227,7 @@ def _inputs(proto: onnx.ModelProto, path: Path, given: Sequence[int] | None) -> 
     return tuple(found)
 
 
-def _shape(
-    kind: Any, where: str, given: Sequence[int] | None, fixed: bool
-) -> tuple[tuple[int, ...], bool]:
+def _shape(kind: Any, where: str, given: Sequence[int] | None, fixed: bool) -> tuple[tuple[int, ...], bool]:
     """(shape, whether dimension 0 is a batch of any size)."""
     if not kind.HasField("shape"):
         if given is None:
@@ -240,7 +244,9 @@ def _shape(
             raise EdgecError(f"has {len(sizes)} dimensions, not {len(given)}", where=f"--input-shape for {where}")
         for axis, (own, new) in enumerate(zip(sizes, given)):
             if own is not None and own != new:
-                raise EdgecError(f"dimension {axis} is {own} in the file, not {new}", where=f"--input-shape for {where}")
+                raise EdgecError(
+                    f"dimension {axis} is {own} in the file, not {new}", where=f"--input-shape for {where}"
+                )
         batch = bool(sizes) and sizes[0] is None
         return tuple(given), batch and given[0] == 1
     for axis, size in enumerate(sizes):
@@ -262,7 +268,9 @@ def _numpy_type(code: int, where: str) -> np.dtype[Any]:
     names = ("float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float64")
     if dtype.name not in names:
         raise EdgecError(
-            f"is of type {TensorProto.DataType.Name(code).lower()}", where=where, hint="take float32, integers or booleans"
+            f"is of type {TensorProto.DataType.Name(code).lower()}",
+            where=where,
+            hint="take float32, integers or booleans",
         )
     return dtype
 

@@ -77,7 +77,9 @@ def resize(
             index = _nearest(place, rounding).clip(0, n - 1).astype(np.int64)
             x = torch.index_select(x, axis, node.weight(index, name))
             continue
-        matrix = _matrix(place, n, scale, mode, node.attr("cubic_coeff_a", -0.75), antialias, bool(node.attr("exclude_outside", 0)))
+        matrix = _matrix(
+            place, n, scale, mode, node.attr("cubic_coeff_a", -0.75), antialias, bool(node.attr("exclude_outside", 0))
+        )
         wide = x if kind.is_floating_point else x.to(torch.float32)
         weights = node.weight(matrix.astype(np.float32), name).to(wide.dtype)
         x = torch.matmul(wide.movedim(axis, -1), weights.t()).movedim(-1, axis)
@@ -150,9 +152,7 @@ def _nearest(place: np.ndarray, rounding: str) -> np.ndarray:
     return np.ceil(place - 0.5)
 
 
-def _matrix(
-    place: np.ndarray, n: int, scale: float, mode: str, a: float, antialias: bool, exclude: bool
-) -> np.ndarray:
+def _matrix(place: np.ndarray, n: int, scale: float, mode: str, a: float, antialias: bool, exclude: bool) -> np.ndarray:
     """[size, n]: the weight of each element of the axis in each element of the result."""
     result = np.zeros((len(place), n))
     stretch = min(scale, 1.0) if antialias else 1.0
@@ -175,5 +175,3 @@ def _kernel(t: np.ndarray, mode: str, a: float) -> np.ndarray:
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
     return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
-
-

@@ -103,8 +103,6 @@ class _Chain:
         kept = [k for k, n in enumerate(extents) if n > 1] or [len(extents) - 1]
         shape = flat((math.prod(extents),)) if self.plain or not extents else tuple(extents[k] for k in kept)
         kind = self.types[self.output]
-        if kind == "int8" and device.api != "opencl" and shape[-1] % 4:
-            raise Refused
         self.walk = Walk(device, "chain", shape, [], kind)
         self.c = self.walk.c
         # The last axis in fours, and what the others are called.

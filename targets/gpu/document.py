@@ -119,7 +119,7 @@ def _row(function: int, args: list[int], grid: Size, group: Size, step: int, var
 
 def _computes_in_half(kernels: LoweredGpu) -> bool:
     """Whether values are halves: pointers to them and `vload_half` need no extension, WGSL's f16 does."""
-    return bool(HALF.search(kernels.module))
+    return any(HALF.search(text) for text in kernels.texts().values())
 
 
 def pooled(plan: Plan) -> tuple[dict[str, int], list[int]]:

@@ -237,10 +237,30 @@ def _templates(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
     """One launch for each phase of a template, one work item for each of its tasks."""
     if not functions:
         return {}
+    for symbol, function in functions.items():
+        if device.api == "vulkan" and _computes_wide(function):
+            # TVM would write integers of 32 bits.
+            raise EdgecError(
+                f"{symbol} needs 64-bit integers, which WGSL has not",
+                where=f"code generation for {device.name}",
+                hint="compile for an OpenCL target, or keep the layer in float",
+            )
     scalar = tvm.IRModule({symbol: scalarise(function) for symbol, function in functions.items()})
     with elementary.native():
         lowered = lower_kernels(scalar, device, PRIVATE_BYTES)
     return {symbol: _phases(lowered, symbol, device) for symbol in functions}
+
+
+def _computes_wide(function: Any) -> bool:
+    """Whether numbers are widened to 64 bits."""
+    found: list[Any] = []
+
+    def on_cast(cast: Any) -> None:
+        if str(cast.ty.dtype).startswith(("int64", "uint64")):
+            found.append(cast)
+
+    tvm_ffi.structural_walk(function.body, [(tirx.Cast, on_cast)], order="pre")
+    return bool(found)
 
 
 def _phases(lowered: LoweredKernels, symbol: str, device: Device) -> Part:

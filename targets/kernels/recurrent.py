@@ -16,7 +16,7 @@ from edgec.targets.device import Device
 from edgec.targets.elementary import sigmoid, tanh
 from edgec.targets.kernels import common
 from edgec.targets.kernels.common import const, loop, param, ramp
-from edgec.targets.kernels.matmul import Tile, Widths, blocking, column_blocks, row_blocks, span
+from edgec.targets.kernels.matmul import Tile, Widths, blocking, by_element, column_blocks, row_blocks, span
 from edgec.targets.kernels.rows import strip
 from edgec.targets.tir import T, tirx
 
@@ -64,8 +64,8 @@ class Recurrent:
     ) -> tuple[np.ndarray, ...]:
         """w [columns, size] and projection [size, hidden] in panels; bias [columns], zero where there is none."""
         full = np.zeros(self.columns, np.float32) if bias is None else np.ascontiguousarray(bias, np.float32)
-        found = [_panels(w, device), full]
-        return (*found, _panels(projection, device)) if projection is not None else tuple(found)
+        found = [_panels(w, device, self.batch), full]
+        return (*found, _panels(projection, device, self.batch)) if projection is not None else tuple(found)
 
     def prim_func(self, device: Device) -> Any:
         """Parameters: x, w, bias, [projection], [h0], [c0], y."""
@@ -73,14 +73,14 @@ class Recurrent:
         lstm = self.kind == "lstm"
         with common.prim_func(self.name, self.inplace) as builder:
             x = param("x", (batch, steps, self.columns), "float32")
-            w = param("w", (_packed(self.columns, size, device),), "float32")
+            w = param("w", (_packed(self.columns, size, device, batch),), "float32")
             bias = param("bias", (self.columns,), "float32")
-            extra = (_packed(size, hidden, device),)
+            extra = (_packed(size, hidden, device, batch),)
             projection: Any = param("projection", extra, "float32") if self.projected else None
             h0 = param("h0", (batch, size), "float32") if self.h0 else None
             c0 = param("c0", (batch, hidden), "float32") if self.c0 else None
             y = param("y", (batch, steps * size + (hidden if self.cell else 0)), "float32")
-            tile = Tile(device)
+            tile = _Tile(device, batch)
             h = T.alloc_buffer((batch, size), "float32")
             c: Any = T.alloc_buffer((batch, hidden), "float32") if lstm else None
             # The recurrent product of a step, and what the projection takes.
@@ -194,20 +194,34 @@ class Recurrent:
         return (np.concatenate([flat, c], 1) if self.cell else y).astype(np.float32)
 
 
-def _blocks(columns: int, device: Device) -> list[tuple[int, int, Widths]]:
-    return column_blocks(columns, device.lanes, max(blocking(device)[1], 4 if device.registers >= 32 else 2))
+class _Tile(Tile):
+    """A tile for the samples of a batch; one sample has a row of accumulators, as many as hide their latency."""
+
+    def __init__(self, device: Device, batch: int) -> None:
+        self.rows, self.vectors = shape(device, batch)
+        self.lanes, self.by_element = device.lanes, by_element(device)
+        self._acc = T.alloc_buffer((self.rows, self.vectors * self.lanes), "float32", scope="local")
 
 
-def _packed(columns: int, depth: int, device: Device) -> int:
+def shape(device: Device, batch: int) -> tuple[int, int]:
+    """(rows, vectors) of the tile."""
+    return blocking(device) if batch > 1 else (1, 8 if device.registers >= 32 else 4)
+
+
+def _blocks(columns: int, device: Device, batch: int) -> list[tuple[int, int, Widths]]:
+    return column_blocks(columns, device.lanes, shape(device, batch)[1])
+
+
+def _packed(columns: int, depth: int, device: Device, batch: int) -> int:
     """Elements of a packed matrix: vectors that overlap are stored twice."""
-    return sum(count * span(widths) for _, count, widths in _blocks(columns, device)) * depth
+    return sum(count * span(widths) for _, count, widths in _blocks(columns, device, batch)) * depth
 
 
-def _panels(w: np.ndarray, device: Device) -> np.ndarray:
+def _panels(w: np.ndarray, device: Device, batch: int) -> np.ndarray:
     """[columns, depth] as one [depth, block] after the other."""
     found = [
         np.ascontiguousarray(w[first + i * span(widths) : first + (i + 1) * span(widths)].T, np.float32).ravel()
-        for first, count, widths in _blocks(w.shape[0], device)
+        for first, count, widths in _blocks(w.shape[0], device, batch)
         for i in range(count)
     ]
     return np.concatenate(found)
@@ -215,7 +229,7 @@ def _panels(w: np.ndarray, device: Device) -> np.ndarray:
 
 def _multiply(
     device: Device,
-    tile: Tile,
+    tile: _Tile,
     left: Any,
     panels: Any,
     rows: int,
@@ -225,7 +239,7 @@ def _multiply(
 ) -> None:
     """store(row, column, width, value) for the product of left [rows, depth] and a packed matrix."""
     base = 0
-    for first, count, widths in _blocks(columns, device):
+    for first, count, widths in _blocks(columns, device, rows):
         step = span(widths)
 
         def block(i: Any, first: int = first, base: int = base, step: int = step, widths: Widths = widths) -> None:

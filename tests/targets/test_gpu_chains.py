@@ -105,7 +105,14 @@ def bytes_moved() -> Made:
     return [x, y], lambda x: np.pad(x, ((0, 1), (0, 0)), constant_values=-7)
 
 
-CASES = (scaled, functions, padded, halves, joined, joined_whole, moved, chosen, widened, bytes_moved)
+def bytes_joined() -> Made:
+    """Bytes of one word from several work items."""
+    x, y = _inputs((7, 5), (7, 6), dtype="int8")
+    z = te.compute((7, 11), lambda i, j: tirx.if_then_else(j < 5, x[i, j], y[i, j - 5]))
+    return [x, y, z], lambda x, y: np.concatenate([x, y], 1)
+
+
+CASES = (scaled, functions, padded, halves, joined, joined_whole, moved, chosen, widened, bytes_moved, bytes_joined)
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -155,7 +162,5 @@ def test_what_is_no_chain_is_left_to_tvm() -> None:
         # Sums of bytes wrap; a root of its own, and negative numbers to a fraction, are not in WGSL.
         [codes, te.compute((8,), lambda i: codes[i] + codes[i])],
         [x, te.compute((5, 8), lambda i, j: te.power(x[i, j], 1.7))],
-        # WGSL writes four bytes at a time.
-        [codes, te.compute((7,), lambda i: codes[i + 1])],
     ):
         assert chain(library(*tensors), device) is None

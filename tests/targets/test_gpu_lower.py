@@ -170,6 +170,9 @@ def test_integer_template_is_exact() -> None:
     want = spec.reference(x, w, bias, m, shift)
     np.testing.assert_array_equal(got, want)
     assert len(np.unique(want)) > 50
+    # Refused for WGSL, where its products of 64 bits would be cut.
+    with pytest.raises(EdgecError, match="64-bit"):
+        lower_to_gpu(tvm.IRModule({"net_f": spec.prim_func(load_device("vulkan"))}), load_device("vulkan"))
 
 
 @pytest.mark.vulkan

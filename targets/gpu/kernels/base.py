@@ -70,6 +70,11 @@ class GpuKernel(DeviceKernel):
         the device and keeps the fastest."""
         return (self.launches(device),)
 
+    def with_half_sums(self) -> GpuKernel:
+        """The kernel with products of float16 summed in float16, where the device computes in it; itself where it has
+        none."""
+        return self
+
     def text(self, device: Device) -> str:
         plain = [[launch.plain() for launch in launches] for launches in self.variants(device)]
         return json.dumps([plain, self.scratch(), self.macs])

@@ -56,13 +56,14 @@ def first_of(tile: Tile, tiles: Sequence[Tile]) -> list[Tile]:
 class Conv(GpuKernel):
     """`Conv2D`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too.
 
-    dot: whether int8 is multiplied by dot products. least: see `epilogue.finish`.
+    dot: whether int8 is multiplied by dot products. least: see `epilogue.finish`. half_sums: of float16.
     """
 
     spec: Conv2D
     tile: Tile
     dot: bool = False
     least: int = 1
+    half_sums: bool = False
 
     name: ClassVar[str] = "conv2d"
 
@@ -131,6 +132,9 @@ class Conv(GpuKernel):
     def variants(self, device: Device) -> tuple[tuple[Launch, ...], ...]:
         return tuple(replace(self, tile=t).launches(device) for t in first_of(self.tile, tiles_of(self.spec, device)))
 
+    def with_half_sums(self) -> Conv:
+        return replace(self, half_sums=self.spec.dtype == "float16")
+
 
 @dataclass(frozen=True)
 class CodedConv(Conv):
@@ -155,6 +159,8 @@ class _Conv:
         self.integer, self.dot = spec.dtype == "int8", kernel.dot
         # int8 by float32 products: summed in f, and in a what f no longer holds exactly.
         self.floating = self.integer and not kernel.dot
+        # What is multiplied, and float sums.
+        self.real = "half4" if kernel.half_sums else "float4"
         self.rows, self.columns = kernel.walk
         self.depth = slices(kernel.inputs)
         # Whether slices of four channels are whole words of memory.
@@ -175,7 +181,7 @@ class _Conv:
         self.c = Code(device.api, "conv", buffers, extents, self.tile.group)
 
     def launch(self) -> Launch:
-        c, spec, tile = self.c, self.spec, self.tile
+        c, spec, tile, kernel = self.c, self.spec, self.tile, self.kernel
         block = c.index(0, "block")
         c.let("int", "ox", f"{c.index(1, 'column')} * {tile.pixels}")
         c.index(2, "oy")
@@ -184,21 +190,22 @@ class _Conv:
             group = c.let("int", "group", f"{block} / {self.blocks}")
             block = c.let("int", "part", f"{block} % {self.blocks}")
         c.let("int", "first", f"{block} * {tile.vectors}")
-        count = self.kernel.output_slices
+        count = kernel.output_slices
         c.let("int", "slice", f"{group} * {count} + first" if spec.groups > 1 else "first")
         epilogue.read_numbers(c, spec)
         kind = "int4" if self.integer else "float4"
         for v in range(tile.vectors):
             c.let(kind, f"b{v}", c.load("bias", self._plus("slice", v)))
             for p in range(tile.pixels):
-                c.var(kind, f"a{p}_{v}", f"b{v}")
+                start = c.to_half4(c.constant(0.0)) if kernel.half_sums else f"b{v}"
+                c.var("half4" if kernel.half_sums else kind, f"a{p}_{v}", start)
                 if self.floating:
                     c.var("float4", f"f{p}_{v}", c.constant(0.0))
         self._inputs(group)
         if self.floating and self._at_once:
             self._flush(last=True)
         self._store(group)
-        return c.launch(range(len(self.kernel.operands())))
+        return c.launch(range(len(kernel.operands())))
 
     @property
     def _at_once(self) -> bool:
@@ -304,8 +311,9 @@ class _Conv:
     ) -> None:
         """The products of slice `k` of the input channels, of which `lanes` exist, in row `i` of the window."""
         c, spec, columns, tile = self.c, self.spec, self.columns, self.tile
-        kind = "uint" if self.dot else "float4"
-        padding = c.constant(zero)
+        kind = "uint" if self.dot else self.real
+        halves = self.kernel.half_sums
+        padding = c.to_half4(c.constant(zero)) if halves else c.constant(zero)
         if epilogue.numbered(spec) and zero:
             padding = "pad"
         elif self.dot:
@@ -313,7 +321,13 @@ class _Conv:
         at = k if self.whole_in else f"{k} * 4"
         for n, place in enumerate(places):
             index = f"line + {place * size} + {at}" if place else f"line + {at}"
-            value = c.load("x", index) if self.whole_in else c.load4("x", index, lanes, "0" if self.integer else "0.0f")
+            if halves and self.whole_in:
+                value = c.load_half4("x", index)
+            elif self.whole_in:
+                value = c.load("x", index)
+            else:
+                value = c.load4("x", index, lanes, "0" if self.integer else "0.0f")
+                value = c.to_half4(value) if halves else value
             if self.floating:
                 value = c.unpack_floats(value)
             tests = ([f"in{n}"] if inside[place] else []) + ([valid] if valid else [])
@@ -331,7 +345,8 @@ class _Conv:
                         c.let("float4", f"w{j}_{v}_{lane}", c.unpack_floats(f"w{j}_{v}.{LANES[lane]}"))
                 else:
                     for lane in range(lanes):
-                        c.let("float4", f"w{j}_{v}_{lane}", c.load("w", self._plus(f"w{v} + {step} * {per}", lane)))
+                        load = c.load_half4 if halves else c.load
+                        c.let(self.real, f"w{j}_{v}_{lane}", load("w", self._plus(f"w{v} + {step} * {per}", lane)))
             for lane in range(1 if self.dot else lanes):
                 for p in range(tile.pixels):
                     n = places.index(p * columns.stride + j * columns.dilation)
@@ -364,9 +379,10 @@ class _Conv:
                 for v in range(tile.vectors):
                     with c.when([f"first + {v} < {self.used}"] if ragged and v else []):
                         place = self._plus(at, v if self.whole_out else 4 * v)
-                        self._element(f"a{p}_{v}", place, v, factors[v])
+                        total = f"(b{v} + {c.floats(f'a{p}_{v}')})" if self.kernel.half_sums else f"a{p}_{v}"
+                        self._element(total, f"{p}_{v}", place, v, factors[v])
 
-    def _element(self, acc: str, at: str, v: int, factors: list[str]) -> None:
+    def _element(self, acc: str, name: str, at: str, v: int, factors: list[str]) -> None:
         c, spec, outputs = self.c, self.spec, self.kernel.outputs
 
         def put(count: int) -> None:
@@ -375,7 +391,7 @@ class _Conv:
                 kind = spec.epilogue.residual_type(spec.dtype)
                 residual = epilogue.read(c, "r", kind, at, count, self.whole_out)
             value = epilogue.finish(c, acc, spec, factors, residual, self.kernel.least)
-            value = value if self.whole_out else c.let(epilogue.kind_of(spec), f"y{acc[1:]}", value)
+            value = value if self.whole_out else c.let(epilogue.kind_of(spec), f"y{name}", value)
             epilogue.write(c, "y", spec.out_type, at, value, count, self.whole_out)
 
         rest = outputs % 4
@@ -431,11 +447,8 @@ def fill(extents: Size, most: Size, items: int) -> Size:
 
 
 def _conv(spec: Conv2D, weights: Any, device: Device) -> Conv | None:
-    """None for WGSL's int8 in other than whole words, and for types without kernel."""
+    """None for types without kernel."""
     if spec.dtype not in ("float32", "float16", "int8"):
-        return None
-    words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
-    if device.api != "opencl" and words and (spec.co // spec.groups) % 4:
         return None
     # WGSL has dot products of words; what they become is the driver's choice.
     dot = spec.dtype == "int8" and (device.api != "opencl" or bool(device.dot))

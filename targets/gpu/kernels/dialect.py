@@ -2,8 +2,9 @@
 
 Expressions that both languages spell alike (arithmetic, comparisons, swizzles, calls of `min`, `exp`...) are written as
 they are; `Code` writes what differs: types, declarations, loops, buffers, conversions. Arithmetic is done on "float4",
-"int4", "float" and "int"; four int8 codes travel as one word of kind "uint". float16 is a type of memory only, and is
-computed with in float32: OpenCL's `vload_half` does that without any extension.
+"int4", "float" and "int"; four int8 codes travel as one word of kind "uint". float16 is a type of memory, computed with
+in float32: OpenCL's `vload_half` does that without any extension. Kernels that are asked to sum in float16 use "half4",
+which is float4 on OpenCL devices without that extension.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ MOST_GROUPS = 65535
 WGSL_KINDS = {
     "float": "f32",
     "float4": "vec4<f32>",
+    "half4": "vec4<f16>",
     "int": "i32",
     "int4": "vec4<i32>",
     "uint": "u32",
     "uint4": "vec4<u32>",
     "bool": "bool",
 }
-# Types of memory by (element type, elements). int8 in words; OpenCL also reads single codes, WGSL takes them out of
-# words, and cannot write one code without its neighbours.
+# Types of memory by (element type, elements). int8 in words; OpenCL also has single codes, WGSL takes them out of words
+# and puts them into words by atomic operations.
 OPENCL_MEMORY = {
     ("float32", 1): "float",
     ("float32", 4): "float4",
@@ -97,6 +99,19 @@ static inline int edgec_dot4(uint a, uint b, int c) {
 static inline int4 edgec_dots(uint a, uint4 b, int4 c) {
   return (int4)(edgec_dot4(a, b.x, c.x), edgec_dot4(a, b.y, c.y), edgec_dot4(a, b.z, c.z), edgec_dot4(a, b.w, c.w));
 }
+""",
+    # float16 where the device computes in it.
+    "half4": """\
+#ifdef cl_khr_fp16
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+typedef half4 edgec_half4;
+#define edgec_load_half4(i, p) vload4(i, p)
+#define edgec_to_half4(x) convert_half4(x)
+#else
+typedef float4 edgec_half4;
+#define edgec_load_half4(i, p) vloada_half4(i, p)
+#define edgec_to_half4(x) (x)
+#endif
 """,
     "codes": """\
 static inline float4 edgec_codes(uint word) {
@@ -183,6 +198,16 @@ fn edgec_rq1(acc: vec4<i32>, m: vec4<i32>, shift: vec4<i32>) -> vec4<i32> {
 }
 
 
+# Work items write codes of one word: each leaves those of the others as they are.
+WGSL_PUT = """\
+fn edgec_put_{0}(at: i32, value: i32) {{
+  let shift = u32(at & 3) * 8u;
+  atomicAnd(&{0}[at >> 2u], ~(255u << shift));
+  atomicOr(&{0}[at >> 2u], (u32(value) & 255u) << shift);
+}}
+"""
+
+
 @dataclass(frozen=True)
 class Buffer:
     """A parameter of a kernel: `lanes` elements of `dtype` at a time.
@@ -247,14 +272,19 @@ class Code:
         self._lines.append("  " * self._depth + text)
 
     def type(self, kind: str) -> str:
+        if self.opencl and kind == "half4":
+            self._functions["half4"] = OPENCL_HELPERS["half4"]
+            return "edgec_half4"
         return kind if self.opencl else WGSL_KINDS[kind]
 
     def let(self, kind: str, name: str, value: str) -> str:
         """A value that does not change. WGSL knows its type, and texts are short."""
+        kind = self.type(kind) if self.opencl else kind
         self.line(f"const {kind} {name} = {value};" if self.opencl else f"let {name} = {value};")
         return name
 
     def var(self, kind: str, name: str, value: str) -> str:
+        kind = self.type(kind) if self.opencl else kind
         self.line(f"{kind} {name} = {value};" if self.opencl else f"var {name} = {value};")
         return name
 
@@ -324,7 +354,7 @@ class Code:
         return f"{name}[{index}]"
 
     def store(self, name: str, index: str, value: str) -> None:
-        """Write what `load` reads; codes in single elements must be in -128..127 (OpenCL only)."""
+        """Write what `load` reads; codes in single elements must be in -128..127, and not be read by the kernel."""
         buffer = self._where[name]
         if buffer.dtype == "float16":
             if self.opencl:
@@ -334,7 +364,9 @@ class Code:
             value = f"{'vec4<f16>' if buffer.lanes == 4 else 'f16'}({value})"
         elif buffer.dtype == "int8" and buffer.lanes == 1:
             if not self.opencl:
-                raise ValueError("WGSL writes codes in words of four")
+                self._functions[f"put_{name}"] = WGSL_PUT.format(name)
+                self.line(f"edgec_put_{name}({index}, {value});")
+                return
             value = f"(char)({value})"
         self.line(f"{name}[{index}] = {value};")
 
@@ -366,7 +398,16 @@ class Code:
             return f"select({otherwise}, {then}, {condition})"
         return f"(({condition}) ? {then} : {otherwise})"
 
+    def load_half4(self, name: str, index: str) -> str:
+        """Element `index` of a buffer of four halves as half4."""
+        return f"edgec_load_half4({index}, {name})" if self.opencl else f"{name}[{index}]"
+
+    def to_half4(self, value: str) -> str:
+        """A float4 as half4."""
+        return f"edgec_to_half4({value})" if self.opencl else f"vec4<f16>({value})"
+
     def floats(self, value: str) -> str:
+        """int4 or half4 as float4."""
         return f"convert_float4({value})" if self.opencl else f"vec4<f32>({value})"
 
     def real(self, value: str) -> str:
@@ -448,7 +489,8 @@ class Code:
             parts.append("enable f16;\n")
         for number, b in enumerate(self.buffers):
             access = "read_write" if b.written else "read"
-            element = WGSL_MEMORY[b.dtype, b.lanes]
+            bytewise = b.written and (b.dtype, b.lanes) == ("int8", 1)
+            element = "atomic<u32>" if bytewise else WGSL_MEMORY[b.dtype, b.lanes]
             parts.append(f"@group(0) @binding({number}) var<storage, {access}> {b.name}: array<{element}>;\n")
         parts += [line + "\n" for line in self._shared]
         size = ", ".join(map(str, self.group))

@@ -292,41 +292,16 @@ class Permute(GpuKernel):
         return (walk.launch(lambda count: walk.read("x", count), (0, 1)),)
 
 
-def _odd(shape: Sequence[int], device: Device) -> bool:
-    """Whether a result of codes is one that WGSL cannot write."""
-    return device.api != "opencl" and bool(shape) and shape[-1] % 4 != 0
-
-
-def _pair(spec: QAdd | QMul, weights: Any, device: Device) -> Pair | None:
-    shape, _ = merged_axes(broadcast_shape(spec.a, spec.b), [spec.a, spec.b])
-    return None if _odd(shape, device) else Pair(spec)
-
-
-def _single(spec: QRescale | Quantize | Dequantize, weights: Any, device: Device) -> Single | None:
-    codes = not isinstance(spec, Dequantize)
-    return None if codes and _odd(flat(spec.shape), device) else Single(spec)
-
-
-def _look_up(spec: QLut, weights: Any, device: Device) -> LookUp | None:
-    kernel = LookUp(spec)
-    _, channels, inner = kernel._sizes
-    return None if _odd((channels if inner == 1 else inner,), device) else kernel
-
-
 def _permute(spec: Transpose, weights: Any, device: Device) -> Permute | None:
-    shape, permutation = spec.merged()
-    if spec.dtype not in ("int8", "float32", "float16"):
-        return None
-    last = shape[permutation[-1]] if shape else 1
-    return None if spec.dtype == "int8" and _odd((last,), device) else Permute(spec)
+    return Permute(spec) if spec.dtype in ("int8", "float32", "float16") else None
 
 
 RULES: dict[type, Callable[..., GpuKernel | None]] = {
-    QAdd: _pair,
-    QMul: _pair,
-    QRescale: _single,
-    Quantize: _single,
-    Dequantize: _single,
-    QLut: _look_up,
+    QAdd: lambda spec, weights, device: Pair(spec),
+    QMul: lambda spec, weights, device: Pair(spec),
+    QRescale: lambda spec, weights, device: Single(spec),
+    Quantize: lambda spec, weights, device: Single(spec),
+    Dequantize: lambda spec, weights, device: Single(spec),
+    QLut: lambda spec, weights, device: LookUp(spec),
     Transpose: _permute,
 }

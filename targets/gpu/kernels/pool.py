@@ -158,8 +158,8 @@ class GlobalMean(GpuKernel):
 
 
 def _pool(spec: AvgPool | MaxPool, weights: Any, device: Device) -> GpuKernel | None:
-    """None for WGSL's int8 in other than whole words, and for types without kernel."""
-    if spec.dtype not in LEAST or (device.api != "opencl" and spec.dtype == "int8" and spec.c % 4):
+    """None for types without kernel."""
+    if spec.dtype not in LEAST:
         return None
     whole = spec.kernel == (spec.h, spec.w) and not any(spec.padding) and spec.dilation == (1, 1)
     return GlobalMean(spec) if whole and isinstance(spec, AvgPool) else Pool(spec)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
@@ -333,14 +333,7 @@ class Heads(GpuKernel):
         return first, second, third
 
 
-def _attention(spec: Attention, weights: Any, device: Device) -> Heads | None:
-    """None for codes that WGSL cannot write: fewer than four to a word."""
-    if spec.grid is not None and device.api != "opencl" and spec.value_depth % 4:
-        return None
-    return Heads(spec)
-
-
 RULES: dict[type, Callable[..., GpuKernel | None]] = {
     MatMul: lambda spec, weights, device: Product(spec),
-    Attention: _attention,
+    Attention: lambda spec, weights, device: Heads(spec),
 }

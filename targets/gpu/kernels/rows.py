@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
 from edgec.targets.gpu.kernels.base import GpuKernel, Launch
-from edgec.targets.gpu.kernels.dialect import LANES, Buffer, Code, activated, literal
+from edgec.targets.gpu.kernels.dialect import Buffer, Code, activated, literal
 from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.mcu.kernels.base import Operand
@@ -291,14 +290,9 @@ def _affine(columns: int, weights: Mapping[str, np.ndarray | None]) -> tuple[np.
     )
 
 
-def _norm(spec: LayerNorm | RMSNorm, weights: Any, device: Device) -> Norm | None:
-    """None for codes that WGSL cannot write: fewer than four to a word."""
-    return None if spec.grid is not None and device.api != "opencl" and spec.columns % len(LANES) else Norm(spec)
-
-
 RULES: dict[type, Callable[..., GpuKernel | None]] = {
     Softmax: lambda spec, weights, device: SoftmaxRows(spec),
-    LayerNorm: _norm,
-    RMSNorm: _norm,
+    LayerNorm: lambda spec, weights, device: Norm(spec),
+    RMSNorm: lambda spec, weights, device: Norm(spec),
     GroupNorm: lambda spec, weights, device: GroupRows(spec),
 }

@@ -83,6 +83,11 @@ class Winograd(Conv):
         return math.prod(self.across)
 
     @property
+    def products(self) -> int:
+        """Multiplications by weights; `macs` are those of the direct way, by which layers are compared."""
+        return self.size**2 * self.tiles * self.spec.ci * self.spec.co
+
+    @property
     def scale(self) -> float:
         """Of the transformed inputs, so that halves do not overflow before those of the activations do. Exact."""
         return 1.0 if self.spec.dtype == "float32" else {2: 1 / 4, 4: 1 / 16}[self.m]
