@@ -24,7 +24,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 # Before torch and NumPy are loaded: no threads, as measurements are forks of this process.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -39,6 +39,8 @@ from benchmarks.timing import markdown  # noqa: E402
 from edgec.errors import EdgecError  # noqa: E402
 
 OUTCOMES = ("right", "refused", "WRONG", "crashed", "timeout")
+# Weights, bytes, from which on the memory of import says something about them.
+LARGE = 10 << 20
 COLUMNS = (
     "model",
     "family",
@@ -131,19 +133,23 @@ def _go_through() -> None:
     lower(load_model(small, input_shape=(1, 1, 4, 4)), load_device("host"))
 
 
-def line(found: dict) -> str:
+def line(found: dict[str, Any]) -> str:
     """One record on one line."""
-    note = found.get("reason") or (f"error {found['error']:.1e}" if found.get("error") is not None else "")
+    note = found["reason"] if found.get("reason") else _error(found)
     return f"{found['name']:34} {found['stage']:6} {found['outcome']:8} {found['wall']:6.1f} s  {short(note)}"
+
+
+def _error(found: dict[str, Any]) -> str:
+    return f"error {found['error']:.1e}" if found.get("error") is not None else ""
 
 
 def short(text: str) -> str:
     return " ".join(text.split()).replace("|", "/")[:300]
 
 
-def rows(records: Sequence[dict], failures: bool) -> list[list[str]]:
+def rows(records: Sequence[dict[str, Any]], failures: bool) -> list[list[str]]:
     """One row per model, with both of its stages."""
-    models: dict[str, dict[str, dict]] = {}
+    models: dict[str, dict[str, dict[str, Any]]] = {}
     for found in records:
         models.setdefault(found["name"], {})[found["stage"]] = found
     table = []
@@ -154,7 +160,7 @@ def rows(records: Sequence[dict], failures: bool) -> list[list[str]]:
         int8 = stages.get("int8", {})
         seconds = first["seconds"]
         built = [seconds[s] for s in ("lower", "compile") if s in seconds]
-        bits = {True: "equal", False: f"{int8.get('sqnr', 0):.0f} dB"}.get(int8.get("exact"), "")
+        bits = "" if "exact" not in int8 else "equal" if int8["exact"] else f"{int8['sqnr']:.0f} dB"
         table.append(
             [
                 name,
@@ -173,7 +179,7 @@ def rows(records: Sequence[dict], failures: bool) -> list[list[str]]:
     return table
 
 
-def summary(records: Sequence[dict]) -> str:
+def summary(records: Sequence[dict[str, Any]]) -> str:
     """Outcomes by family and stage, and the times and memory of import."""
     stages = [s for s in ("import", "fp32", "int8") if any(r["stage"] == s for r in records)]
     parts = []
@@ -188,6 +194,18 @@ def summary(records: Sequence[dict]) -> str:
     times = [r["seconds"]["import"] for r in records if "import" in r["seconds"]]
     if times:
         parts.append(f"Import: median {statistics.median(times):.1f} s, longest {max(times):.1f} s.")
+    large = [r for r in records if r.get("weights", 0) >= LARGE and r.get("import_bytes")]
+    if large:
+        worst = max(large, key=lambda r: r["import_bytes"] / r["weights"])
+        factor = worst["import_bytes"] / worst["weights"]
+        parts.append(
+            f"Memory of import, where weights take {LARGE >> 20} MiB or more: at most {factor:.1f} times the weights "
+            f"({worst['name']})."
+        )
+    refused = [r for r in records if r["outcome"] == "refused"]
+    if refused:
+        named = sum(bool(r.get("named")) for r in refused)
+        parts.append(f"Refused: {len(refused)}, of which {named} name a line of the model's source.")
     return "\n\n".join(parts)
 
 
