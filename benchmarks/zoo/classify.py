@@ -107,7 +107,6 @@ add(
     ),
     (1, 1, 28, 28),
     int8=True,
-    small=True,
 )
 add(
     "alex_net",

@@ -29,7 +29,7 @@ def conv_bn(i: int, o: int, k: int = 3, **options: int) -> nn.Sequential:
 # -- super-resolution --------------------------------------------------------------------------------------------------
 
 
-@model(SR, (1, 1, 24, 24), int8=True, small=True)
+@model(SR, (1, 1, 24, 24), int8=True)
 class Espcn(nn.Sequential):
     """Shi et al. 2016: sub-pixel convolution, factor 3."""
 

@@ -32,7 +32,7 @@ def _last(name: str, kind: str, small: bool = False, steps: int = 16, **options:
     add(name, FAMILY, functools.partial(Last, kind, **options), (1, steps, 20), small=small)
 
 
-_last("lstm_kws", "LSTM", small=True)
+_last("lstm_kws", "LSTM")
 _last("gru_kws", "GRU", small=True)
 _last("rnn_kws", "RNN")
 _last("rnn_relu", "RNN", nonlinearity="relu")
