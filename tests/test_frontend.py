@@ -413,9 +413,11 @@ class Select(nn.Module):
         return x[x > 0]
 
 
-class Cond(nn.Module):
+class While(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (x,))
+        from torch._higher_order_ops.while_loop import while_loop
+
+        return while_loop(lambda y: y.sum() < 9, lambda y: (y * 2 + 1,), (x,))[0]
 
 
 class Noise(nn.Module):
@@ -488,15 +490,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "branch on data": (Branch, "branch \\(.*test_frontend.py:\\d+\\): does not export: .*data-dependent"),
     "leaves torch": (Numpy, "numpy.*: does not export: .*numpy"),
     "shape of the data": (Select, "shape of the result of aten.index.Tensor depends on the values of its input"),
-    "cond": (Cond, "uses control flow \\(cond\\)"),
+    "while": (While, "while.*test_frontend.py:.*while_loop .* has no fixed number of turns.* an input; give the loop"),
     "noise": (Noise, "aten.randn_like.default gives random values; give the model its noise as an input"),
     "dropout": (Dropout, "aten.dropout.default gives random values; call model.eval\\(\\)"),
-    "state": (Stateful, "stateful: changes its buffer 'seen' when it runs"),
+    "state": (Stateful, "stateful \\(.*test_frontend.*\\): changes its buffer 'seen' when it runs"),
     "batch statistics": (TrainNorm, "batch norm uses statistics of the batch: the model is in training mode"),
     "half": (lambda: Half(torch.float16), "weight 'fc.weight' of half: is torch.float16, .* model.float\\(\\)"),
     "bfloat16": (lambda: Half(torch.bfloat16), "weight 'fc.weight' of half: is torch.bfloat16"),
     "double": (lambda: Half(torch.float64), "weight 'fc.weight' of half: is torch.float64"),
-    "complex": (lambda: Half(torch.complex64), "weight 'fc.weight' of half: is torch.complex64; .*real numbers"),
+    "complex": (lambda: Half(torch.complex128), "weight 'fc.weight' of half: is torch.complex128; .*real numbers"),
     "NaN": (lambda: Weight(torch.nan), "weight 'scale' of weight: has NaN or infinite values"),
     "infinity": (lambda: Weight(torch.inf), "weight 'scale' of weight: has NaN or infinite values"),
     "None": (lambda: Returns(lambda x: (x, None)), "returns: returns None beside tensors"),
