@@ -1,4 +1,4 @@
-"""Models in: an nn.Module, a `.pt2` or `.onnx` file, `path/to/file.py:factory` or `package.module:factory` becomes a Program.
+"""Models in: an nn.Module, a `.pt2` or `.onnx` file, `file.py:factory` or `package.module:factory` becomes a Program.
 
     exported = export_module(module, (x,), "resnet")      # torch.export, with a dynamic batch where the model allows it
     program = import_exported(exported, "resnet")         # checked, free of side effects, as a Program
@@ -63,7 +63,8 @@ TensorFunction = Callable[..., Any]
 def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: str | None = None) -> Program:
     """Read a model from any of its forms.
 
-    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` or `.onnx` path, `file.py:factory`, `package.module:factory`.
+    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` or `.onnx` path, `file.py:factory`,
+        `package.module:factory`.
         A factory takes no arguments and returns an nn.Module, or a pair (nn.Module, example inputs), where the example
         inputs are a tensor, a tuple of tensors, or a dictionary of tensors by parameter of `forward`. `.pt2` and
         `.onnx` files are read without running code in them, see `edgec.pt2` and `edgec.onnx`.
@@ -92,7 +93,7 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
 def original_of(
     model: Any, input_shape: Sequence[int] | None = None
 ) -> nn.Module | torch.export.ExportedProgram | None:
-    """What `load_model` would read: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
+    """What `load_model` reads: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
     if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
         return model
     if isinstance(model, (str, Path)):
