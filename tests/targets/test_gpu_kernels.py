@@ -524,6 +524,22 @@ def test_winograd(spec: Conv2D, m: int, api: str) -> None:
     assert not np.array_equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("api", APIS)
+def test_winograd_with_half_sums(api: str) -> None:
+    """F(2, 3) sums in halves, as the direct way does; F(4, 3) does not."""
+    device, spec = device_of(api), WINOGRAD[3][0]
+    (x, _), weights = _weighted(spec, 3)
+    assert x is not None and weights["w"] is not None
+    wide, kernel = winograd.make(spec, device, 2), winograd.make(spec, device, 2).with_half_sums()
+    got, other = (run(k, device, [x, *k.pack(device, **weights)]) for k in (kernel, wide))
+    expected = spec.reference(x, weights["w"], weights["bias"]).astype(np.float64)
+    assert np.abs(got.reshape(expected.shape) - expected).max() <= 1e-2 * np.abs(expected).max()
+    assert api == "opencl" or not np.array_equal(got, other)
+    assert kernel.variants(device)[1] != wide.variants(device)[1]
+    four = winograd.make(spec, device, 4)
+    assert four.with_half_sums().launches(device) == four.launches(device)
+
+
 @dataclass(frozen=True)
 class Chosen(GpuKernel):
     """A kernel by one of its variants."""
