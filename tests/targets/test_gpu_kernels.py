@@ -136,8 +136,8 @@ def test_half_sums(spec: Any, api: str) -> None:
     plain = implement(spec, weights, device)
     assert plain is not None
     kernel: Any = plain.with_half_sums()
-    rest = [] if residual is None else [residual]
-    got, wide = (run(k, device, [x, *k.pack(device, **weights), *rest]) for k in (kernel, plain))
+    rest: list[Any] = [] if residual is None else [residual]
+    got, wide = (run(k, device, [x, *k.pack(device, **weights), *rest]) for k in (kernel, plain))  # type: ignore[list-item]
     want = spec.reference(x, weights["w"], weights["bias"], None, None, residual)
     error = np.abs(got.reshape(want.shape).astype(float) - want).max() / np.abs(want).max()
     # Sums of up to 72 products with 11 bits each. PoCL has no float16: there the same text sums in float32.
@@ -320,13 +320,15 @@ def test_integer_pool_is_exact(spec: Any, api: str) -> None:
     _compare(run(kernel, device, [x]), spec.reference(x), spec)
 
 
-def _check(spec: Any, api: str, inputs: list[np.ndarray], weights: dict[str, Any] | None = None) -> None:
-    """The kernel of a template on activations; its weights are packed behind the first of them."""
+def _check(
+    spec: Any, api: str, inputs: list[np.ndarray], weights: dict[str, Any] | None = None, before: int = 1
+) -> None:
+    """The kernel of a template on activations; its packed weights are behind the first `before` of them."""
     device, weights = device_of(api), weights or {}
     kernel = implement(spec, weights, device)
     assert kernel is not None
     packed = kernel.pack(device, **weights)
-    found = run(kernel, device, [inputs[0], *packed, *inputs[1:]])
+    found = run(kernel, device, [*inputs[:before], *packed, *inputs[before:]])
     _compare(found, spec.reference(*inputs, **weights), spec)
 
 
@@ -379,7 +381,7 @@ def test_attention(spec: Attention, api: str) -> None:
         # The query that sees nothing gives zeros.
         mask[2] = -np.inf
         inputs.append(mask)
-    _check(spec, api, inputs)
+    _check(spec, api, inputs, before=len(inputs))
 
 
 @pytest.mark.parametrize("api", APIS)
@@ -520,6 +522,22 @@ def test_winograd(spec: Conv2D, m: int, api: str) -> None:
     for each in found:
         assert np.abs(each - expected).max() <= 2 * TOLERANCE[spec.dtype] * np.abs(expected).max()
     assert not np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_winograd_with_half_sums(api: str) -> None:
+    """F(2, 3) sums in halves, as the direct way does; F(4, 3) does not."""
+    device, spec = device_of(api), WINOGRAD[3][0]
+    (x, _), weights = _weighted(spec, 3)
+    assert x is not None and weights["w"] is not None
+    wide, kernel = winograd.make(spec, device, 2), winograd.make(spec, device, 2).with_half_sums()
+    got, other = (run(k, device, [x, *k.pack(device, **weights)]) for k in (kernel, wide))
+    expected = spec.reference(x, weights["w"], weights["bias"]).astype(np.float64)
+    assert np.abs(got.reshape(expected.shape) - expected).max() <= 1e-2 * np.abs(expected).max()
+    assert api == "opencl" or not np.array_equal(got, other)
+    assert kernel.variants(device)[1] != wide.variants(device)[1]
+    four = winograd.make(spec, device, 4)
+    assert four.with_half_sums().launches(device) == four.launches(device)
 
 
 @dataclass(frozen=True)
