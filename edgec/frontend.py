@@ -26,6 +26,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from edgec.errors import EdgecError
+from edgec.importing.recurrent import shapes_only
 from edgec.importing.rewrite import rewrite
 from edgec.importing.stored import fold_stored, stored_nodes
 from edgec.origin import first_line, place, source_line, user_frame
@@ -119,13 +120,18 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
         made, examples = _by_name(made, examples, text), tuple(examples.values())
     if not isinstance(examples, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in examples):
         raise EdgecError(
-            "returned example inputs that are not tensors", where=text, hint="return (module, x), (module, (x, y)) or (module, {'name': x})"
+            "returned example inputs that are not tensors",
+            where=text,
+            hint="return (module, x), (module, (x, y)) or (module, {'name': x})",
         )
     return _from_module(made, tuple(examples), name or attribute)
 
 
 class _ByName(nn.Module):
     """A module whose inputs are given by position instead of by name; it has the same parts under the same names."""
+
+    run: TensorFunction
+    names: list[str]
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -343,7 +349,7 @@ def _export_error(module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str
 
 def _export(module: nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     # Without gradients, `with torch.no_grad()` in the model leaves no trace in the graph.
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), shapes_only():
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
 

@@ -181,7 +181,9 @@ def _power(run: Any, x: Pair, exponent: Any) -> Pair:
         for _ in range(int(exponent) - 1):
             result = _times(result, x)
         return result
-    raise run.error(f"a complex tensor to the power of {exponent}", "use a small whole number, or write it in polar form")
+    raise run.error(
+        f"a complex tensor to the power of {exponent}", "use a small whole number, or write it in polar form"
+    )
 
 
 def _exponential(run: Any, x: Pair) -> Pair:
@@ -566,8 +568,27 @@ PARTWISE = frozenset(
                 *("reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int", "expand", "expand_as"),
                 *("permute", "transpose.int", "t", "numpy_T", "mT", "movedim.int", "movedim.intlist", "swapaxes"),
                 *("unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "select.int", "slice.Tensor", "narrow"),
-                *("index.Tensor", "index_select", "gather", "roll", "flip", "repeat", "tile", "repeat_interleave.self_int"),
-                *("cat", "stack", "concat", "hstack", "vstack", "split.Tensor", "split_with_sizes", "chunk", "unbind.int"),
+                *(
+                    "index.Tensor",
+                    "index_select",
+                    "gather",
+                    "roll",
+                    "flip",
+                    "repeat",
+                    "tile",
+                    "repeat_interleave.self_int",
+                ),
+                *(
+                    "cat",
+                    "stack",
+                    "concat",
+                    "hstack",
+                    "vstack",
+                    "split.Tensor",
+                    "split_with_sizes",
+                    "chunk",
+                    "unbind.int",
+                ),
                 *("split.sizes", "sum", "sum.dim_IntList", "mean", "mean.dim", "cumsum", "constant_pad_nd", "pad"),
                 *("tril", "triu", "diagonal", "view_copy", "permute_copy", "slice_copy.Tensor", "unsqueeze_copy"),
                 *("dropout", "feature_dropout", "atleast_1d", "atleast_2d", "rot90", "broadcast_to"),

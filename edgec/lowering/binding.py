@@ -508,7 +508,9 @@ def _recurrent(node: Any, constants: Weights) -> Binding:
         h0, reverse, relu = rest
         kind = "rnn_relu" if relu else "rnn_tanh"
     batch, steps, columns = shape_of(x)
-    weights = {name: _stored_value(node, constants, n) for name, n in (("w", w), ("bias", bias), ("projection", projection))}
+    weights = {
+        name: _stored_value(node, constants, n) for name, n in (("w", w), ("bias", bias), ("projection", projection))
+    }
     hidden = columns // GATES[kind]
     size = shape_of(w)[1]
     states = {"h0": h0 is not None, "c0": c0 is not None}
