@@ -491,7 +491,7 @@ def _assemble_gpu(
             (bundle / place).write_bytes(data)
         facts = {
             "api": device.api,
-            "code_bytes": sum(len(text) for text in lowered.kernels.texts().values()),
+            "code_bytes": lowered.kernels.bytes_of_text(device),
             "pool_bytes": sum(pooled(plan)[1]),
             "threads": 1,
             "steps": _steps(plan),
@@ -560,13 +560,15 @@ def _manifest(
     }
 
 
-def seal(path: str | Path, names: Sequence[str]) -> None:
-    """Put the digests of further files of a bundle (`names`, relative to it) into its manifest.
+def seal(path: str | Path, names: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
+    """Put the digests of further files of a bundle (`names`, relative to it) into its manifest, and `facts`.
 
     From then on the bundle does not load when one of them is missing or changed.
     """
     folder = Path(path)
     manifest = json.loads((folder / MANIFEST).read_text())
+    files = manifest.pop("files")
+    manifest.update(facts or {}, files=files)
     manifest["files"] = dict(sorted({**manifest["files"], **{n: _digest(folder / n) for n in names}}.items()))
     _write_manifest(folder, manifest)
 

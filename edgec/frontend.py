@@ -1,4 +1,4 @@
-"""Models in: an nn.Module, a `.pt2` file, `path/to/file.py:factory` or `package.module:factory` becomes a Program.
+"""Models in: an nn.Module, a `.pt2` or `.onnx` file, `file.py:factory` or `package.module:factory` becomes a Program.
 
     exported = export_module(module, (x,), "resnet")      # torch.export, with a dynamic batch where the model allows it
     program = import_exported(exported, "resnet")         # checked, free of side effects, as a Program
@@ -42,7 +42,7 @@ IMPORT_TOLERANCE = 1e-5
 # Another batch size may choose another order of summation.
 BATCH_TOLERANCE = 1e-4
 
-FORMS = "give a .pt2 file, file.py:factory or package.module:factory"
+FORMS = "give a .pt2 or .onnx file, file.py:factory or package.module:factory"
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 # Arguments that switch the randomness of an operator on; the first one that it has decides.
@@ -64,10 +64,13 @@ TensorFunction = Callable[..., Any]
 def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: str | None = None) -> Program:
     """Read a model from any of its forms.
 
-    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` path, `file.py:factory`, `package.module:factory`.
+    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` or `.onnx` path, `file.py:factory`,
+        `package.module:factory`.
         A factory takes no arguments and returns an nn.Module, or a pair (nn.Module, example inputs), where the example
-        inputs are a tensor, a tuple of tensors, or a dictionary of tensors by parameter of `forward`. `.pt2` files are read without running code in them, see `edgec.pt2`.
-    input_shape: for a module without example inputs: the shape of its one input, batch included, e.g. (1, 3, 224, 224).
+        inputs are a tensor, a tuple of tensors, or a dictionary of tensors by parameter of `forward`. `.pt2` and
+        `.onnx` files are read without running code in them, see `edgec.pt2` and `edgec.onnx`.
+    input_shape: for a module without example inputs: the shape of its one input, batch included, e.g. (1, 3, 224, 224);
+        for an `.onnx` file that leaves sizes open: that of its first input.
     name: of the Program; by default that of the file, factory or class.
 
     The module is put in evaluation mode. The batch becomes dynamic where torch.export allows it and every input and
@@ -88,10 +91,27 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
     raise EdgecError(f"is a {type(model).__name__}", where="model", hint=f"give an nn.Module or {FORMS[5:]}")
 
 
+def original_of(
+    model: Any, input_shape: Sequence[int] | None = None
+) -> nn.Module | torch.export.ExportedProgram | None:
+    """What `load_model` reads: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
+    if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
+        return model
+    if isinstance(model, (str, Path)):
+        if Path(model).suffix == ".pt2":
+            return load_pt2(Path(model))
+        return _made(str(model), input_shape)[0]
+    return None
+
+
 def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -> Program:
     path = Path(text)
     if path.is_dir():
         raise EdgecError("is a folder, not a model", where=text, hint=FORMS)
+    if path.suffix == ".onnx":
+        from edgec.onnx.importer import import_onnx
+
+        return import_onnx(path, input_shape=input_shape, name=name)
     if path.suffix == ".pt2":
         if not path.exists():
             raise EdgecError("does not exist", where=text, hint=FORMS)
@@ -99,9 +119,15 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
             raise EdgecError("a .pt2 file has fixed input shapes", where="--input-shape", hint="leave it out")
         exported = load_pt2(path)
         return _checked(exported, _unguarded(exported), name or path.stem)
+    made, examples = _made(text, input_shape)
+    return _from_module(made, examples, name or text.rpartition(":")[2])
+
+
+def _made(text: str, input_shape: Sequence[int] | None) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """(module, example inputs) of a factory."""
     owner, _, attribute = text.rpartition(":")
     if not owner or not attribute.isidentifier():
-        raise _not_a_model(path)
+        raise _not_a_model(Path(text))
     factory = load_function(text)
     with user_code(text):
         made = factory()
@@ -124,7 +150,7 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
             where=text,
             hint="return (module, x), (module, (x, y)) or (module, {'name': x})",
         )
-    return _from_module(made, tuple(examples), name or attribute)
+    return made, tuple(examples)
 
 
 class _ByName(nn.Module):
@@ -300,9 +326,9 @@ def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def export_module(
-    module: nn.Module, example_inputs: tuple[torch.Tensor, ...], name: str
+    module: nn.Module, example_inputs: tuple[torch.Tensor, ...], name: str, *, dynamic: bool = True
 ) -> torch.export.ExportedProgram:
-    """`torch.export` of a module in evaluation mode: with a dynamic batch if that works, else static.
+    """`torch.export` of a module in evaluation mode: with a dynamic batch if that works and is wanted, else static.
 
     The batch is tried with two samples, because torch.export takes a dimension of one for a constant.
     Raises EdgecError with the reason and the line of the user's code when the module does not export.
@@ -315,7 +341,8 @@ def export_module(
             raise EdgecError(
                 f"is on {weight.device}", where=f"weight '{path}' of {name}", hint="call model.cpu() first"
             )
-    if example_inputs and all(x.dim() for x in example_inputs) and len({x.shape[0] for x in example_inputs}) == 1:
+    batches = {x.shape[0] if x.dim() else 0 for x in example_inputs}
+    if dynamic and len(batches) == 1 and 0 not in batches:
         dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
         batched = tuple(x.repeat(2, *[1] * (x.dim() - 1)) if x.shape[0] == 1 else x for x in example_inputs)
         # Whatever goes wrong here goes wrong again below, without the dynamic batch in the message.

@@ -57,7 +57,8 @@ class Program:
     module: FX GraphModule; nodes are placeholders, `get_attr` of weights, ATen or `edgec::` calls and one output.
     example_inputs: one tensor per input; dimension 0 is at least 2 when `dynamic_batch` is set.
     annotations: what passes record about tensors (keyed by node name) or weights (keyed by attribute path).
-    output_names: one per output, different identifiers; empty for y, or y0, y1 and so on.
+    output_names: one per output, different identifiers; empty for y, or y0, y1 and so on. notes: what was done to the
+    model when it was read, for the report.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Program:
     dynamic_batch: bool = False
     annotations: Mapping[str, Any] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     def from_exported(

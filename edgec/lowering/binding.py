@@ -55,7 +55,7 @@ class Binding:
 
     origin: the node of the user's model whose value the call computes (see `origin_of`). mask: bool, which weights are
     kept, of the shape of the weights, where a layer is pruned in blocks. dense: why its zeros are multiplied all the
-    same, "" where they are not.
+    same, "" where they are not. half_sums: whether a GPU may sum float16 in float16.
     """
 
     spec: Any
@@ -66,6 +66,7 @@ class Binding:
     origin: str = ""
     mask: np.ndarray | None = None
     dense: str = ""
+    half_sums: bool = False
 
     @property
     def symbol(self) -> str:
@@ -85,6 +86,8 @@ class Binding:
             rule = implement if device.is_mcu else gpu.implement
             # The kernels are written in two languages, of which Metal takes neither.
             made = None if device.api == "metal" else rule(self.spec, self.weights, device)
+            if self.half_sums and device.is_gpu and made is not None:
+                made = made.with_half_sums()
             return dataclasses.replace(self, spec=made or self.spec, mask=None, dense=dense)
         if self.mask is None:
             return self
@@ -95,10 +98,17 @@ class Binding:
         return dataclasses.replace(self, spec=spec, weights={**self.weights, "mask": kept}, mask=None)
 
 
-def bind(node: Any, constants: Weights, masks: Weights | None = None, device: Device | None = None) -> Binding | None:
+def bind(
+    node: Any,
+    constants: Weights,
+    masks: Weights | None = None,
+    device: Device | None = None,
+    half_sums: bool = False,
+) -> Binding | None:
     """The kernel for `node`, or None when TVM's own operators implement it. `constants` maps node names to arrays.
 
-    masks: of pruned weights, by the same names. device: `on` which the binding will be asked for.
+    masks: of pruned weights, by the same names. device: `on` which the binding will be asked for. half_sums: see
+    `Binding`.
     """
     rule = rules(device).get(node.target) if node.op == "call_function" else None
     if rule is not None and getattr(node.target, "namespace", "") == "aten" and _is_stored(node, constants):
@@ -107,7 +117,7 @@ def bind(node: Any, constants: Weights, masks: Weights | None = None, device: De
     binding = rule(node, constants) if rule is not None else None
     if binding is None:
         return None
-    binding = dataclasses.replace(binding, origin=origin_of(node))
+    binding = dataclasses.replace(binding, origin=origin_of(node), half_sums=half_sums)
     mask = (masks or {}).get(getattr(node.args[1], "name", "")) if len(node.args) > 1 else None
     if mask is None:
         return binding

@@ -36,6 +36,8 @@ NODE = re.compile(r"^edgec_node_(\d+)_")
 
 # Same bytes in the same order: a name for memory, never a kernel.
 VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+# "op_pattern" of kernels that are bound on import: opaque, nothing is fused into them.
+BOUND = 8
 
 
 def _permute(node: Any, importer: Any) -> Any:
@@ -125,16 +127,17 @@ def import_graph(
     """Import a legalised ExportedProgram with static shapes.
 
     annotations: of the Program; weights that they say are pruned go to block-sparse kernels where those are
-    faster on the device.
+    faster on the device, and `cast-fp16` may have asked for sums in float16.
 
     Raises EdgecError when TVM's importer fails; unsupported operators are reported earlier, by `legalize.unsupported`.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
+    halves = _half_sums(annotations or {})
     bindings: dict[int, Binding] = {}
     functions: dict[str, Any] = {}
 
     def convert(node: fx.Node, importer: Any) -> Any:
-        binding = bind(node, constants, masks, device)
+        binding = bind(node, constants, masks, device, halves)
         if node.target is torch.ops.edgec.dequantize_weight.default:
             # Layers read the codes themselves; what else reads such a weight gets its values, computed now.
             return relax.const(weight_of(node, constants), "float32")
@@ -147,7 +150,7 @@ def import_graph(
         key = binding.spec.key()
         if key not in functions:
             with elementary.native() if device.is_gpu else contextlib.nullcontext():
-                function = binding.spec.prim_func(device).with_attr("op_pattern", 8)
+                function = binding.spec.prim_func(device).with_attr("op_pattern", BOUND)
             name = f"k{len(functions)}_{binding.symbol}"
             functions[key] = importer.block_builder.add_func(function.with_attr("global_symbol", name), name)
         packed = [relax.const(np.ascontiguousarray(a), str(a.dtype)) for a in binding.pack(device)]
@@ -185,7 +188,8 @@ def bindings_of(
     Without a device, pruned layers are bound to dense kernels.
     """
     constants, masks = _constants(exported), _masks(exported, annotations or {})
-    found = [bind(node, constants, masks, device) for node in exported.graph.nodes]
+    halves = _half_sums(annotations or {})
+    found = [bind(node, constants, masks, device, halves) for node in exported.graph.nodes]
     return [binding if device is None else binding.on(device) for binding in found if binding is not None]
 
 
@@ -199,14 +203,32 @@ def legalize_relax(imported: Imported, device: Device) -> Imported:
                 transform.CanonicalizeBindings(),
                 transform.LegalizeOps(skip_ops=list(VIEWS)),
                 transform.AnnotateTIROpPattern(),
-                transform.FoldConstant(),
             ]
         )(simple)
+        kernels = _fold_constants(kernels, imported.module)
         fused = transform.FuseOps()(kernels)
         module = sequential([transform.FuseTIR(), transform.DeadCodeElimination(["main"])])(fused)
     layers = _layers(_origins(simple["main"], imported.nodes), kernels, fused)
     known = len(layers) == len(_kernel_calls(module["main"]))
     return dataclasses.replace(imported, module=module, layers=layers if known else ())
+
+
+def _fold_constants(module: tvm.IRModule, imported: tvm.IRModule) -> tvm.IRModule:
+    """TVM's folding, which runs kernels whose operands are all known: without those that were bound on import.
+
+    Their parameters are flat views of the tensors that they are called with, which TVM does not run.
+    """
+    bound = {
+        name.name_hint
+        for name, function in imported.functions.items()
+        if function.attrs is not None and function.attrs.get("op_pattern", None) == BOUND
+    }
+    others = tvm.IRModule(
+        {name: f for name, f in module.functions.items() if name.name_hint not in bound}, attrs=module.attrs
+    )
+    folded = relax.transform.FoldConstant()(others)
+    folded.update({name: f for name, f in module.functions.items() if name.name_hint in bound})
+    return folded
 
 
 def _origins(main: Any, nodes: Sequence[str]) -> dict[str, str]:
@@ -265,6 +287,11 @@ def _masks(exported: torch.export.ExportedProgram, annotations: Mapping[str, Any
     records = sparsities(annotations)
     found = {name: records[path] for name, path in paths.items() if path in records}
     return {name: record.mask.numpy() for name, record in found.items() if record.density < 1}
+
+
+def _half_sums(annotations: Mapping[str, Any]) -> bool:
+    """Whether GPUs are to sum float16 in float16."""
+    return getattr(annotations.get("cast-fp16"), "accumulate", "fp32") == "fp16"
 
 
 def _constants(exported: torch.export.ExportedProgram) -> dict[str, np.ndarray]:

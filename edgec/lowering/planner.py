@@ -78,6 +78,8 @@ class _Reader:
         self.names: dict[Any, Any] = {}
         self.fallbacks: list[Skip] = []
         self.layers = iter(imported.layers)
+        # Operators of TVM's library that the target has written kernels for.
+        self.written = kernels.chains if isinstance(kernels, LoweredGpu) else frozenset[str]()
 
     def read(self, main: Any) -> Plan:
         for spec, variable in zip(self.program.inputs, main.params, strict=True):
@@ -132,7 +134,7 @@ class _Reader:
                 self.fallbacks.append(Skip(layer, "zeros multiplied", ours.dense))
             if not self._tuned(ours):
                 self.fallbacks.append(Skip(layer, "untuned kernel", f"no kernel of the target's own for {ours.symbol}"))
-        else:
+        elif symbol not in self.written:
             operator = kernel.rstrip("0123456789")
             self.fallbacks.append(Skip(layer or kernel, "untuned kernel", f"no template for {operator}"))
         self.builder.add_step(
@@ -141,7 +143,7 @@ class _Reader:
             layer=layer,
             op=ours.symbol if ours else kernel,
             macs=ours.spec.macs if ours else 0,
-            tuned=ours is not None and self._tuned(ours),
+            tuned=symbol in self.written if ours is None else self._tuned(ours),
             inplace=self._inplace(ours.spec) if ours else (),
             scratch=self.kernels.scratch[symbol],
             outputs=len(outputs),

@@ -97,10 +97,11 @@ REASONS: dict[Any, str] = {
 
 @dataclass(frozen=True)
 class HalfSummary:
-    """What the pass did: layers (convolutions and linear) by name."""
+    """What the pass did: layers (convolutions and linear) by name. accumulate: the type of sums on GPUs."""
 
     half: tuple[str, ...]
     kept_float: tuple[str, ...]
+    accumulate: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,9 @@ class CastFP16(Pass):
     """float16 weights and activations, for cores that compute in it.
 
     IEEE 754 binary16: 11 significant bits, magnitudes up to 65504. 2-D convolutions and linear layers are summed in
-    float16 as well (as in XNNPACK), averages in float32; normalisations, softmax, products of activations and what has
-    no kernel stay float32, with casts around them. Inputs and outputs of the model stay float32. Run `fold-bn` first.
+    float16 as well on CPUs (as in XNNPACK), and in float32 on GPUs unless `accumulate` says otherwise; averages in
+    float32; normalisations, softmax, products of activations and what has no kernel stay float32, with casts around
+    them. Inputs and outputs of the model stay float32. Run `fold-bn` first.
 
     Weights beyond 65504 are an error. Calibration data is not needed; where it is given, what exceeds 65504 on it stays
     float32 and is reported.
@@ -118,6 +120,9 @@ class CastFP16(Pass):
     name: ClassVar[str] = "cast-fp16"
 
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
+    accumulate: str = option(
+        "fp32", "type of the sums of layers on GPUs; CPUs sum in float16 always", choices=("fp32", "fp16")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,7 +143,9 @@ class CastFP16(Pass):
         half = self._choose(module, largest, context)
         layers = [n for n in module.graph.nodes if is_call(n, *LAYERS) and is_float(n)]
         summary = HalfSummary(
-            tuple(layer_of(n) for n in layers if n in half), tuple(layer_of(n) for n in layers if n not in half)
+            tuple(layer_of(n) for n in layers if n in half),
+            tuple(layer_of(n) for n in layers if n not in half),
+            self.accumulate,
         )
         if not summary.half:
             return program

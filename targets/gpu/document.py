@@ -152,13 +152,14 @@ def weights(plan: Plan) -> bytes:
 
 def program(kernels: LoweredGpu) -> str:
     """OpenCL C of all functions, in one program."""
-    return (PRELUDE if _computes_in_half(kernels) else "") + "\n".join(kernels.texts().values())
+    return (PRELUDE if _computes_in_half(kernels) else "") + kernels.module
 
 
 def modules(kernels: LoweredGpu) -> Mapping[str, str]:
     """WGSL by function name, one module for each."""
     found = {}
-    for name, text in kernels.texts().items():
+    for name, kernel in kernels.texts().items():
+        text = kernel + "".join(kernels.helpers(name).values())
         half = re.search(r"\bf16\b", text) and not re.search(r"^enable f16;", text, re.M)
         found[name] = ("enable f16;\n" if half else "") + text
     return found

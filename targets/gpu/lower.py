@@ -1,9 +1,9 @@
 """Kernels of a GPU: launches of functions in OpenCL C, WGSL or Metal's language.
 
-Three kinds of PrimFuncs come here. Those of `edgec.targets.gpu.kernels` carry their launches. Operators of TVM's
-library are bound to threads by dlight's plainest rule, one work item for each element of a result. Templates of
-`edgec.targets.kernels` without a GPU kernel are scalar code whose marked loops become work items (see
-`edgec.targets.phases`): correct on every device, and slow.
+Four kinds of PrimFuncs come here. Those of `edgec.targets.gpu.kernels` carry their launches. Element-wise operators of
+TVM's library are written anew by `edgec.targets.gpu.chains`. Others of that library are bound to threads by dlight's
+plainest rule, one work item for each element of a result. Templates of `edgec.targets.kernels` without a GPU kernel are
+scalar code whose marked loops become work items (see `edgec.targets.phases`): correct on every device, and slow.
 
 Nothing here calls what crashes in TVM 0.27: no `tensorize` (the rules for matrix products on Metal), no
 `ConvertLayout`.
@@ -15,7 +15,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,8 @@ from edgec.errors import EdgecError
 from edgec.targets import elementary
 from edgec.targets.codegen import LoweredKernels, lower_kernels
 from edgec.targets.device import Device
-from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size
+from edgec.targets.gpu.chains import chain
+from edgec.targets.gpu.kernels.base import LAUNCHES, Launch, Size, launch_of
 from edgec.targets.gpu.narrow import finish_bytes, widened
 from edgec.targets.mcu.scalar import scalarise
 
@@ -58,17 +59,19 @@ class LoweredGpu:
     """Kernels as the emitters of GPU bundles print them.
 
     variants: by symbol the ways to compute it, each of launches to be dispatched one after the other; the first one is
-    what is used until a host has measured them. signature, scratch: as in `LoweredKernels`.
+    what is used until a host has measured them. signature, scratch: as in `LoweredKernels`. chains: the symbols of
+    TVM's operators that `edgec.targets.gpu.chains` has written.
     """
 
     variants: Mapping[str, tuple[tuple[Launch, ...], ...]]
     signature: Mapping[str, tuple[str, ...]]
     scratch: Mapping[str, tuple[int, ...]]
+    chains: frozenset[str] = frozenset()
 
     @property
     def module(self) -> str:
         """All texts, for looking at."""
-        return "\n".join(self.texts().values())
+        return "\n".join([*self.helpers().values(), *self.texts().values()])
 
     def texts(self) -> dict[str, str]:
         """The text of each function, by name, in the order of the symbols.
@@ -76,11 +79,28 @@ class LoweredGpu:
         Raises AssertionError when one name stands for two texts: a bug of a kernel.
         """
         found: dict[str, str] = {}
-        for variants in self.variants.values():
-            for launch in (launch for launches in variants for launch in launches):
-                if found.setdefault(launch.function, launch.text) != launch.text:
-                    raise AssertionError(f"two functions are called {launch.function}")
+        for launch in self._launches():
+            if found.setdefault(launch.function, launch.text) != launch.text:
+                raise AssertionError(f"two functions are called {launch.function}")
         return found
+
+    def helpers(self, function: str | None = None) -> dict[str, str]:
+        """The text of each function that kernels call, or that one of them calls, by name, in an order in which all are
+        known where they are called. Raises AssertionError as `texts`."""
+        found: dict[str, str] = {}
+        for launch in self._launches():
+            for name, text in launch.helpers if function in (None, launch.function) else ():
+                if found.setdefault(name, text) != text:
+                    raise AssertionError(f"two functions are called {name}")
+        return found
+
+    def _launches(self) -> Iterator[Launch]:
+        return (launch for variants in self.variants.values() for launches in variants for launch in launches)
+
+    def bytes_of_text(self, device: Device) -> int:
+        """Bytes that a driver reads to compile all kernels: in OpenCL, where they are one program, with each helper
+        once, elsewhere with those of each kernel."""
+        return _bytes_of(self._launches(), device)
 
 
 def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
@@ -97,15 +117,17 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
         symbol = var.name_hint
         if LAUNCHES in (function.attrs or {}):
             variants, scratch, macs[symbol] = json.loads(str(function.attrs[LAUNCHES]))
-            made = tuple(
-                tuple(Launch(f, text, tuple(a), tuple(grid), tuple(group)) for f, text, a, grid, group in launches)
-                for launches in variants
-            )
+            made = tuple(tuple(map(launch_of, launches)) for launches in variants)
             _add(found, symbol, function, made, scratch)
         elif _has_blocks(function):
             library[symbol] = function
         else:
             templates[symbol] = function
+    library = {symbol: _narrow(symbol, function) for symbol, function in library.items()}
+    chains = {symbol: chain(function, device) for symbol, function in library.items() if device.api != "metal"}
+    for symbol, launch in chains.items():
+        if launch is not None:
+            _add(found, symbol, library.pop(symbol), ((launch,),), ())
     kernels: dict[str, Any] = {}
     parts: dict[str, list[tuple[str, tuple[int, ...], Size, Size]]] = {}
     sizes: dict[str, tuple[int, ...]] = {}
@@ -123,20 +145,50 @@ def lower_to_gpu(module: tvm.IRModule, device: Device) -> LoweredGpu:
     for symbol, variants in found.variants.items():
         for launch in (launch for launches in variants for launch in launches):
             _check(symbol, launch, device)
-    return replace(found, variants=_affordable(found.variants, macs))
+    own = frozenset(symbol for symbol, launch in chains.items() if launch is not None)
+    return replace(found, variants=_affordable(found.variants, macs, device), chains=own)
+
+
+def _bytes_of(launches: Iterable[Launch], device: Device) -> int:
+    """See `LoweredGpu.bytes_of_text`."""
+    return sum(map(len, _pieces(launches, device).values()))
+
+
+def _pieces(launches: Iterable[Launch], device: Device) -> dict[tuple[str, str], str]:
+    """The texts of functions and of what they call: of the latter one for all, or one for each function."""
+    found: dict[tuple[str, str], str] = {}
+    for launch in launches:
+        found["", launch.function] = launch.text
+        found.update({("" if device.api == "opencl" else launch.function, n): text for n, text in launch.helpers})
+    return found
 
 
 def _affordable(
-    variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int]
+    variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int], device: Device
 ) -> dict[str, tuple[tuple[Launch, ...], ...]]:
-    """The first variant of each kernel, and further ones of those with most work as long as there is room for text."""
-    texts = {launch.function: launch.text for each in variants.values() for launch in each[0]}
+    """The first variant of each kernel, and further ones of those with most work as long as there is room for text.
+
+    Where the first ones are too long together, kernels with least work begin with their shortest variant.
+    """
     kept = {symbol: [each[0]] for symbol, each in variants.items()}
-    for symbol in sorted(variants, key=lambda s: (-macs.get(s, 0), s)):
-        for launches in variants[symbol][1:MOST_VARIANTS]:
-            more = {launch.function: launch.text for launch in launches if launch.function not in texts}
-            if sum(map(len, texts.values())) + sum(map(len, more.values())) <= SOURCE_BYTES:
-                texts |= more
+
+    def texts() -> dict[tuple[str, str], str]:
+        return _pieces((launch for each in kept.values() for launches in each for launch in launches), device)
+
+    order = sorted(variants, key=lambda s: (macs.get(s, 0), s))
+    for symbol in order:
+        if sum(map(len, texts().values())) > SOURCE_BYTES:
+            kept[symbol] = [min(variants[symbol], key=lambda launches: sum(len(x.text) for x in launches))]
+    found = texts()
+    size = sum(map(len, found.values()))
+    for symbol in reversed(order):
+        others = [launches for launches in variants[symbol] if launches not in kept[symbol]]
+        for launches in others[: MOST_VARIANTS - 1]:
+            more = {key: text for key, text in _pieces(launches, device).items() if key not in found}
+            added = sum(map(len, more.values()))
+            if size + added <= SOURCE_BYTES:
+                found |= more
+                size += added
                 kept[symbol].append(launches)
     return {symbol: tuple(each) for symbol, each in kept.items()}
 
@@ -185,10 +237,30 @@ def _templates(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
     """One launch for each phase of a template, one work item for each of its tasks."""
     if not functions:
         return {}
+    for symbol, function in functions.items():
+        if device.api == "vulkan" and _computes_wide(function):
+            # TVM would write integers of 32 bits.
+            raise EdgecError(
+                f"{symbol} needs 64-bit integers, which WGSL has not",
+                where=f"code generation for {device.name}",
+                hint="compile for an OpenCL target, or keep the layer in float",
+            )
     scalar = tvm.IRModule({symbol: scalarise(function) for symbol, function in functions.items()})
     with elementary.native():
         lowered = lower_kernels(scalar, device, PRIVATE_BYTES)
     return {symbol: _phases(lowered, symbol, device) for symbol in functions}
+
+
+def _computes_wide(function: Any) -> bool:
+    """Whether numbers are widened to 64 bits."""
+    found: list[Any] = []
+
+    def on_cast(cast: Any) -> None:
+        if str(cast.ty.dtype).startswith(("int64", "uint64")):
+            found.append(cast)
+
+    tvm_ffi.structural_walk(function.body, [(tirx.Cast, on_cast)], order="pre")
+    return bool(found)
 
 
 def _phases(lowered: LoweredKernels, symbol: str, device: Device) -> Part:
@@ -284,14 +356,9 @@ def _library(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
     if not functions:
         return {}
     target = _target(device).with_host(tvm.target.Target("c"))
-    narrow = tirx.transform.ForceNarrowIndexToInt32()
-    named = {}
-    for symbol, function in functions.items():
-        module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
-        named[symbol] = (module if _wide(function) else narrow(module))[symbol]
     with target:
         rules: Any = dlight.ApplyDefaultSchedule(dlight.gpu.Fallback())
-        module = rules(tvm.IRModule(named))
+        module = rules(tvm.IRModule(dict(functions)))
         module = _split(tirx.transform.BindTarget(target)(module))
     convention = {name.name_hint: f.attrs.get("calling_conv", None) for name, f in module.functions.items()}
     found = {}
@@ -301,6 +368,12 @@ def _library(functions: Mapping[str, Any], device: Device) -> dict[str, Part]:
         assert all(convention[name] == ATTRIBUTES["calling_conv"] for name in kernels)
         found[symbol] = (kernels, calls, scratch)
     return found
+
+
+def _narrow(symbol: str, function: Any) -> Any:
+    """The function with indices of 32 bits, where it does not compute with 64."""
+    module = tvm.IRModule({symbol: function.with_attr("global_symbol", symbol)})
+    return (module if _wide(function) else tirx.transform.ForceNarrowIndexToInt32()(module))[symbol]
 
 
 def _wide(function: Any) -> bool:
@@ -341,6 +414,13 @@ def _split(module: tvm.IRModule) -> tvm.IRModule:
             x.CommonSubexprElim(),
             x.VerifyMemory(),
             x.AnnotateEntryFunc(),
+            # Barriers around what work items share, and reductions across them. The plainest rule needs neither, but a
+            # schedule that does would give wrong results without them, and no error.
+            s.ThreadSync("shared"),
+            s.ThreadSync("shared.dyn"),
+            s.InferFragment(),
+            s.LowerThreadAllreduce(),
+            s.MergeSharedMemoryAllocations(),
             x.SplitHostDevice(),
         ]
     )(module)

@@ -86,7 +86,7 @@ def _opencl(launches: Any, images: list[np.ndarray], number: int) -> tuple[np.nd
     buffers = [cl.Buffer(context, flags, hostbuf=image) for image in images]
     steps = []
     for launch in launches:
-        kernel = cl.Kernel(_program(launch.text), launch.function)
+        kernel = cl.Kernel(_program(launch.whole("opencl")), launch.function)
         for position, argument in enumerate(launch.arguments):
             kernel.set_arg(position, buffers[argument])
         total = tuple(g * n for g, n in zip(launch.grid, launch.group, strict=True))
@@ -119,7 +119,7 @@ def _vulkan(launches: Any, images: list[np.ndarray], number: int) -> tuple[np.nd
     buffers = [device.create_buffer_with_data(data=image, usage=usage) for image in images]
     steps = []
     for launch in launches:
-        module = device.create_shader_module(code=launch.text)
+        module = device.create_shader_module(code=launch.whole("vulkan"))
         compute = {"module": module, "entry_point": launch.function}
         pipeline = device.create_compute_pipeline(layout="auto", compute=compute)
         entries = [

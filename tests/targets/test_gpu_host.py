@@ -387,8 +387,8 @@ def test_variants_are_added_where_there_is_room() -> None:
     from edgec.targets.gpu import lower
 
     _, kernels = model("opencl")
-    kept = lower._affordable(kernels.variants, {"net_scale": SIZE})
+    kept = lower._affordable(kernels.variants, {"net_scale": SIZE}, load_device("opencl"))
     assert len(kept["net_scale"]) == 2 and len(kept["net_join"]) == 1
     long = replace(kernels.variants["net_scale"][1][0], text="/" * lower.SOURCE_BYTES)
     crowded = {**kernels.variants, "net_scale": (kernels.variants["net_scale"][0], (long,))}
-    assert lower._affordable(crowded, {})["net_scale"] == crowded["net_scale"][:1]
+    assert lower._affordable(crowded, {}, load_device("opencl"))["net_scale"] == crowded["net_scale"][:1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from edgec.targets.device import Device
 from edgec.targets.kernels.device_kernel import DeviceKernel
@@ -22,7 +23,8 @@ class Launch:
     """One dispatch of `function`, which `text` defines in the device's language (OpenCL C or WGSL).
 
     arguments: which pointers it takes, as positions: operands, then scratch. grid: work-groups in x, y, z; group: work
-    items in each. Equal texts have equal names: the name is derived from the text by `named`.
+    items in each. Equal texts have equal names: the name is derived from the text. helpers: (name, text) of the
+    functions that the text calls, each behind those that it calls itself; kernels share them.
     """
 
     function: str
@@ -30,6 +32,23 @@ class Launch:
     arguments: tuple[int, ...]
     grid: Size
     group: Size
+    helpers: tuple[tuple[str, str], ...] = ()
+
+    def whole(self, api: str) -> str:
+        """The text with those of the helpers: a program of its own."""
+        helpers = "".join(text for _, text in self.helpers)
+        # WGSL begins with what it enables, and knows functions before they are there.
+        return helpers + self.text if api == "opencl" else self.text + helpers
+
+    def plain(self) -> list[Any]:
+        """As JSON has it; `launch_of` is the way back."""
+        return [self.function, self.text, self.arguments, self.grid, self.group, self.helpers]
+
+
+def launch_of(plain: list[Any]) -> Launch:
+    function, text, arguments, grid, group, helpers = plain
+    called = tuple((name, helper) for name, helper in helpers)
+    return Launch(function, text, tuple(arguments), tuple(grid), tuple(group), called)
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,11 @@ class GpuKernel(DeviceKernel):
         the device and keeps the fastest."""
         return (self.launches(device),)
 
+    def with_half_sums(self) -> GpuKernel:
+        """The kernel with products of float16 summed in float16, where the device computes in it; itself where it has
+        none."""
+        return self
+
     def text(self, device: Device) -> str:
-        plain = [
-            [[x.function, x.text, x.arguments, x.grid, x.group] for x in launches] for launches in self.variants(device)
-        ]
+        plain = [[launch.plain() for launch in launches] for launches in self.variants(device)]
         return json.dumps([plain, self.scratch(), self.macs])

@@ -56,12 +56,14 @@ def first_of(tile: Tile, tiles: Sequence[Tile]) -> list[Tile]:
 class Conv(GpuKernel):
     """`Conv2D`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too.
 
-    dot: whether int8 is multiplied by dot products.
+    dot: whether int8 is multiplied by dot products. least: see `epilogue.finish`. half_sums: of float16.
     """
 
     spec: Conv2D
     tile: Tile
     dot: bool = False
+    least: int = 1
+    half_sums: bool = False
 
     name: ClassVar[str] = "conv2d"
 
@@ -130,6 +132,9 @@ class Conv(GpuKernel):
     def variants(self, device: Device) -> tuple[tuple[Launch, ...], ...]:
         return tuple(replace(self, tile=t).launches(device) for t in first_of(self.tile, tiles_of(self.spec, device)))
 
+    def with_half_sums(self) -> Conv:
+        return replace(self, half_sums=self.spec.dtype == "float16")
+
 
 @dataclass(frozen=True)
 class CodedConv(Conv):
@@ -154,6 +159,8 @@ class _Conv:
         self.integer, self.dot = spec.dtype == "int8", kernel.dot
         # int8 by float32 products: summed in f, and in a what f no longer holds exactly.
         self.floating = self.integer and not kernel.dot
+        # What is multiplied, and float sums.
+        self.real = "half4" if kernel.half_sums else "float4"
         self.rows, self.columns = kernel.walk
         self.depth = slices(kernel.inputs)
         # Whether slices of four channels are whole words of memory.
@@ -174,7 +181,7 @@ class _Conv:
         self.c = Code(device.api, "conv", buffers, extents, self.tile.group)
 
     def launch(self) -> Launch:
-        c, spec, tile = self.c, self.spec, self.tile
+        c, spec, tile, kernel = self.c, self.spec, self.tile, self.kernel
         block = c.index(0, "block")
         c.let("int", "ox", f"{c.index(1, 'column')} * {tile.pixels}")
         c.index(2, "oy")
@@ -183,20 +190,22 @@ class _Conv:
             group = c.let("int", "group", f"{block} / {self.blocks}")
             block = c.let("int", "part", f"{block} % {self.blocks}")
         c.let("int", "first", f"{block} * {tile.vectors}")
-        count = self.kernel.output_slices
+        count = kernel.output_slices
         c.let("int", "slice", f"{group} * {count} + first" if spec.groups > 1 else "first")
+        epilogue.read_numbers(c, spec)
         kind = "int4" if self.integer else "float4"
         for v in range(tile.vectors):
             c.let(kind, f"b{v}", c.load("bias", self._plus("slice", v)))
             for p in range(tile.pixels):
-                c.var(kind, f"a{p}_{v}", f"b{v}")
+                start = c.to_half4(c.constant(0.0)) if kernel.half_sums else f"b{v}"
+                c.var("half4" if kernel.half_sums else kind, f"a{p}_{v}", start)
                 if self.floating:
                     c.var("float4", f"f{p}_{v}", c.constant(0.0))
         self._inputs(group)
         if self.floating and self._at_once:
             self._flush(last=True)
         self._store(group)
-        return c.launch(range(len(self.kernel.operands())))
+        return c.launch(range(len(kernel.operands())))
 
     @property
     def _at_once(self) -> bool:
@@ -240,6 +249,8 @@ class _Conv:
             c.let("int", f"w{v}", f"({self._plus('slice', v)}) * {taps * depth * (1 if self.integer else 4)}")
         offset = f" + {group} * {self.kernel.inputs // units}" if group != "0" else ""
         zero = spec.x_zp if self.integer else 0
+        if zero and epilogue.numbered(spec) and (any(inside.values()) or not plain):
+            epilogue.read_padding(c, self.dot)
 
         def row(i: str) -> None:
             c.let("int", "iy", f"oy * {rows.stride} + {i} * {rows.dilation} - {rows.before}")
@@ -299,13 +310,24 @@ class _Conv:
         zero: int,
     ) -> None:
         """The products of slice `k` of the input channels, of which `lanes` exist, in row `i` of the window."""
-        c, columns, tile = self.c, self.columns, self.tile
-        kind = "uint" if self.dot else "float4"
-        padding = f"{(zero & 255) * 0x01010101}u" if self.dot else c.constant(zero)
+        c, spec, columns, tile = self.c, self.spec, self.columns, self.tile
+        kind = "uint" if self.dot else self.real
+        halves = self.kernel.half_sums
+        padding = c.to_half4(c.constant(zero)) if halves else c.constant(zero)
+        if epilogue.numbered(spec) and zero:
+            padding = "pad"
+        elif self.dot:
+            padding = f"{(zero & 255) * 0x01010101}u"
         at = k if self.whole_in else f"{k} * 4"
         for n, place in enumerate(places):
             index = f"line + {place * size} + {at}" if place else f"line + {at}"
-            value = c.load("x", index) if self.whole_in else c.load4("x", index, lanes, "0" if self.integer else "0.0f")
+            if halves and self.whole_in:
+                value = c.load_half4("x", index)
+            elif self.whole_in:
+                value = c.load("x", index)
+            else:
+                value = c.load4("x", index, lanes, "0" if self.integer else "0.0f")
+                value = c.to_half4(value) if halves else value
             if self.floating:
                 value = c.unpack_floats(value)
             tests = ([f"in{n}"] if inside[place] else []) + ([valid] if valid else [])
@@ -323,49 +345,53 @@ class _Conv:
                         c.let("float4", f"w{j}_{v}_{lane}", c.unpack_floats(f"w{j}_{v}.{LANES[lane]}"))
                 else:
                     for lane in range(lanes):
-                        c.let("float4", f"w{j}_{v}_{lane}", c.load("w", self._plus(f"w{v} + {step} * {per}", lane)))
+                        load = c.load_half4 if halves else c.load
+                        c.let(self.real, f"w{j}_{v}_{lane}", load("w", self._plus(f"w{v} + {step} * {per}", lane)))
             for lane in range(1 if self.dot else lanes):
                 for p in range(tile.pixels):
                     n = places.index(p * columns.stride + j * columns.dilation)
                     for v in range(tile.vectors):
                         acc = f"f{p}_{v}" if self.floating else f"a{p}_{v}"
                         if self.dot:
-                            for o in LANES:
-                                c.line(f"{acc}.{o} = {c.call('dot4', f'x{n}', f'w{j}_{v}.{o}', f'{acc}.{o}')};")
+                            c.line(f"{acc} = {c.call('dots', f'x{n}', f'w{j}_{v}', acc)};")
                         else:
                             c.line(f"{acc} += x{n}.{LANES[lane]} * w{j}_{v}_{lane};")
 
     def _store(self, group: str) -> None:
-        c, spec, tile, outputs = self.c, self.spec, self.tile, self.kernel.outputs
+        c, spec, tile = self.c, self.spec, self.tile
         names = epilogue.CONSTANT_NAMES[1 : 1 + len(spec.factors)]
+        factors: list[list[str]] = []
         for v in range(tile.vectors):
-            # Of the last block, slices that fill it up have no place.
-            ragged = self.used % tile.vectors != 0
-            with c.when([f"first + {v} < {self.used}"] if ragged and v else []):
-                factors = []
-                for name, dtype in zip(names, spec.factors, strict=True):
-                    kind = "int4" if dtype == "int32" else "float4"
-                    factors.append(c.let(kind, f"{name}{v}", c.load(name, self._plus("slice", v))))
-                for p in range(tile.pixels):
-                    tail = self.columns.out % tile.pixels != 0 and p > 0
-                    with c.when([f"ox + {p} < {self.columns.out}"] if tail else []):
-                        self._pixel(group, p, v, factors, outputs)
-
-    def _pixel(self, group: str, p: int, v: int, factors: list[str], outputs: int) -> None:
-        c, spec = self.c, self.spec
+            kinds = ["int4" if dtype == "int32" else "float4" for dtype in spec.factors]
+            each = zip(names, kinds, strict=True)
+            factors.append([c.let(k, f"{name}{v}", c.load(name, self._plus("slice", v))) for name, k in each])
         units = 4 if self.whole_out else 1
-        channel = self._plus("first", v) if self.whole_out else f"({self._plus('first', v)}) * 4"
+        channel = "first" if self.whole_out else "first * 4"
         if group != "0":
-            channel = f"{group} * {outputs // units} + {channel}"
-        pixel = f"(oy * {self.columns.out} + {self._plus('ox', p)})"
-        at = c.let("int", f"o{p}_{v}", f"{pixel} * {spec.co // units} + {channel}")
+            channel = f"{group} * {self.kernel.outputs // units} + {channel}"
+        # Of the last block, slices that fill it up have no place.
+        ragged = self.used % tile.vectors != 0
+        for p in range(tile.pixels):
+            tail = self.columns.out % tile.pixels != 0 and p > 0
+            with c.when([f"ox + {p} < {self.columns.out}"] if tail else []):
+                pixel = f"(oy * {self.columns.out} + {self._plus('ox', p)})"
+                at = c.let("int", f"o{p}", f"{pixel} * {spec.co // units} + {channel}")
+                for v in range(tile.vectors):
+                    with c.when([f"first + {v} < {self.used}"] if ragged and v else []):
+                        place = self._plus(at, v if self.whole_out else 4 * v)
+                        total = f"(b{v} + {c.floats(f'a{p}_{v}')})" if self.kernel.half_sums else f"a{p}_{v}"
+                        self._element(total, f"{p}_{v}", place, v, factors[v])
+
+    def _element(self, acc: str, name: str, at: str, v: int, factors: list[str]) -> None:
+        c, spec, outputs = self.c, self.spec, self.kernel.outputs
 
         def put(count: int) -> None:
             residual = None
             if spec.residual:
                 kind = spec.epilogue.residual_type(spec.dtype)
                 residual = epilogue.read(c, "r", kind, at, count, self.whole_out)
-            value = epilogue.finish(c, f"y{p}_{v}", f"a{p}_{v}", spec, factors, residual)
+            value = epilogue.finish(c, acc, spec, factors, residual, self.kernel.least)
+            value = value if self.whole_out else c.let(epilogue.kind_of(spec), f"y{name}", value)
             epilogue.write(c, "y", spec.out_type, at, value, count, self.whole_out)
 
         rest = outputs % 4
@@ -421,15 +447,12 @@ def fill(extents: Size, most: Size, items: int) -> Size:
 
 
 def _conv(spec: Conv2D, weights: Any, device: Device) -> Conv | None:
-    """None for WGSL's int8 in other than whole words, and for types without kernel."""
+    """None for types without kernel."""
     if spec.dtype not in ("float32", "float16", "int8"):
-        return None
-    words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
-    if device.api != "opencl" and words and (spec.co // spec.groups) % 4:
         return None
     # WGSL has dot products of words; what they become is the driver's choice.
     dot = spec.dtype == "int8" and (device.api != "opencl" or bool(device.dot))
-    return Conv(spec, tiles_of(spec, device)[0], dot)
+    return Conv(spec, tiles_of(spec, device)[0], dot, epilogue.least_shift(weights))
 
 
 def _coded(spec: CodedConv2D, weights: Any, device: Device) -> CodedConv:

@@ -28,10 +28,15 @@ HELD = 9
 
 @dataclass(frozen=True)
 class DepthwiseConv(GpuKernel):
-    """`Depthwise`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too."""
+    """`Depthwise`. Operands: x, weights, bias, [m, [shift]], [residual], y. bias is float32 for float16, too.
+
+    least: see `epilogue.finish`. half_sums: of float16.
+    """
 
     spec: Depthwise
     tile: Tile
+    least: int = 1
+    half_sums: bool = False
 
     name: ClassVar[str] = "depthwise"
 
@@ -70,6 +75,9 @@ class DepthwiseConv(GpuKernel):
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
         return (_Depthwise(self, device).launch(),)
+
+    def with_half_sums(self) -> DepthwiseConv:
+        return replace(self, half_sums=self.spec.dtype == "float16")
 
     def variants(self, device: Device) -> tuple[tuple[Launch, ...], ...]:
         return tuple(replace(self, tile=t).launches(device) for t in first_of(self.tile, tiles_of(self.spec, device)))
@@ -141,12 +149,17 @@ class _Depthwise:
     def _body(self, channels: int) -> None:
         """The whole work item, for a slice of so many channels."""
         c, spec, tile, (rows, columns) = self.c, self.spec, self.tile, (self.rows, self.columns)
-        kind = "float4"
-        c.let("int4" if self.integer else kind, "b", c.load("bias", "slice"))
+        halves = self.kernel.half_sums
+        kind = "half4" if halves else "float4"
+        c.let("int4" if self.integer else "float4", "b", c.load("bias", "slice"))
+        nothing = c.to_half4(c.constant(0.0)) if halves else c.constant(0.0)
         for q in range(tile.rows):
             for p in range(tile.pixels):
-                c.var(kind, f"a{q}_{p}", c.constant(0.0) if self.integer else "b")
-        zero = c.constant(spec.x_zp if self.integer else 0.0)
+                c.var(kind, f"a{q}_{p}", nothing if self.integer or halves else "b")
+        epilogue.read_numbers(c, spec)
+        zero = c.constant(spec.x_zp) if self.integer else nothing
+        if self.integer and spec.x_zp and epilogue.numbered(spec):
+            zero = epilogue.read_padding(c, False)
         held = self.kernel.taps <= HELD
         if held:
             for tap in range(self.kernel.taps):
@@ -162,7 +175,7 @@ class _Depthwise:
                 c.let("int", "line", f"((iy + {line}) * {columns.size} + ix) * {self.size} + slice{self._scaled}")
                 for n, (place, users) in enumerate(places.items()):
                     index = f"line + {place * self.size}" if place else "line"
-                    value = self._read("x", spec.dtype, index, channels, floats=True)
+                    value = self._read("x", spec.dtype, index, channels, factor=True)
                     tests = [t for t in (column_in.get(place), None if skip else test) if t]
                     c.let(kind, f"x{n}", c.pick(" && ".join(tests), value, zero) if tests else value)
                     if held:
@@ -180,18 +193,22 @@ class _Depthwise:
         return "" if self.whole else " * 4"
 
     def _weight(self, tap: int) -> str:
-        value = self.c.load("w", f"slice + {tap * self.slices}" if tap else "slice")
+        index = f"slice + {tap * self.slices}" if tap else "slice"
+        value = self.c.load_half4("w", index) if self.kernel.half_sums else self.c.load("w", index)
         return self.c.unpack_floats(value) if self.integer else value
 
-    def _read(self, buffer: str, dtype: str, index: str, channels: int, floats: bool = False) -> str:
-        c = self.c
+    def _read(self, buffer: str, dtype: str, index: str, channels: int, factor: bool = False) -> str:
+        """Four channels, as what is multiplied where they are a `factor`."""
+        c, halves = self.c, factor and self.kernel.half_sums
+        if self.whole and halves:
+            return c.load_half4(buffer, index)
         if self.whole:
             value = c.load(buffer, index)
         else:
             value = c.load4(buffer, index, channels, "0" if dtype == "int8" else "0.0f")
         if dtype != "int8":
-            return value
-        return c.unpack_floats(value) if floats else c.unpack(value)
+            return c.to_half4(value) if halves else value
+        return c.unpack_floats(value) if factor else c.unpack(value)
 
     def _multiply(self, row_users: Any, users: Any, value: str, prefix: str | None) -> None:
         for q, i in row_users:
@@ -216,7 +233,10 @@ class _Depthwise:
                         if spec.residual:
                             residual = self._read("r", spec.epilogue.residual_type(spec.dtype), at, channels)
                         total = f"(b + {c.whole(f'a{q}_{p}')})" if self.integer else f"a{q}_{p}"
-                        value = epilogue.finish(c, f"y{q}_{p}", total, spec, factors, residual)
+                        if self.kernel.half_sums:
+                            total = f"(b + {c.floats(f'a{q}_{p}')})"
+                        value = epilogue.finish(c, total, spec, factors, residual, self.kernel.least)
+                        value = value if self.whole else c.let(epilogue.kind_of(spec), f"y{q}_{p}", value)
                         epilogue.write(c, "y", spec.out_type, at, value, channels, self.whole)
 
 
@@ -232,13 +252,10 @@ def tiles_of(spec: Depthwise, device: Device) -> list[Tile]:
 
 
 def _depthwise(spec: Depthwise, weights: Any, device: Device) -> DepthwiseConv | None:
-    """None for WGSL's int8 in other than whole words, for huge windows, and for types without kernel."""
+    """None for huge windows, and for types without kernel."""
     if spec.dtype not in ("float32", "float16", "int8") or spec.kernel[0] * spec.kernel[1] > EXACT:
         return None
-    words = spec.out_type == "int8" or spec.epilogue.residual_type(spec.dtype) == "int8"
-    if device.api != "opencl" and words and spec.c % 4:
-        return None
-    return DepthwiseConv(spec, tiles_of(spec, device)[0])
+    return DepthwiseConv(spec, tiles_of(spec, device)[0], epilogue.least_shift(weights))
 
 
 RULES: dict[type, Callable[..., GpuKernel | None]] = {Depthwise: _depthwise}

@@ -2,15 +2,16 @@
 
 Expressions that both languages spell alike (arithmetic, comparisons, swizzles, calls of `min`, `exp`...) are written as
 they are; `Code` writes what differs: types, declarations, loops, buffers, conversions. Arithmetic is done on "float4",
-"int4", "float" and "int"; four int8 codes travel as one word of kind "uint". float16 is a type of memory only, and is
-computed with in float32: OpenCL's `vload_half` does that without any extension.
+"int4", "float" and "int"; four int8 codes travel as one word of kind "uint". float16 is a type of memory, computed with
+in float32: OpenCL's `vload_half` does that without any extension. Kernels that are asked to sum in float16 use "half4",
+which is float4 on OpenCL devices without that extension.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,14 +27,15 @@ MOST_GROUPS = 65535
 WGSL_KINDS = {
     "float": "f32",
     "float4": "vec4<f32>",
+    "half4": "vec4<f16>",
     "int": "i32",
     "int4": "vec4<i32>",
     "uint": "u32",
     "uint4": "vec4<u32>",
     "bool": "bool",
 }
-# Types of memory by (element type, elements). int8 in words; OpenCL also reads single codes, WGSL takes them out of
-# words, and cannot write one code without its neighbours.
+# Types of memory by (element type, elements). int8 in words; OpenCL also has single codes, WGSL takes them out of words
+# and puts them into words by atomic operations.
 OPENCL_MEMORY = {
     ("float32", 1): "float",
     ("float32", 4): "float4",
@@ -57,7 +59,9 @@ WGSL_MEMORY = {
     ("int8", 16): "vec4<u32>",
 }
 
-# Functions that kernels may need, by name. All OpenCL kernels of a model stand in one file, hence the guards.
+# Shifts from here on need the high half of a product of 32 bits only.
+FAR = 33
+# Functions that kernels may need, by name. They stand before all OpenCL kernels of a model, once.
 # erf: Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 _HORNER = "t * ({}f + t * ({}f + t * ({}f + t * ({}f + t * {}f))))".format(*_ERF)
@@ -69,9 +73,10 @@ static inline float4 edgec_erf(float4 x) {{
   return copysign(y, x);
 }}
 """,
-    # Dot product of four int8 codes and sum: the built-ins of Arm, Khronos and Qualcomm, or products of short numbers.
+    # Dot products of four int8 codes with those of four outputs, and sums: the built-ins of Arm, Khronos and Qualcomm,
+    # or products of short numbers.
     # Qualcomm's multiplies signed by unsigned bytes: one operand moves up by 128, and the sum of the other comes off.
-    "dot4": """\
+    "dots": """\
 #if defined(cl_arm_integer_dot_product_accumulate_int8)
 #pragma OPENCL EXTENSION cl_arm_integer_dot_product_accumulate_int8 : enable
 #define edgec_dot4(a, b, c) arm_dot_acc(as_char4(a), as_char4(b), c)
@@ -91,8 +96,35 @@ static inline int edgec_dot4(uint a, uint b, int c) {
   return c + p.x + p.y + p.z + p.w;
 }
 #endif
+static inline int4 edgec_dots(uint a, uint4 b, int4 c) {
+  return (int4)(edgec_dot4(a, b.x, c.x), edgec_dot4(a, b.y, c.y), edgec_dot4(a, b.z, c.z), edgec_dot4(a, b.w, c.w));
+}
 """,
-    # Specification 1.9, RQ1, saturated to int32.
+    # float16 where the device computes in it.
+    "half4": """\
+#ifdef cl_khr_fp16
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+typedef half4 edgec_half4;
+#define edgec_load_half4(i, p) vload4(i, p)
+#define edgec_to_half4(x) convert_half4(x)
+#else
+typedef float4 edgec_half4;
+#define edgec_load_half4(i, p) vloada_half4(i, p)
+#define edgec_to_half4(x) (x)
+#endif
+""",
+    "codes": """\
+static inline float4 edgec_codes(uint word) {
+  return convert_float4(as_char4(word));
+}
+""",
+    # Specification 1.9, RQ1, for shifts from 33 on: neither the low half of the product nor an overflow matter.
+    "rq1_far": """\
+static inline int4 edgec_rq1_far(int4 acc, int4 m, int4 shift) {
+  return (mul_hi(acc, m) + ((int4)(1) << (shift - 33))) >> (shift - 32);
+}
+""",
+    # The same for all shifts, saturated to int32.
     "rq1": """\
 static inline int4 edgec_rq1(int4 acc, int4 m, int4 shift) {
   const long4 bits = convert_long4(shift);
@@ -108,9 +140,25 @@ fn edgec_erf(x: vec4<f32>) -> vec4<f32> {{
   return sign(x) * (1.0f - {_HORNER} * exp(-a * a));
 }}
 """,
-    "dot4": """\
-fn edgec_dot4(a: u32, b: u32, c: i32) -> i32 {
-  return c + dot4I8Packed(a, b);
+    "dots": """\
+fn edgec_dots(a: u32, b: vec4<u32>, c: vec4<i32>) -> vec4<i32> {
+  return c + vec4<i32>(dot4I8Packed(a, b.x), dot4I8Packed(a, b.y), dot4I8Packed(a, b.z), dot4I8Packed(a, b.w));
+}
+""",
+    "codes": """\
+fn edgec_codes(word: u32) -> vec4<f32> {
+  return vec4<f32>(unpack4xI8(word));
+}
+""",
+    # The high half of the product: H. S. Warren, Hacker's Delight, 2nd edition, figure 8-2.
+    "rq1_far": """\
+fn edgec_rq1_far(acc: vec4<i32>, m: vec4<i32>, shift: vec4<i32>) -> vec4<i32> {
+  let word = vec4<i32>(65535);
+  let low = acc & word;
+  let bits = vec4<u32>(16u);
+  let t = (acc >> bits) * (m & word) + vec4<i32>((vec4<u32>(low) * vec4<u32>(m & word)) >> bits);
+  let high = (acc >> bits) * (m >> bits) + (t >> bits) + ((low * (m >> bits) + (t & word)) >> bits);
+  return (high + (vec4<i32>(1) << vec4<u32>(shift - 33))) >> vec4<u32>(shift - 32);
 }
 """,
     # Without 64-bit integers: the magnitude of the product in two halves, its sign, the rounding and the shift.
@@ -148,6 +196,16 @@ fn edgec_rq1(acc: vec4<i32>, m: vec4<i32>, shift: vec4<i32>) -> vec4<i32> {
 }
 """,
 }
+
+
+# Work items write codes of one word: each leaves those of the others as they are.
+WGSL_PUT = """\
+fn edgec_put_{0}(at: i32, value: i32) {{
+  let shift = u32(at & 3) * 8u;
+  atomicAnd(&{0}[at >> 2u], ~(255u << shift));
+  atomicOr(&{0}[at >> 2u], (u32(value) & 255u) << shift);
+}}
+"""
 
 
 @dataclass(frozen=True)
@@ -198,7 +256,8 @@ class Code:
             )
         self._lines: list[str] = []
         self._shared: list[str] = []
-        self._helpers: dict[str, None] = {}
+        # Texts of the functions that are called, by name.
+        self._functions: dict[str, str] = {}
         self._depth = 1
         self._where = {b.name: b for b in buffers}
 
@@ -213,15 +272,20 @@ class Code:
         self._lines.append("  " * self._depth + text)
 
     def type(self, kind: str) -> str:
+        if self.opencl and kind == "half4":
+            self._functions["half4"] = OPENCL_HELPERS["half4"]
+            return "edgec_half4"
         return kind if self.opencl else WGSL_KINDS[kind]
 
     def let(self, kind: str, name: str, value: str) -> str:
         """A value that does not change. WGSL knows its type, and texts are short."""
+        kind = self.type(kind) if self.opencl else kind
         self.line(f"const {kind} {name} = {value};" if self.opencl else f"let {name} = {value};")
         return name
 
     def var(self, kind: str, name: str, value: str) -> str:
-        self.line(f"{kind} {name} = {value};" if self.opencl else f"var {name}: {self.type(kind)} = {value};")
+        kind = self.type(kind) if self.opencl else kind
+        self.line(f"{kind} {name} = {value};" if self.opencl else f"var {name} = {value};")
         return name
 
     @contextmanager
@@ -290,7 +354,7 @@ class Code:
         return f"{name}[{index}]"
 
     def store(self, name: str, index: str, value: str) -> None:
-        """Write what `load` reads; codes in single elements must be in -128..127 (OpenCL only)."""
+        """Write what `load` reads; codes in single elements must be in -128..127, and not be read by the kernel."""
         buffer = self._where[name]
         if buffer.dtype == "float16":
             if self.opencl:
@@ -300,7 +364,9 @@ class Code:
             value = f"{'vec4<f16>' if buffer.lanes == 4 else 'f16'}({value})"
         elif buffer.dtype == "int8" and buffer.lanes == 1:
             if not self.opencl:
-                raise ValueError("WGSL writes codes in words of four")
+                self._functions[f"put_{name}"] = WGSL_PUT.format(name)
+                self.line(f"edgec_put_{name}({index}, {value});")
+                return
             value = f"(char)({value})"
         self.line(f"{name}[{index}] = {value};")
 
@@ -332,8 +398,25 @@ class Code:
             return f"select({otherwise}, {then}, {condition})"
         return f"(({condition}) ? {then} : {otherwise})"
 
+    def load_half4(self, name: str, index: str) -> str:
+        """Element `index` of a buffer of four halves as half4."""
+        return f"edgec_load_half4({index}, {name})" if self.opencl else f"{name}[{index}]"
+
+    def to_half4(self, value: str) -> str:
+        """A float4 as half4."""
+        return f"edgec_to_half4({value})" if self.opencl else f"vec4<f16>({value})"
+
     def floats(self, value: str) -> str:
+        """int4 or half4 as float4."""
         return f"convert_float4({value})" if self.opencl else f"vec4<f32>({value})"
+
+    def real(self, value: str) -> str:
+        """An int as a float."""
+        return f"(float){value}" if self.opencl else f"f32({value})"
+
+    def truncated(self, value: str) -> str:
+        """A float as an int, towards zero."""
+        return f"(int){value}" if self.opencl else f"i32({value})"
 
     def ints(self, value: str) -> str:
         """Nearest integers, halves to even, of values within int32."""
@@ -345,7 +428,7 @@ class Code:
 
     def unpack_floats(self, word: str) -> str:
         """Four codes as float4."""
-        return f"convert_float4(as_char4({word}))" if self.opencl else f"vec4<f32>(unpack4xI8({word}))"
+        return self.call("codes", word)
 
     def whole(self, value: str) -> str:
         """A float4 of integers within int32 as int4."""
@@ -357,8 +440,33 @@ class Code:
 
     def call(self, helper: str, *arguments: str) -> str:
         """A call of a function of OPENCL_HELPERS."""
-        self._helpers[helper] = None
+        self._functions[helper] = (OPENCL_HELPERS if self.opencl else WGSL_HELPERS)[helper]
         return f"edgec_{helper}({', '.join(arguments)})"
+
+    def define(
+        self, stem: str, kind: str, parameters: Sequence[tuple[str, str]], body: Callable[[], str]
+    ) -> Callable[..., str]:
+        """A function for what a kernel does at many places: calls of the result are calls of it, as expressions.
+
+        parameters: (kind, name); body writes statements and gives the result, of `kind`.
+        """
+        lines, depth, self._lines, self._depth = self._lines, self._depth, [], 1
+        self.line(f"return {body()};")
+        inner, self._lines, self._depth = "\n".join(self._lines), lines, depth
+        if self.opencl:
+            listed = ", ".join(f"{k} {n}" for k, n in parameters)
+            head = f"static inline {kind} edgec_@@({listed}) {{\n"
+        else:
+            listed = ", ".join(f"{n}: {self.type(k)}" for k, n in parameters)
+            head = f"fn edgec_@@({listed}) -> {self.type(kind)} {{\n"
+        text = head + inner + "\n}\n"
+        name = f"{stem}_{hashlib.sha1(text.encode()).hexdigest()[:8]}"
+        self._functions[name] = text.replace("@@", name)
+        return lambda *arguments: f"edgec_{name}({', '.join(arguments)})"
+
+    def requantised(self, acc: str, m: str, shift: str, least: int) -> str:
+        """RQ1 of int4, for factors below 2^31; least: no shift is below."""
+        return self.call("rq1_far" if least >= FAR else "rq1", acc, m, shift)
 
     # -- the whole -----------------------------------------------------------------------------------------------------
 
@@ -366,13 +474,10 @@ class Code:
         """The kernel and how to start it. arguments: operand of each buffer."""
         text = self._opencl_text() if self.opencl else self._wgsl_text()
         name = f"{self.stem}_{hashlib.sha1(text.encode()).hexdigest()[:10]}"
-        return Launch(name, text.replace("@NAME@", name), tuple(arguments), self.grid, self.group)
+        text, helpers = text.replace("@NAME@", name), tuple(self._functions.items())
+        return Launch(name, text, tuple(arguments), self.grid, self.group, helpers)
 
     def _opencl_text(self) -> str:
-        parts = []
-        for helper in self._helpers:
-            guard = f"EDGEC_{helper.upper()}"
-            parts.append(f"#ifndef {guard}\n#define {guard}\n{OPENCL_HELPERS[helper]}#endif\n")
         pointers = []
         for b in self.buffers:
             const = "" if b.written else "const "
@@ -380,7 +485,7 @@ class Code:
             pointers.append(f"__global {const}{OPENCL_MEMORY[b.dtype, b.lanes]}* {restrict}{b.name}")
         size = ", ".join(map(str, self.group))
         head = f"__kernel __attribute__((reqd_work_group_size({size})))\nvoid @NAME@({', '.join(pointers)}) {{\n"
-        return "".join(parts) + head + "\n".join([*self._shared, *self._lines]) + "\n}\n"
+        return head + "\n".join([*self._shared, *self._lines]) + "\n}\n"
 
     def _wgsl_text(self) -> str:
         parts = []
@@ -388,10 +493,10 @@ class Code:
             parts.append("enable f16;\n")
         for number, b in enumerate(self.buffers):
             access = "read_write" if b.written else "read"
-            element = WGSL_MEMORY[b.dtype, b.lanes]
+            bytewise = b.written and (b.dtype, b.lanes) == ("int8", 1)
+            element = "atomic<u32>" if bytewise else WGSL_MEMORY[b.dtype, b.lanes]
             parts.append(f"@group(0) @binding({number}) var<storage, {access}> {b.name}: array<{element}>;\n")
         parts += [line + "\n" for line in self._shared]
-        parts += [WGSL_HELPERS[helper] for helper in self._helpers]
         size = ", ".join(map(str, self.group))
         builtins = [("gid", "global_invocation_id"), ("lid", "local_invocation_id")]
         body = "\n".join(self._lines)

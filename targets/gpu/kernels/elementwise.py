@@ -120,7 +120,7 @@ class Walk:
         return c.launch(arguments)
 
 
-def _flat(shape: Shape) -> Shape:
+def flat(shape: Shape) -> Shape:
     """All elements as one axis, or two where one dispatch's first axis does not hold them."""
     n = elements(shape)
     if n <= MOST_ELEMENTS:
@@ -151,7 +151,7 @@ class Pair(GpuKernel):
         s = self.spec
         shape, sources = merged_axes(broadcast_shape(s.a, s.b), [s.a, s.b])
         if len(shape) == 1 and sources[0] == sources[1]:
-            shape = _flat(shape)
+            shape = flat(shape)
             sources = [shape, shape]
         inputs = [(name, steps_of(source), "int8") for name, source in zip("ab", sources, strict=True)]
         walk = Walk(device, s.name, shape, inputs, "int8", self.inplace)
@@ -169,7 +169,7 @@ class Pair(GpuKernel):
 
 def rescaled(c: Code, acc: str, spec: Any) -> str:
     """clamp(RQ1(acc) + zy, lo, hi)."""
-    code = c.call("rq1", acc, c.splat("int4", str(spec.m)), c.splat("int4", str(spec.shift)))
+    code = c.requantised(acc, c.splat("int4", str(spec.m)), c.splat("int4", str(spec.shift)), spec.shift)
     return epilogue.clamped(c, code, spec.zy, spec.lo, spec.hi)
 
 
@@ -197,7 +197,7 @@ class Single(GpuKernel):
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
         s = self.spec
-        shape = _flat(s.shape)
+        shape = flat(s.shape)
         source, target = self._types
         walk = Walk(device, s.name, shape, [("x", steps_of(shape), source)], target, self.inplace)
         c = walk.c
@@ -205,7 +205,8 @@ class Single(GpuKernel):
         def compute(count: int) -> str:
             value = walk.read("x", count)
             if isinstance(s, Quantize):
-                return epilogue.quantised(c, "code", value, s.scale, s.zero_point)
+                numbers = [literal(float(n)) for n in epilogue.grid_of(s.scale, s.zero_point)]
+                return epilogue.quantised(c, value, c.let("float4", "grid", c.vec("float4", numbers)))
             zero = s.zx if isinstance(s, QRescale) else s.zero_point
             less = f"{value} - {c.splat('int4', str(zero))}"
             return rescaled(c, less, s) if isinstance(s, QRescale) else f"{literal(s.scale)} * {c.floats(less)}"
@@ -245,7 +246,7 @@ class LookUp(GpuKernel):
         outer, channels, inner = self._sizes
         # Channels are the last axis of activations in most networks.
         shape = (outer, channels) if inner == 1 else (outer, channels, inner)
-        shape = _flat(self.spec.shape) if channels == 1 else shape
+        shape = flat(self.spec.shape) if channels == 1 else shape
         walk = Walk(device, "lut", shape, [("x", steps_of_all(shape), "int8")], "int8")
         # The walk declares buffers for what it reads by its index; the table is read by value.
         c = walk.c
@@ -292,41 +293,16 @@ class Permute(GpuKernel):
         return (walk.launch(lambda count: walk.read("x", count), (0, 1)),)
 
 
-def _odd(shape: Sequence[int], device: Device) -> bool:
-    """Whether a result of codes is one that WGSL cannot write."""
-    return device.api != "opencl" and bool(shape) and shape[-1] % 4 != 0
-
-
-def _pair(spec: QAdd | QMul, weights: Any, device: Device) -> Pair | None:
-    shape, _ = merged_axes(broadcast_shape(spec.a, spec.b), [spec.a, spec.b])
-    return None if _odd(shape, device) else Pair(spec)
-
-
-def _single(spec: QRescale | Quantize | Dequantize, weights: Any, device: Device) -> Single | None:
-    codes = not isinstance(spec, Dequantize)
-    return None if codes and _odd(_flat(spec.shape), device) else Single(spec)
-
-
-def _look_up(spec: QLut, weights: Any, device: Device) -> LookUp | None:
-    kernel = LookUp(spec)
-    _, channels, inner = kernel._sizes
-    return None if _odd((channels if inner == 1 else inner,), device) else kernel
-
-
 def _permute(spec: Transpose, weights: Any, device: Device) -> Permute | None:
-    shape, permutation = spec.merged()
-    if spec.dtype not in ("int8", "float32", "float16"):
-        return None
-    last = shape[permutation[-1]] if shape else 1
-    return None if spec.dtype == "int8" and _odd((last,), device) else Permute(spec)
+    return Permute(spec) if spec.dtype in ("int8", "float32", "float16") else None
 
 
 RULES: dict[type, Callable[..., GpuKernel | None]] = {
-    QAdd: _pair,
-    QMul: _pair,
-    QRescale: _single,
-    Quantize: _single,
-    Dequantize: _single,
-    QLut: _look_up,
+    QAdd: lambda spec, weights, device: Pair(spec),
+    QMul: lambda spec, weights, device: Pair(spec),
+    QRescale: lambda spec, weights, device: Single(spec),
+    Quantize: lambda spec, weights, device: Single(spec),
+    Dequantize: lambda spec, weights, device: Single(spec),
+    QLut: lambda spec, weights, device: LookUp(spec),
     Transpose: _permute,
 }

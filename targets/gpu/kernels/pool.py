@@ -87,7 +87,7 @@ def averaged(c: Code, spec: Any, total: str, taps: str) -> str:
     if q is None:
         return f"{total} * {literal(1.0 / spec.taps)}"
     less = f"{total} - {c.splat('int4', f'{taps} * {q.x_zp}')}" if q.x_zp else total
-    scaled = c.call("rq1", less, c.splat("int4", str(q.m)), c.splat("int4", str(q.shift)))
+    scaled = c.requantised(less, c.splat("int4", str(q.m)), c.splat("int4", str(q.shift)), q.shift)
     return epilogue.clamped(c, scaled, q.y_zp, q.lo, q.hi)
 
 
@@ -158,8 +158,8 @@ class GlobalMean(GpuKernel):
 
 
 def _pool(spec: AvgPool | MaxPool, weights: Any, device: Device) -> GpuKernel | None:
-    """None for WGSL's int8 in other than whole words, and for types without kernel."""
-    if spec.dtype not in LEAST or (device.api != "opencl" and spec.dtype == "int8" and spec.c % 4):
+    """None for types without kernel."""
+    if spec.dtype not in LEAST:
         return None
     whole = spec.kernel == (spec.h, spec.w) and not any(spec.padding) and spec.dilation == (1, 1)
     return GlobalMean(spec) if whole and isinstance(spec, AvgPool) else Pool(spec)
