@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fft, nn
 
 from edgec.cost import program_cost
+from edgec.data import random_data
 from edgec.errors import EdgecError
 from edgec.frontend import load_model
 from edgec.lowering.lower import kernel_bindings, lower
@@ -151,21 +152,29 @@ def test_gradients_are_those_of_pytorch() -> None:
 def test_every_pass_survives_a_recurrent_model(name: str) -> None:
     torch.manual_seed(0)
     program = load_model(Cells().eval(), input_shape=(1, 12, 8))
-    samples = [(torch.rand(8, 12, 8, generator=torch.Generator().manual_seed(i)),) for i in range(2)]
     cls = load_pass(name)
     fields = getattr(cls, "__dataclass_fields__", {})
     step = cls(**{k: v for k, v in {"steps": 2, "epochs": 1}.items() if k in fields})
-    context = Context(calibration=samples, teacher=program, seed=0)  # type: ignore[arg-type]
+    context = Context(calibration=random_data(program.inputs, 16, seed=1), teacher=program, seed=0)
     try:
         after = step.run(program, context)
     except EdgecError as error:
         # A pass may have nothing to do here, which it says in one line.
         assert "\n" not in str(error)
         return
-    (x,) = samples[0]
+    x = torch.rand(8, 12, 8, generator=torch.Generator().manual_seed(0))
     cosine = F.cosine_similarity(after(x)[0].flatten(), program(x)[0].flatten(), 0)
     assert cosine > 0.9 or not cls.faithful
     assert sum(n.target in RECURRENT for n in after.graph.nodes) == 1
+
+
+@pytest.mark.pure
+def test_int8_leaves_the_recurrence_in_float_and_says_so() -> None:
+    program = load_model(Cells().eval(), input_shape=(1, 12, 8))
+    context = Context(calibration=random_data(program.inputs, 16, seed=1), teacher=program, seed=0)
+    after = load_pass("quantize-int8")().run(program, context)
+    assert sum(n.target in RECURRENT for n in after.graph.nodes) == 1
+    assert [s.what for s in context.skipped if s.layer == "lstm.hh_l0"] == ["lstm"]
 
 
 # -- complex numbers, control flow, weights from weights ---------------------------------------------------------------
@@ -209,10 +218,16 @@ def scan(x: torch.Tensor) -> torch.Tensor:
 
 MAP = (1, 3, 6, 7)
 CASES: dict[str, tuple[Any, ...]] = {
-    "global filter": (lambda x, w: fft.irfft2(fft.rfft2(x, norm="ortho") * w, s=(6, 7), norm="ortho"), MAP)
-    + (rand(3, 6, 4, dtype=torch.cfloat),),
-    "filter of real weights": (lambda x, w: fft.irfft2(fft.rfft2(x) * torch.view_as_complex(w), s=(6, 7)), MAP)
-    + (rand(3, 6, 4, 2),),
+    "global filter": (
+        lambda x, w: fft.irfft2(fft.rfft2(x, norm="ortho") * w, s=(6, 7), norm="ortho"),
+        MAP,
+        rand(3, 6, 4, dtype=torch.cfloat),
+    ),
+    "filter of real weights": (
+        lambda x, w: fft.irfft2(fft.rfft2(x) * torch.view_as_complex(w), s=(6, 7)),
+        MAP,
+        rand(3, 6, 4, 2),
+    ),
     "mixing of tokens": (lambda x: fft.fft(fft.fft(x, dim=-1), dim=-2).real, (1, 5, 8)),
     "all axes": (lambda x: torch.view_as_real(fft.fftn(x, dim=(1, 2, 3), norm="forward")), MAP),
     "cut and filled": (lambda x: torch.view_as_real(fft.ifft(torch.complex(x, x.flip(-1)), n=9, dim=2)), MAP),
@@ -230,6 +245,11 @@ CASES: dict[str, tuple[Any, ...]] = {
     "quotient": (lambda x: (fft.fft(x) / (fft.fft(x).abs() + 1)).imag, (1, 4, 8)),
     "shifted": (lambda x: fft.fftshift(fft.fft2(x), dim=(-2, -1)).abs(), MAP),
     "while": (while_loop, (1, 8)),
+    "early answer": (
+        lambda x, w: torch.cond((x @ w).amax() > 0.5, lambda x: x.clone(), lambda x: x.sin() @ w, (x,)),
+        (1, 8),
+        rand(8, 8),
+    ),
     "scan": (scan, (1, 6, 8)),
     "cond": (lambda x: torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (x,)), (1, 8)),
     "standardised weight": (
@@ -358,6 +378,29 @@ def test_names_reach_the_bundle(tmp_path: Path) -> None:
     # Any batch: one sample after the other.
     ids, mask = torch.tensor([[0, 1, 2], [3, 2, 1], [1, 1, 0]]), torch.tensor([[1, 1, 0]] * 3, dtype=torch.uint8)
     assert errors(outputs(bundle.run(ids.numpy(), mask.numpy())), program(ids, mask)) < 1e-6
+
+
+class Taken(nn.Module):
+    """Names that torch's graph modules have for themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("graph", torch.rand(4, 4))
+        self.code, self.meta = nn.Parameter(torch.rand(4)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.meta(x @ self.graph + self.code)
+
+
+@pytest.mark.pure
+def test_weights_may_have_any_name(tmp_path: Path) -> None:
+    model, x = Taken(), torch.rand(1, 4)
+    exported = torch.export.export(model, (x,))
+    torch.export.save(exported, tmp_path / "model.pt2")
+    for form in (model, exported, str(tmp_path / "model.pt2")):
+        program = load_model(form, input_shape=(1, 4) if form is model else None)
+        assert torch.equal(program(x)[0], model(x))
+        assert {"graph_", "code_"} <= set(program.weights())
 
 
 @pytest.mark.pure

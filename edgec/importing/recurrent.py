@@ -43,17 +43,17 @@ PACKED = (
     "packed sequences are not supported",
     "pass the padded tensor to the recurrent layer and mask what comes behind the end of a sequence",
 )
-REFUSED: dict[Any, tuple[str, str]] = {
-    overload: PACKED
-    for overload in (
+REFUSED: dict[Any, tuple[str, str]] = dict.fromkeys(
+    (
         aten.lstm.data,
         aten.gru.data,
         aten.rnn_tanh.data,
         aten.rnn_relu.data,
         aten._pack_padded_sequence.default,
         aten._pad_packed_sequence.default,
-    )
-}
+    ),
+    PACKED,
+)
 
 
 def _is_zero(node: Any) -> bool:

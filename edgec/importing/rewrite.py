@@ -96,7 +96,7 @@ def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ..
         sizes = [2 if axis in dynamic else int(size) for axis, size in enumerate(value.shape)]
         real = value.dtype.is_floating_point
         inputs.append(torch.rand(sizes, dtype=value.dtype) if real else torch.zeros(sizes, dtype=value.dtype))
-        shapes.append({0: dim} if dynamic == [0] else {axis: torch.export.Dim.AUTO for axis in dynamic})
+        shapes.append({0: dim} if dynamic == [0] else dict.fromkeys(dynamic, torch.export.Dim.AUTO))
     return tuple(inputs), tuple(shapes) if any(shapes) else None
 
 

@@ -537,7 +537,7 @@ def _stored_value(node: Any, constants: Weights, weight: Any) -> np.ndarray | No
     raise EdgecError(
         f"{node.target} has a weight that is computed when the model runs",
         where=f"layer {layer_of(node)}",
-        hint="remove the parametrisation of the weight before exporting, e.g. torch.nn.utils.parametrize.remove_parametrizations",
+        hint="take the parametrisation off before exporting: torch.nn.utils.parametrize.remove_parametrizations",
     )
 
 
