@@ -26,6 +26,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from edgec.errors import EdgecError
+from edgec.importing.names import drop_assertions, rename_taken
+from edgec.importing.recurrent import shapes_only
 from edgec.importing.rewrite import rewrite
 from edgec.importing.stored import fold_stored, stored_nodes
 from edgec.origin import first_line, place, source_line, user_frame
@@ -84,7 +86,8 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
         return _from_text(str(model), input_shape, name)
     if isinstance(model, torch.export.ExportedProgram):
         # Import edits graphs in place, and this one is the user's.
-        return _checked(copy.deepcopy(model), _unguarded(model), name or "model")
+        exported = rename_taken(copy.deepcopy(model))
+        return _checked(exported, _unguarded(exported), name or "model")
     if isinstance(model, nn.Module):
         return _from_module(model, _example(model, input_shape), name or type(model).__name__.lower())
     raise EdgecError(f"is a {type(model).__name__}", where="model", hint=f"give an nn.Module or {FORMS[5:]}")
@@ -116,7 +119,7 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
             raise EdgecError("does not exist", where=text, hint=FORMS)
         if input_shape is not None:
             raise EdgecError("a .pt2 file has fixed input shapes", where="--input-shape", hint="leave it out")
-        exported = load_pt2(path)
+        exported = rename_taken(load_pt2(path))
         return _checked(exported, _unguarded(exported), name or path.stem)
     made, examples = _made(text, input_shape)
     return _from_module(made, examples, name or text.rpartition(":")[2])
@@ -145,13 +148,18 @@ def _made(text: str, input_shape: Sequence[int] | None) -> tuple[nn.Module, tupl
         made, examples = _by_name(made, examples, text), tuple(examples.values())
     if not isinstance(examples, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in examples):
         raise EdgecError(
-            "returned example inputs that are not tensors", where=text, hint="return (module, x), (module, (x, y)) or (module, {'name': x})"
+            "returned example inputs that are not tensors",
+            where=text,
+            hint="return (module, x), (module, (x, y)) or (module, {'name': x})",
         )
     return made, tuple(examples)
 
 
 class _ByName(nn.Module):
     """A module whose inputs are given by position instead of by name; it has the same parts under the same names."""
+
+    run: TensorFunction
+    names: list[str]
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
@@ -343,7 +351,7 @@ def export_module(
         with contextlib.suppress(Exception):
             exported = _export(module, batched, tuple({0: dim} for _ in batched))
             with quiet():
-                exported = rewrite(exported, name)
+                exported = rewrite(rename_taken(exported), name)
             if _keeps_batch(exported):
                 return exported
     try:
@@ -370,7 +378,7 @@ def _export_error(module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str
 
 def _export(module: nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     # Without gradients, `with torch.no_grad()` in the model leaves no trace in the graph.
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), shapes_only():
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
 
@@ -402,9 +410,11 @@ def import_exported(exported: torch.export.ExportedProgram, name: str, *, fresh:
     In-place operators become functional ones, so that no pass has to think of aliases. Raises EdgecError for graphs in
     training mode, random numbers, control flow, shapes that depend on data, state, and anything but tensors as outputs.
     """
+    rename_taken(exported)
+    drop_assertions(exported)
     _check_state(exported, name)
     with quiet():
-        exported = rewrite(exported, name)
+        exported = drop_assertions(rewrite(exported, name))
     _check_graph(exported, name)
     with quiet(), torch.no_grad():
         exported = _functional(exported)

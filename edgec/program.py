@@ -80,7 +80,9 @@ class Program:
         """Take over an ExportedProgram whose shapes are static or dynamic in dimension 0 only.
 
         prepare: edits the graph in place before it is verified. reexport: verify by another export too; of a graph that
-        torch.export has just made for a batch of any size, that would be the same again. Raises EdgecError when a dimension other than the batch is dynamic.
+        torch.export has just made for a batch of any size, that would be the same again.
+
+        Raises EdgecError when a dimension other than the batch is dynamic.
         """
         module = _flat(exported.module(check_guards=False))
         dynamic = False

@@ -33,8 +33,8 @@ from edgec.targets.device import Device
 from edgec.targets.elf import rename_symbol
 from edgec.targets.elf import text_bytes as text_bytes
 from edgec.targets.elf import undefined_symbols as undefined_symbols
-from edgec.targets.partition import partition
 from edgec.targets.lets import flatten_lets
+from edgec.targets.partition import partition
 from edgec.targets.phases import Phase, accesses, divide, passed_on, serial
 from edgec.targets.schedule import LIBRARY, schedule
 

@@ -181,7 +181,9 @@ def _power(run: Any, x: Pair, exponent: Any) -> Pair:
         for _ in range(int(exponent) - 1):
             result = _times(result, x)
         return result
-    raise run.error(f"a complex tensor to the power of {exponent}", "use a small whole number, or write it in polar form")
+    raise run.error(
+        f"a complex tensor to the power of {exponent}", "use a small whole number, or write it in polar form"
+    )
 
 
 def _exponential(run: Any, x: Pair) -> Pair:
@@ -270,21 +272,25 @@ def _flip_fft(forward: bool) -> Callable[..., Any]:
 
 
 def _matrices(run: Any, rows: int, columns: int, n: int) -> tuple[Any, Any]:
-    """float32 cos and sin of 2 pi j k / n for j < rows, k < columns; exact zeros and ones where they belong."""
+    """float32 cos and -sin of 2 pi j k / n for j < rows, k < columns; exact zeros and ones where they belong.
 
-    def make(function: Callable[[Any], Any]) -> Callable[[], torch.Tensor]:
+    The sine is negative so that imaginary parts that vanish are +0, as PyTorch's are: they decide angles of -pi or pi.
+    """
+
+    def make(cosine: bool) -> Callable[[], torch.Tensor]:
         def compute() -> torch.Tensor:
             turns = (torch.arange(rows).unsqueeze(1) * torch.arange(columns)) % n
-            table = function(torch.arange(n, dtype=torch.float64) * (2 * math.pi / n))
+            angles = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
+            table = torch.cos(angles) if cosine else -torch.sin(angles)
             quarter = torch.arange(n) * 4
-            for k, value in enumerate((1, 0, -1, 0) if function is torch.cos else (0, 1, 0, -1)):
+            for k, value in enumerate((1, 0, -1, 0) if cosine else (0, -1, 0, 1)):
                 table[quarter == k * n] = value
             return table[turns].to(torch.float32)
 
         return compute
 
     names = [f"dft_{part}_{rows}x{columns}_of_{n}" for part in ("cos", "sin")]
-    return tuple(run.constant(*entry) for entry in zip(names, (make(torch.cos), make(torch.sin)), strict=True))  # type: ignore[return-value]
+    return tuple(run.constant(*entry) for entry in zip(names, (make(True), make(False)), strict=True))  # type: ignore[return-value]
 
 
 def _last(x: Any, dim: int) -> Any:
@@ -317,11 +323,12 @@ def _complex_axis(run: Any, x: Any, dim: int, inverse: bool, n: int | None = Non
     n = _size(run, x, dim) if n is None else n
     x = _resized(_last(x, dim), n)
     cos, sin = _matrices(run, n, n // 2 + 1 if half else n, n)
-    if isinstance(x, Pair):
-        sign = -1 if inverse else 1
-        re, im = x.re @ cos + sign * (x.im @ sin), x.im @ cos - sign * (x.re @ sin)
+    if isinstance(x, Pair) and inverse:
+        re, im = x.re @ cos + x.im @ sin, x.im @ cos - x.re @ sin
+    elif isinstance(x, Pair):
+        re, im = x.re @ cos - x.im @ sin, x.im @ cos + x.re @ sin
     else:
-        re, im = x @ cos, x @ sin if inverse else -(x @ sin)
+        re, im = x @ cos, -(x @ sin) if inverse else x @ sin
     return _back(Pair(re, im), dim)
 
 
@@ -330,7 +337,7 @@ def _real_axis(run: Any, x: Any, dim: int, n: int) -> Any:
     x = _resized(_last(_pair(x), dim), n // 2 + 1)
     cos, sin = _matrices(run, n // 2 + 1, n, n)
     weight = run.constant(f"dft_half_of_{n}", lambda: _half_weights(n))
-    return _back((x.re * weight) @ cos - (x.im * weight) @ sin, dim)
+    return _back((x.re * weight) @ cos + (x.im * weight) @ sin, dim)
 
 
 def _half_weights(n: int) -> torch.Tensor:
@@ -566,8 +573,27 @@ PARTWISE = frozenset(
                 *("reshape", "view", "_unsafe_view", "flatten.using_ints", "unflatten.int", "expand", "expand_as"),
                 *("permute", "transpose.int", "t", "numpy_T", "mT", "movedim.int", "movedim.intlist", "swapaxes"),
                 *("unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims", "select.int", "slice.Tensor", "narrow"),
-                *("index.Tensor", "index_select", "gather", "roll", "flip", "repeat", "tile", "repeat_interleave.self_int"),
-                *("cat", "stack", "concat", "hstack", "vstack", "split.Tensor", "split_with_sizes", "chunk", "unbind.int"),
+                *(
+                    "index.Tensor",
+                    "index_select",
+                    "gather",
+                    "roll",
+                    "flip",
+                    "repeat",
+                    "tile",
+                    "repeat_interleave.self_int",
+                ),
+                *(
+                    "cat",
+                    "stack",
+                    "concat",
+                    "hstack",
+                    "vstack",
+                    "split.Tensor",
+                    "split_with_sizes",
+                    "chunk",
+                    "unbind.int",
+                ),
                 *("split.sizes", "sum", "sum.dim_IntList", "mean", "mean.dim", "cumsum", "constant_pad_nd", "pad"),
                 *("tril", "triu", "diagonal", "view_copy", "permute_copy", "slice_copy.Tensor", "unsqueeze_copy"),
                 *("dropout", "feature_dropout", "atleast_1d", "atleast_2d", "rot90", "broadcast_to"),

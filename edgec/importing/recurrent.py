@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch._C import DispatchKey
+from torch._subclasses.fake_tensor import FakeTensor
 
 from edgec import recurrentops as recurrentops  # registers the operators
 from edgec.program import is_call
@@ -40,17 +43,17 @@ PACKED = (
     "packed sequences are not supported",
     "pass the padded tensor to the recurrent layer and mask what comes behind the end of a sequence",
 )
-REFUSED: dict[Any, tuple[str, str]] = {
-    overload: PACKED
-    for overload in (
+REFUSED: dict[Any, tuple[str, str]] = dict.fromkeys(
+    (
         aten.lstm.data,
         aten.gru.data,
         aten.rnn_tanh.data,
         aten.rnn_relu.data,
         aten._pack_padded_sequence.default,
         aten._pad_packed_sequence.default,
-    )
-}
+    ),
+    PACKED,
+)
 
 
 def _is_zero(node: Any) -> bool:
@@ -137,6 +140,45 @@ def _layers(
     y = x if batch_first else x.transpose(0, 1)
     return y, torch.stack(last), None if cells[0] is None else torch.stack(cells)
 
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """While torch.export looks on, layers compute the shapes of their results alone.
+
+    It would run their decomposition for that, operator by operator for each time step: minutes for a long sequence.
+    """
+    replaced = []
+    for operator, kernel in ((aten.lstm.input, _lstm_shapes), *((op, _shapes) for op in LAYERS[1:])):
+        for key in (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd):
+            own = operator.py_kernels.get(key)
+            if own is not None:
+                replaced.append((operator, key, own))
+                operator.py_kernels[key] = _for_fakes(kernel, own)
+        operator._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for operator, key, own in replaced:
+            operator.py_kernels[key] = own
+            operator._dispatch_cache.clear()
+
+
+def _for_fakes(kernel: Callable[..., Any], own: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, *rest: kernel(x, *rest) if isinstance(x, FakeTensor) else own(x, *rest)
+
+
+def _lstm_shapes(x: Any, hx: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    y, h = _shapes(x, hx[0], *rest)
+    return y, h, torch.empty_like(hx[1])
+
+
+def _shapes(
+    x: Any, hx: Any, params: Any, biases: Any, layers: Any, dropout: Any, train: Any, both: Any, *_: Any
+) -> Any:
+    return x.new_empty((*x.shape[:2], hx.shape[2] * (2 if both else 1))), torch.empty_like(hx)
+
+
+LAYERS = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 RULES: dict[Any, Callable[..., Any]] = {
     aten.lstm.input: _lstm,

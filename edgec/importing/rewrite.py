@@ -96,12 +96,17 @@ def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ..
         sizes = [2 if axis in dynamic else int(size) for axis, size in enumerate(value.shape)]
         real = value.dtype.is_floating_point
         inputs.append(torch.rand(sizes, dtype=value.dtype) if real else torch.zeros(sizes, dtype=value.dtype))
-        shapes.append({0: dim} if dynamic == [0] else {axis: torch.export.Dim.AUTO for axis in dynamic})
+        shapes.append({0: dim} if dynamic == [0] else dict.fromkeys(dynamic, torch.export.Dim.AUTO))
     return tuple(inputs), tuple(shapes) if any(shapes) else None
 
 
 class _Rewritten(nn.Module):
     """The module of a graph, run by rules. It has the same weights under the same names."""
+
+    _graph: fx.GraphModule
+    _out: Any
+    _trips: Mapping[fx.Node, int]
+    _model: str
 
     def __init__(self, module: fx.GraphModule, out: Any, trips: Mapping[fx.Node, int], name: str) -> None:
         super().__init__()
@@ -112,7 +117,7 @@ class _Rewritten(nn.Module):
         self._modules = {n: m for n, m in module._modules.items() if not isinstance(m, fx.GraphModule)}
         names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        self.forward.__func__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        self.forward.__func__.__signature__ = inspect.Signature(  # type: ignore[union-attr]
             [inspect.Parameter("self", kind), *[inspect.Parameter(n, kind) for n in names]]
         )
 
@@ -193,5 +198,3 @@ class Rewriter(fx.Interpreter):
         if has_pairs(args):
             raise self.error("returns a complex tensor", "return torch.view_as_real of it")
         return super().output(target, args, kwargs)
-
-

@@ -42,7 +42,13 @@ def _max_pool(rank: int) -> Callable[..., Any]:
             part = padded
             for i in range(rank):
                 start = offsets[i] * dilation[i]
-                part = part[(..., slice(start, start + (counts[i] - 1) * stride[i] + 1, stride[i]), *[slice(None)] * (rank - 1 - i))]
+                part = part[
+                    (
+                        ...,
+                        slice(start, start + (counts[i] - 1) * stride[i] + 1, stride[i]),
+                        *[slice(None)] * (rank - 1 - i),
+                    )
+                ]
             taps.append(part)
         tap: Any = torch.argmax(torch.stack(taps, -1), -1)
         place, step = 0, 1
@@ -70,8 +76,14 @@ def _antialiased(cubic: bool) -> Callable[..., Any]:
             n = int(x.shape[2 + i])
             scale = scales[i] if i < len(scales) else None
             kind = "cubic" if cubic else "linear"
-            name = f"resize_{kind}_{n}_to_{count}" + "_corners" * corners + f"_{scale}".replace(".", "_") * (scale is not None)
-            weights = run.constant(name, lambda n=n, count=count, scale=scale: _weights(n, count, cubic, corners, scale))
+            name = (
+                f"resize_{kind}_{n}_to_{count}"
+                + "_corners" * corners
+                + f"_{scale}".replace(".", "_") * (scale is not None)
+            )
+            weights = run.constant(
+                name, lambda n=n, count=count, scale=scale: _weights(n, count, cubic, corners, scale)
+            )
             x = (x.transpose(2 + i, 3) @ weights).transpose(2 + i, 3) if i == 0 else x @ weights
         return x
 
@@ -120,6 +132,8 @@ def _operators(names: Sequence[str]) -> list[Any]:
 RULES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices.default: _max_pool(2),
     aten.max_pool3d_with_indices.default: _max_pool(3),
-    **dict.fromkeys(_operators(["_upsample_bilinear2d_aa.default", "_upsample_bilinear2d_aa.vec"]), _antialiased(False)),
+    **dict.fromkeys(
+        _operators(["_upsample_bilinear2d_aa.default", "_upsample_bilinear2d_aa.vec"]), _antialiased(False)
+    ),
     **dict.fromkeys(_operators(["_upsample_bicubic2d_aa.default", "_upsample_bicubic2d_aa.vec"]), _antialiased(True)),
 }

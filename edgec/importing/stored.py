@@ -65,7 +65,9 @@ def fold_stored(module: fx.GraphModule) -> None:
         if node in found and node not in weights:
             inputs = node.all_input_nodes
             roots[node] = set().union(*[roots.get(n, set()) for n in inputs])
-            move = getattr(node.target, "overloadpacket", None) in MOVES or node.target.__class__.__name__ != "OpOverload"
+            move = (
+                getattr(node.target, "overloadpacket", None) in MOVES or node.target.__class__.__name__ != "OpOverload"
+            )
             if not move or any(n in computes for n in inputs):
                 computes.add(node)
     values: dict[fx.Node, Any] = {}

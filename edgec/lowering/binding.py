@@ -518,7 +518,9 @@ def _recurrent(node: Any, constants: Weights) -> Binding:
         h0, reverse, relu = rest
         kind = "rnn_relu" if relu else "rnn_tanh"
     batch, steps, columns = shape_of(x)
-    weights = {name: _stored_value(node, constants, n) for name, n in (("w", w), ("bias", bias), ("projection", projection))}
+    weights = {
+        name: _stored_value(node, constants, n) for name, n in (("w", w), ("bias", bias), ("projection", projection))
+    }
     hidden = columns // GATES[kind]
     size = shape_of(w)[1]
     states = {"h0": h0 is not None, "c0": c0 is not None}
@@ -535,7 +537,7 @@ def _stored_value(node: Any, constants: Weights, weight: Any) -> np.ndarray | No
     raise EdgecError(
         f"{node.target} has a weight that is computed when the model runs",
         where=f"layer {layer_of(node)}",
-        hint="remove the parametrisation of the weight before exporting, e.g. torch.nn.utils.parametrize.remove_parametrizations",
+        hint="take the parametrisation off before exporting: torch.nn.utils.parametrize.remove_parametrizations",
     )
 
 

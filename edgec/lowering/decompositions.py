@@ -83,6 +83,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.native_group_norm.default: _group_norm,
         aten.upsample_nearest2d.vec: _upsample_nearest,
         aten.upsample_bilinear2d.vec: _upsample_bilinear,
+        aten.upsample_bicubic2d.vec: _upsample_bicubic,
+        aten.index_reduce.default: _index_reduce,
         aten.selu.default: lambda x: SELU_SCALE * torch.where(x > 0, x, SELU_ALPHA * torch.expm1(x)),
         aten.rrelu_with_noise_functional.default: _rrelu,
         aten.hypot.default: lambda x, y: torch.sqrt(x * x + y * y),
@@ -651,6 +653,42 @@ def _upsample_bilinear(x: torch.Tensor, size: Any, corners: bool, factors: Any) 
         first, second = (torch.index_select(x, axis, i) for i in (low, (low + 1).clamp(max=n - 1)))
         x = first + (second - first) * weight
     return x
+
+
+def _upsample_bicubic(x: torch.Tensor, size: Any, corners: bool, factors: Any) -> torch.Tensor:
+    """Four taps along each axis (Keys, 1981, with a = -3/4): TVM's expression of all sixteen compiles for minutes."""
+    a = -0.75
+
+    def near(t: torch.Tensor) -> torch.Tensor:
+        return ((a + 2) * t - (a + 3)) * t * t + 1
+
+    def far(t: torch.Tensor) -> torch.Tensor:
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+
+    counts = size or [math.floor(x.shape[2 + i] * factors[i]) for i in range(2)]
+    for axis, count in enumerate(counts, 2):
+        n = x.shape[axis]
+        place = torch.arange(count, dtype=torch.float32)
+        if corners:
+            place = place * ((n - 1) / (count - 1) if count > 1 else 0.0)
+        else:
+            place = (place + 0.5) * (1 / factors[axis - 2] if factors else n / count) - 0.5
+        low = torch.floor(place)
+        t = place - low
+        result: Any = 0.0
+        for tap, weight in enumerate((far(t + 1), near(t), near(1 - t), far(2 - t)), -1):
+            rows = torch.index_select(x, axis, (low + tap).clamp(0, n - 1).to(torch.int64))
+            result = result + rows * weight.reshape(-1, *[1] * (3 - axis))
+        x = result
+    return x
+
+
+def _index_reduce(
+    x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: str, *, include_self: bool = True
+) -> torch.Tensor:
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return _scatter_reduce(x, dim, index.reshape(shape).expand(source.shape), source, reduce, include_self)
 
 
 def _rrelu(

@@ -373,7 +373,8 @@ def _full(node: fx.Node, importer: Any) -> Any:
     if not isinstance(value, float) or math.isfinite(value):
         return importer._full(node)
     number = relax.const(np.asarray(value, str(_val(node).dtype).removeprefix("torch.")))
-    return importer.block_builder.emit(relax.op.broadcast_to(number, list(shape))) if shape else number
+    wide: Any = list(shape)
+    return importer.block_builder.emit(relax.op.broadcast_to(number, wide)) if wide else number
 
 
 @functools.cache

@@ -70,7 +70,18 @@ def lower_staged(
     """The second half of `lower`: of a graph of region operators, whose inputs and outputs have these forms."""
     imported = import_graph(_legalized(staged, show), device, staged.annotations)
     show("import", imported.module.script())
-    return _finish(staged, forms, legalize_relax(imported, device), device, show)
+    try:
+        return _finish(staged, forms, legalize_relax(imported, device), device, show)
+    except (EdgecError, AssertionError):
+        raise
+    except Exception as error:
+        # TVM's own errors: of what no check here knows.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise EdgecError(
+            f"TVM does not lower the graph: {type(error).__name__}: {lines[-1]}",
+            where=staged.name,
+            hint="report this as an error of edgec, with the model; edgec compile --dump shows the steps before",
+        ) from error
 
 
 def kernel_bindings(program: Program, device: Device | None = None) -> list[Binding]:

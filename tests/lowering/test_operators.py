@@ -5,6 +5,7 @@ One model per family has all of its operators as outputs, so that a family costs
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,75 @@ Case = tuple[Any, ...]
 # For the layers below.
 torch.manual_seed(0)
 
+GRID = rand(1, 3, 4, 5, 3, seed=4)
+VOLUME = rand(1, 4, 4, 6, 6)
+PART = torch.tensor([[[1, 0], [4, 2]]])
+
 OPERATORS: dict[str, dict[str, Case]] = {
+    "running": {
+        "cumprod": (lambda x: x.cumprod(1), X),
+        "cumprod int": (lambda i: i.cumprod(1), torch.tensor([[3, -2, 5]])),
+        "logcumsumexp": (lambda x: x.logcumsumexp(1), X),
+        "cummax": (lambda x: torch.cummax(x.round(decimals=1), 1), X),
+        "cummin": (lambda x: torch.cummin(x, -1), X),
+        "full inf": (lambda x: torch.maximum(x, torch.full((6,), -math.inf)), X),
+        "as_strided": (lambda x: (2 * x).as_strided((1, 3, 3, 3, 4, 3), (90, 30, 5, 1, 5, 1)), IMAGE),
+        "as_strided offset": (lambda x: torch.as_strided(2 * x, (1, 4, 4), (30, 7, 1), 2), X),
+        "scatter of a part": (lambda x, i: x.scatter(1, i, 0.5), X, PART),
+        "scatter src of a part": (lambda x, i: x.scatter(2, i, 2 * x), X, PART),
+        "scatter prod": (
+            lambda x, i: x.scatter_reduce(1, i, x, "prod"),
+            X,
+            torch.tensor([2, 2, 0, 1, 4] * 12).view(2, 5, 6),
+        ),
+        "scatter amax": (
+            lambda x, i: x.scatter_reduce(1, i, x, "amax", include_self=False),
+            X,
+            torch.tensor([2, 2, 0, 1, 4] * 12).view(2, 5, 6),
+        ),
+        "scatter_add int": (
+            lambda i: torch.zeros(2, 5, dtype=torch.int64).scatter_add(1, i, i),
+            torch.tensor([[1, 4, 1]] * 2),
+        ),
+        "index_reduce": (
+            lambda x, i: x.index_reduce(1, i, x[:, :3] * 2, "amax"),
+            X,
+            torch.tensor([4, 0, 4]),
+        ),
+        "shifts": (lambda i: (i << 2, i >> 1), torch.tensor([5, -5, 0])),
+        "copysign": (lambda x: torch.copysign(x, x.flip(1)), X),
+        "heaviside": (lambda x: torch.heaviside(x, torch.tensor(0.5)), X),
+        "angle": (lambda x: x.angle(), X),
+        "erfc": (lambda x: torch.special.erfc(x), X),
+        "addbmm": (lambda c, a, b: torch.addbmm(c, a, b, beta=0.5), rand(5, 3), X, rand(2, 6, 3, seed=5)),
+    },
+    "volumes and bags": {
+        "grid 3d": (lambda x, g: F.grid_sample(x, 1.2 * g, align_corners=False), VOLUME, GRID),
+        "grid 3d border": (
+            lambda x, g: F.grid_sample(x, 2 * g, padding_mode="border", align_corners=True),
+            VOLUME,
+            GRID,
+        ),
+        "grid 3d reflection": (
+            lambda x, g: F.grid_sample(x, 3 * g, padding_mode="reflection", align_corners=False),
+            VOLUME,
+            GRID,
+        ),
+        "grid 3d nearest": (lambda x, g: F.grid_sample(x, g, mode="nearest", align_corners=False), VOLUME, GRID),
+        "adap 3d": (lambda x: F.adaptive_avg_pool3d(x, (2, 3, 5)), VOLUME),
+        "adapmax 3d": (lambda x: F.adaptive_max_pool3d(x, (2, 4, 3), return_indices=True), VOLUME),
+        "convt 3d": (nn.ConvTranspose3d(4, 6, 3, (2, 1, 3), 1, output_padding=(1, 0, 2), groups=2), VOLUME),
+        "convt 3d dil": (nn.ConvTranspose3d(4, 3, 2, 1, 2, dilation=2), VOLUME),
+        "bag sum": (nn.EmbeddingBag(9, 4, mode="sum"), torch.tensor([[1, 8, 0], [3, 3, 2]])),
+        "bag mean": (nn.EmbeddingBag(9, 4, mode="mean", padding_idx=3), torch.tensor([[1, 8, 0], [3, 3, 2]])),
+        "bag max": (nn.EmbeddingBag(9, 4, mode="max"), torch.tensor([[1, 8, 0], [3, 3, 2]])),
+        "bag offsets": (
+            lambda i, o: F.embedding_bag(i, torch.eye(9), o, mode="sum"),
+            torch.tensor([1, 8, 0, 3]),
+            torch.tensor([0, 1, 1]),
+        ),
+        "bilinear": (nn.Bilinear(6, 5, 4), rand(2, 6), rand(2, 5, seed=1)),
+    },
     "arithmetic": {
         "add alpha": (lambda x, y: torch.add(x, y, alpha=2.5), X, rand(2, 5, 6, seed=9)),
         "sub alpha": (lambda x, y: torch.sub(x, y, alpha=2.5), X, rand(2, 5, 6, seed=9)),
@@ -311,6 +380,8 @@ OPERATORS: dict[str, dict[str, Case]] = {
             IMAGE,
         ),
         "up bic": (lambda x: F.interpolate(x, scale_factor=2, mode="bicubic"), IMAGE),
+        "up bic factor": (lambda x: F.interpolate(x, scale_factor=1.7, mode="bicubic"), IMAGE),
+        "up bic down": (lambda x: F.interpolate(x, size=(4, 3), mode="bicubic"), IMAGE),
         "up bic ac": (lambda x: F.interpolate(x, size=(9, 7), mode="bicubic", align_corners=True), IMAGE),
         "up lin": (lambda x: F.interpolate(x, size=9, mode="linear"), X),
         "up near1": (lambda x: F.interpolate(x, size=9), X),
@@ -411,9 +482,7 @@ def equal(got: np.ndarray, want: np.ndarray) -> bool:
 REFUSED: dict[str, Case] = {
     "fft": (lambda x: torch.fft.rfft(x).abs(), X),
     "positions of maxima": (lambda x: F.max_pool2d(x, 2, return_indices=True)[1], IMAGE),
-    "antialias": (lambda x: F.interpolate(x, size=(3, 3), mode="bilinear", antialias=True), IMAGE),
-    "cumprod": (lambda x: x.cumprod(1), X),
-    "scatter of a part": (lambda x, i: x.scatter(1, i, 0.5), X, torch.tensor([[[1, 0], [4, 2]]])),
+    "a long cumprod": (lambda x: x.repeat(1, 20, 1).cumprod(1), X),
 }
 
 

@@ -1,0 +1,58 @@
+"""What torch.export leaves in a program that its own graph modules trip over: names of weights, assertions."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import fx, nn
+
+ASSERTIONS = (
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten.sym_constrain_range.default,
+    torch.ops.aten.sym_constrain_range_for_size.default,
+)
+
+
+@functools.cache
+def _taken() -> frozenset[str]:
+    """Attributes of every graph module: no weight of the model itself can have such a name in one."""
+    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
+
+
+def rename_taken(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program, with an underscore behind names such as `graph` and `code` of its parts; changed in place."""
+    signature = exported.graph_signature
+    known = {str(spec.target) for spec in (*signature.input_specs, *signature.output_specs) if spec.target}
+    first = {path.partition(".")[0] for path in known}
+    renamed: dict[str, str] = {}
+    for name in first & _taken():
+        new = f"{name}_"
+        while new in first:
+            new += "_"
+        renamed.update({p: new + p[len(name) :] for p in known if p.partition(".")[0] == name})
+    for spec in (*signature.input_specs, *signature.output_specs):
+        if spec.target in renamed:
+            spec.target = renamed[spec.target]
+    for table in (exported.state_dict, exported.constants):
+        for name, new in renamed.items():
+            if name in table:
+                table[new] = table.pop(name)
+    return exported
+
+
+def drop_assertions(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without checks of sizes and values while it runs, which no device makes; changed in place.
+
+    They also hold for the batches of the export only, and a batch of one is run later.
+    """
+    graph = exported.graph
+    found = [n for n in graph.nodes if n.op == "call_function" and n.target in ASSERTIONS and not n.users]
+    for node in found:
+        graph.erase_node(node)
+    if found:
+        graph.eliminate_dead_code()
+        exported.graph_module.recompile()
+    return exported
