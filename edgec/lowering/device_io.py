@@ -53,7 +53,7 @@ def device_io(staged: Program) -> tuple[Program, dict[str, Form]]:
     output.args = (tuple(found),) if isinstance(output.args[0], (tuple, list)) else (found[0],)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return Program(staged.name, module, tuple(inputs), False, staged.annotations), forms
+    return Program(staged.name, module, tuple(inputs), False, staged.annotations, staged.output_names), forms
 
 
 def _only(node: fx.Node) -> fx.Node | None:

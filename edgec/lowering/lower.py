@@ -103,7 +103,7 @@ def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step,
     propagate(module, inputs)
     for node in module.graph.nodes:
         node.meta["edgec_origin"] = origin_of(node)
-    staged = Program(program.name, module, inputs, False, program.annotations)
+    staged = Program(program.name, module, inputs, False, program.annotations, program.output_names)
     for step, rewrite in (("regions", fuse_regions), ("layout", channels_last)):
         rewrite(module)
         propagate(module, inputs)
