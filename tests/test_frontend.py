@@ -564,15 +564,15 @@ def test_integer_inputs_are_fine_and_half_inputs_are_not() -> None:
 
 
 PATHS: dict[str, str] = {
-    "gone.pt2": "does not exist; give a .pt2 file, file.py:factory or package.module:factory",
-    "gone": "does not exist; give a .pt2 file",
+    "gone.pt2": "does not exist; give a .pt2 or .onnx file, file.py:factory or package.module:factory",
+    "gone": "does not exist; give a .pt2 or .onnx file",
     "gone.py:make": "does not exist",
     ".": "is a folder, not a model",
     "folder.pt2": "is a folder, not a model",
     "models.py": "is not a model that can be read; name the function that makes the model: ",
     "models.py:": "does not exist",
     "weights.pth": "is not a model that can be read; a checkpoint has no graph",
-    "net.onnx": "is not a model that can be read; give a .pt2 file",
+    "net.onnx": "is not a readable ONNX file",
     "models.py:gone": "has no function 'gone'; it has ",
     "models.py:number": "has no function 'number'",
     "models.py:wrong": "returned a int; return an nn.Module or (module, example inputs)",
@@ -602,4 +602,4 @@ def test_an_input_shape_for_a_file_that_has_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [17, None, nn.Linear, torch.rand(2)])
 def test_values_that_are_no_models(value: Any) -> None:
-    assert "give an nn.Module or a .pt2 file" in refused(value)
+    assert "give an nn.Module or a .pt2 or .onnx file" in refused(value)
