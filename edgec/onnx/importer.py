@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,14 +80,19 @@ def _exported(module: OnnxModule, examples: tuple[torch.Tensor, ...], name: str)
     if declared or ones:
         module.free_batch = not declared
         # What goes wrong with a dynamic batch may work without.
-        with contextlib.suppress(EdgecError):
+        why = "a size in the graph is fixed"
+        try:
             exported = export_module(module, examples, name)
             program = import_exported(exported, name)
             if program.dynamic_batch:
                 check_weights(program)
                 import_check(program, _sample_by_sample(module))
                 return program
+        except EdgecError as error:
+            why = error.what
         module.free_batch = False
+        if declared:
+            module.model.notes.append(f"the batch is fixed at 1: {why}")
     exported = export_module(module, examples, name, dynamic=False)
     program = import_exported(exported, name)
     check_weights(program)

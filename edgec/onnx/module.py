@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import AttributeProto, TensorProto, helper
+from onnx import AttributeProto, helper
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -45,7 +45,8 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 # Bytes of constants that are compared by their contents.
 LARGE = 4096
 PLAIN_NAME = re.compile(r"[A-Za-z_][\w]*(\.\w+)+", re.ASCII)
-HALF = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+# What uint8 codes are more than the int8 codes that stand for them.
+UNSIGNED = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +63,24 @@ class Static:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.array.shape
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """uint8 codes, held as int8 codes that are less by 128: those that edgec's own operators have."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> Any:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.uint8
+
+    def plain(self) -> torch.Tensor:
+        return (self.tensor.to(torch.int16) + UNSIGNED).to(torch.uint8)
 
 
 Value = Any  # torch.Tensor | Static | list of values (an ONNX sequence) | None
@@ -85,6 +104,8 @@ class Node:
         self.path = path
         self.inputs = list(inputs)
         self.opset = graph.opset
+        # Whether all inputs are constants, so that results are to be plain tensors.
+        self.folding = False
         self.attributes = {a.name: a for a in proto.attribute}
 
     # -- attributes ----------------------------------------------------------------------------------------------------
@@ -209,6 +230,7 @@ class OnnxModule(nn.Module):
             if name not in values:
                 raise EdgecError(f"has no node that computes output '{name}'", where=self.file)
             value = values[name]
+            value = value.plain() if isinstance(value, Codes) else value
             if isinstance(value, Static):
                 raise EdgecError(
                     f"output '{name}' does not depend on the inputs", where=self.file, hint="remove the output"
@@ -299,6 +321,7 @@ class OnnxModule(nn.Module):
             plain.ints = lambda index, what: [int(i) for i in node.value(index).array.reshape(-1)]  # type: ignore[method-assign]
             plain.is_static = lambda index: node.has(index)  # type: ignore[method-assign]
             plain.x = lambda index: plain.value(index)  # type: ignore[method-assign]
+            plain.folding = True
             plain.weight = lambda array, name: torch.from_numpy(_own(array))  # type: ignore[method-assign]
             results = as_results(handler(plain))
         return [Static(r.numpy(), path) if isinstance(r, torch.Tensor) else r for r in results]
@@ -343,6 +366,8 @@ class OnnxModule(nn.Module):
     def tensor(self, value: Value, path: str = "", role: str = "value") -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value
+        if isinstance(value, Codes):
+            return value.plain()
         if isinstance(value, Static):
             return self.constant(value, path, role) if value.concrete else _symbolic_tensor(value.array)
         raise TypeError(f"expected a tensor, got a {type(value).__name__}")

@@ -446,7 +446,12 @@ def _transpose(node: Node) -> Any:
 @_op("Concat")
 def _concat(node: Node) -> Any:
     parts = [node.x(i) for i in range(len(node.inputs))]
-    return torch.cat(parts, node.attr("axis", 1))
+    axis = node.attr("axis", 1)
+    batch = next((p.shape[0] for p in parts if isinstance(p.shape[0], torch.SymInt)), None)
+    if node.graph.free_batch and batch is not None and axis % parts[0].dim() != 0:
+        # Class tokens and the like, which the file has for its batch of one.
+        parts = [p if isinstance(p.shape[0], torch.SymInt) else p.expand(batch, *p.shape[1:]) for p in parts]
+    return torch.cat(parts, axis)
 
 
 @_op("Split")

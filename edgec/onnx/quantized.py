@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto
 
 import edgec.qops  # noqa: F401  registers edgec::quantize
-from edgec.onnx.module import Many, Node
+from edgec.onnx.module import UNSIGNED, Codes, Many, Node
 from edgec.onnx.operators import _op, as_type, convolve
 
 LIMITS = {
@@ -41,6 +41,19 @@ def _spread(node: Node, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return value.reshape([-1 if i == axis else 1 for i in range(x.dim())])
 
 
+def _as_codes(node: Node, real: torch.Tensor, scale: int, zero: int, kind: torch.dtype) -> Any:
+    """`edgec::quantize` of real numbers, where scale and zero point are one constant each; None where they are not."""
+    one = (
+        node.is_static(scale) and node.value(scale).shape in ((), (1,)) and (not node.has(zero) or node.is_static(zero))
+    )
+    if not one or node.folding or kind not in (torch.int8, torch.uint8) or real.dtype != torch.float32:
+        return None
+    place = int(node.static(zero, "zero point").reshape(-1)[0]) if node.has(zero) else 0
+    shift = UNSIGNED if kind == torch.uint8 else 0
+    codes = torch.ops.edgec.quantize(real, float(node.static(scale, "scale").reshape(-1)[0]), place - shift)
+    return Codes(codes) if shift else codes
+
+
 @_op("QuantizeLinear")
 def _quantize(node: Node) -> Any:
     x, scale = node.x(0), node.x(1)
@@ -48,28 +61,30 @@ def _quantize(node: Node) -> Any:
     kind = CODES.get(code) if code else (node.x(2).dtype if node.has(2) else torch.uint8)
     if kind not in LIMITS or x.dtype != torch.float32:
         raise node.refuse("to this type of codes is not supported", "quantise to int8 or uint8")
-    one = node.is_static(1) and scale.numel() == 1 and (not node.has(2) or node.is_static(2))
-    if kind == torch.int8 and one:
-        zero = int(node.static(2, "zero point").reshape(-1)[0]) if node.has(2) else 0
-        return torch.ops.edgec.quantize(x, float(node.static(1, "scale").reshape(-1)[0]), zero)
+    codes = _as_codes(node, x, 1, 2, kind)
+    if codes is not None:
+        return codes
     low, high = LIMITS[kind]
     steps = torch.round(x / _spread(node, scale, x))
     if node.has(2):
-        steps = steps + _spread(node, node.x(2), x).to(torch.float32)
-    return torch.clamp(steps, low, high).to(kind)
+        steps = steps + as_type(_spread(node, node.x(2), x), torch.float32)
+    return as_type(torch.clamp(steps, low, high), kind)
 
 
 @_op("DequantizeLinear")
 def _dequantize(node: Node) -> Any:
-    x, scale = node.x(0), node.x(1)
-    one = node.is_static(1) and scale.numel() == 1 and (not node.has(2) or node.is_static(2))
-    if x.dtype == torch.int8 and one and not node.is_static(0):
+    value = node.value(0)
+    known = node.is_static(1) and node.value(1).shape in ((), (1,)) and (not node.has(2) or node.is_static(2))
+    signed = value.tensor if isinstance(value, Codes) else node.x(0)
+    if known and signed.dtype == torch.int8 and not node.folding and not node.is_static(0):
         zero = int(node.static(2, "zero point").reshape(-1)[0]) if node.has(2) else 0
-        return torch.ops.edgec.dequantize(x, float(node.static(1, "scale").reshape(-1)[0]), zero)
-    wide = x.to(torch.int32)
+        zero = zero - UNSIGNED if isinstance(value, Codes) else zero
+        return torch.ops.edgec.dequantize(signed, float(node.static(1, "scale").reshape(-1)[0]), zero)
+    x = node.x(0)
+    wide = as_type(x, torch.int32)
     if node.has(2):
-        wide = wide - _spread(node, node.x(2), x).to(torch.int32)
-    return wide.to(torch.float32) * _spread(node, scale, x)
+        wide = wide - as_type(_spread(node, node.x(2), x), torch.int32)
+    return as_type(wide, torch.float32) * _spread(node, node.x(1), x)
 
 
 @_op("DynamicQuantizeLinear")
@@ -85,7 +100,8 @@ def _dynamic(node: Node) -> Any:
 
 def _centred(node: Node, index: int, zero: int, axis: int | None = None) -> torch.Tensor:
     """Codes minus their zero point, in float32, which holds them exactly."""
-    x = as_type(node.x(index), torch.float32)
+    value = node.value(index)
+    x = value.tensor.to(torch.float32) + UNSIGNED if isinstance(value, Codes) else as_type(node.x(index), torch.float32)
     if not node.has(zero):
         return x
     offset = as_type(node.x(zero), torch.float32)
@@ -131,9 +147,12 @@ def _columns(node: Node, index: int, zero: int) -> torch.Tensor:
     return x - as_type(node.x(zero), torch.float32) if node.has(zero) else x
 
 
-def _requantized(node: Node, real: torch.Tensor, scale: int, zero: int) -> torch.Tensor:
+def _requantized(node: Node, real: torch.Tensor, scale: int, zero: int) -> Any:
     """real / scale as codes, of the type of the zero point."""
     kind = node.x(zero).dtype if node.has(zero) else torch.uint8
+    codes = _as_codes(node, real, scale, zero, kind)
+    if codes is not None:
+        return codes
     low, high = LIMITS[kind]
     steps = torch.round(real / as_type(node.x(scale), real.dtype))
     steps = steps + as_type(node.x(zero), real.dtype) if node.has(zero) else steps

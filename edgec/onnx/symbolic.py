@@ -140,5 +140,12 @@ RULES: dict[str, Callable[[Node], np.ndarray]] = {
     "Sub": _elementwise(lambda a, b: a - b),
     "Mul": _elementwise(lambda a, b: a * b),
     "Div": _elementwise(_divide),
+    "Max": _elementwise(max),
+    "Min": _elementwise(min),
+    # Sizes are at least one, which decides what they are compared with here.
+    "Equal": _elementwise(lambda a, b: bool(a == b)),
+    "Greater": _elementwise(lambda a, b: bool(a > b)),
+    "Less": _elementwise(lambda a, b: bool(a < b)),
+    "Where": _elementwise(lambda c, a, b: a if c else b),
     "ReduceProd": _product,
 }
