@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -428,16 +430,17 @@ def _ncnn(program: Program, kind: str, folder: Path) -> Any:
 
 
 def time_rows(model: str, kind: str, found: Cell) -> Iterator[list[str]]:
-    """Two lines of a table of times, or one with what went wrong."""
+    """A line for each contestant of a table of times, or one with what went wrong. The first one is compared with each
+    of the others, the others with the first."""
     if "times" not in found:
         yield [model, kind, short(found["error"]), *[""] * (len(TIMES) - 3)]
         return
     times = {name: Timing(**row) for name, row in found["times"].items()}
+    first, *others = times
     for name, own in times.items():
-        (other,) = (t for n, t in times.items() if n != name)
         wall = [f"{own.wall / 1e3:.1f}", f"{own.wall_min / 1e3:.1f}", f"{own.cpu / 1e3:.1f}"]
         error = found["errors"].get(name)
-        ratio = f"{own.wall / other.wall:.2f}"
+        ratio = ", ".join(f"{own.wall / times[o].wall:.2f}" for o in (others if name == first else [first]))
         yield [model, kind, name, *wall, ratio, "" if error is None else f"{error:.2g}"]
 
 
@@ -468,7 +471,8 @@ def ncnn(
 
 
 def stock_network(model: str, rounds: int) -> Cell:
-    """A network with dlight's default schedules and with own kernels, in turns on the first OpenCL device."""
+    """A network with dlight's default schedules, of both recipes, and with own kernels, in turns on the first OpenCL
+    device. Nothing is tuned."""
     import torch
 
     from benchmarks import gpu_stock
@@ -479,18 +483,31 @@ def stock_network(model: str, rounds: int) -> Cell:
     want = _arrays(original(torch.from_numpy(sample)))[0]
     with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as work:
         bundle, _ = built(program, "opencl", Path(work))
-        own = open_runner(bundle.path, "opencl")
-        stock = gpu_stock.network(program)
-        results = {name: np.zeros_like(want) for name in ("edgec", "dlight")}
-        contestants = {
-            "edgec": lambda: own.run([sample], [results["edgec"]]),
-            "dlight": lambda: stock.run([sample], [results["dlight"]]),
-        }
-        times = measure(contestants, rounds, STOCK_BURST)
+        runners: dict[str, Any] = {"edgec": open_runner(bundle.path, "opencl")}
+        runners |= {f"dlight, {recipe}": gpu_stock.network(program, recipe) for recipe in gpu_stock.DEVICES}
+        results = {name: np.zeros_like(want) for name in runners}
+
+        def run(name: str) -> None:
+            runners[name].run([sample], [results[name]])
+
+        times = measure({name: functools.partial(run, name) for name in runners}, rounds, STOCK_BURST)
     scale = np.abs(want).max()
     errors = {name: float(np.abs(y - want).max() / scale) for name, y in results.items()}
     _right(errors)
-    return {"times": {name: t.to_json() for name, t in times.items()}, "errors": errors}
+    groups = {name: largest_group(runner) for name, runner in runners.items()}
+    return {"times": {name: t.to_json() for name, t in times.items()}, "errors": errors, "groups": groups}
+
+
+def largest_group(runner: Any) -> list[int]:
+    """[work items of the largest work-group of an OpenCL runner's kernels, the smallest limit that the device names for
+    any of them]: CL_KERNEL_WORK_GROUP_SIZE."""
+    cl = runner.cl
+    rows = [(x, k) for x, k in zip(runner.plan["launches"], runner.kernels, strict=True) if k is not None]
+    limit = cl.kernel_work_group_info.WORK_GROUP_SIZE
+    return [
+        max(math.prod(x["group"]) for x, _ in rows),
+        min(k.get_work_group_info(limit, runner.device) for _, k in rows),
+    ]
 
 
 def _right(errors: Mapping[str, float]) -> None:
@@ -501,7 +518,8 @@ def _right(errors: Mapping[str, float]) -> None:
 
 
 def stock_layer(shape: Sequence[int], rounds: int) -> Cell:
-    """A 1x1 convolution (inputs, outputs, height, width) with a bias, as `stock_network`."""
+    """A 1x1 convolution (inputs, outputs, height, width) with a bias, as `stock_network`: times of its kernels alone,
+    by OpenCL's profile. Changes of layout at the borders are no part of the layer in a network."""
     import torch
     from torch import nn
 
@@ -517,21 +535,32 @@ def stock_layer(shape: Sequence[int], rounds: int) -> Cell:
     want = _arrays(program(torch.from_numpy(sample)))[0]
     with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as work:
         bundle, _ = built(program, "opencl", Path(work))
-        own = open_runner(bundle.path, "opencl", profile=True)
-        stock = gpu_stock.network(program, profile=True)
-        results = {name: np.zeros_like(want) for name in ("edgec", "dlight")}
-        kernels: dict[str, list[float]] = {name: [] for name in results}
+        runners: dict[str, Any] = {"edgec": open_runner(bundle.path, "opencl", profile=True)}
+        for recipe in gpu_stock.DEVICES:
+            runners[f"dlight, {recipe}"] = gpu_stock.network(program, recipe, profile=True)
+        results = {name: np.zeros_like(want) for name in runners}
+        kernels: dict[str, list[float]] = {name: [] for name in runners}
 
-        def run(name: str, runner: Any) -> None:
+        def run(name: str) -> None:
+            runner = runners[name]
             runner.run([sample], [results[name]])
-            # The kernel with most work; changes of layout at the borders are no part of the layer in a network.
-            kernels[name].append(max(runner.times))
+            kernels[name].append(_of_convolution(runner))
 
-        measure({"edgec": lambda: run("edgec", own), "dlight": lambda: run("dlight", stock)}, rounds, STOCK_BURST)
+        measure({name: functools.partial(run, name) for name in runners}, rounds, STOCK_BURST)
     scale = np.abs(want).max()
     errors = {name: float(np.abs(y - want).max() / scale) for name, y in results.items()}
     _right(errors)
     return {"kernel_ms": {name: float(np.median(t)) for name, t in kernels.items()}, "errors": errors}
+
+
+def _of_convolution(runner: Any) -> float:
+    """Milliseconds of the launches of a runner's last run that multiply, or that TVM calls convolutions."""
+    launches = [x for x in runner.plan["launches"] if x["variant"] == runner.choices[x["step"]]]
+    found = 0.0
+    for launch, ms in zip(launches, runner.times, strict=True):
+        named = launch["function"] >= 0 and "conv2d" in runner.plan["functions"][launch["function"]]
+        found += ms if runner.plan["steps"][launch["step"]]["macs"] or named else 0.0
+    return found
 
 
 def pointwise_layers(model: str) -> list[tuple[int, int, int, int]]:
@@ -570,17 +599,28 @@ def stock(
             for row in time_rows(model, "fp32", found):
                 print(f"| {' | '.join(row)} |", flush=True)
             print()
+            for name, (items, most) in found.get("groups", {}).items():
+                print(f"{name}: work-groups of at most {items} work items; the device allows {most}.")
+            print(flush=True)
         if not layers:
             return
-        print(markdown(("1x1 convolution", "MMAC", "edgec ms", "dlight ms", "ratio"), []), flush=True)
+        print(markdown(LAYER_TIMES, []), flush=True)
         for shape in pointwise_layers(model):
-            inputs, outputs, height, width = shape
             found = cell(stock_layer, {"shape": shape, "rounds": rounds}, limit, digest)
-            ms = found.get("kernel_ms")
-            cells = [f"{ms[n]:.3f}" for n in ("edgec", "dlight")] if ms else [short(found["error"]), ""]
-            ratio = f"{ms['dlight'] / ms['edgec']:.1f}" if ms else ""
-            macs = f"{inputs * outputs * height * width / 1e6:.1f}"
-            print(f"| {inputs} to {outputs}, {height}x{width} | {macs} | {' | '.join(cells)} | {ratio} |", flush=True)
+            print(f"| {' | '.join(layer_row(shape, found))} |", flush=True)
+
+
+LAYER_TIMES = ("1x1 convolution", "MMAC", "edgec ms", "dlight, mali ms", "dlight, adreno ms", "ratio to the faster")
+
+
+def layer_row(shape: Sequence[int], found: Cell) -> list[str]:
+    """A line of the table of 1x1 convolutions."""
+    inputs, outputs, height, width = shape
+    cells = [f"{inputs} to {outputs}, {height}x{width}", f"{inputs * outputs * height * width / 1e6:.1f}"]
+    if "kernel_ms" not in found:
+        return [*cells, short(found["error"]), *[""] * 3]
+    own, *others = found["kernel_ms"].values()
+    return [*cells, *(f"{ms:.3f}" for ms in (own, *others)), f"{min(others) / own:.1f}"]
 
 
 # -- rooflines ---------------------------------------------------------------------------------------------------------
@@ -590,18 +630,34 @@ ROOFLINE = ("step", "launches", "MMAC", "KiB moved", "operations a byte", "bound
 
 def traffic(model: str, device: str, kind: str) -> Cell:
     """Steps of a network on a device: layer, op, macs, bytes of all buffers that the launches read or write, once for
-    each launch, and launches. Caches can make that less, bad access more."""
+    each parameter, and launches: of the first variants. Caches can make that less, bad access more."""
+    from edgec.lowering.lower import kernel_bindings
+    from edgec.targets.device import load_device
+    from edgec.targets.gpu.kernels.winograd import Winograd
+
     _, program = rewritten(model, kind, device)
     with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as work:
         bundle, _ = built(program, device, Path(work))
         plan = json.loads((bundle.path / "plan.json").read_text())
+    # What Winograd's way multiplies, where it is the first variant that the bundle has.
+    kernels = [(b.layer, b.on(load_device(device)).spec) for b in kernel_bindings(program)]
+    fewer = {layer: kernel.products for layer, kernel in kernels if isinstance(kernel, Winograd)}
+    return {"steps": moved(plan, fewer)}
+
+
+def moved(plan: Mapping[str, Any], fewer: Mapping[str, int]) -> list[Cell]:
+    """The rows of `traffic` for a plan. fewer: by layer, multiplications of a convolution in three launches."""
     rows = [{"layer": s["layer"], "op": s["op"], "macs": s["macs"], "bytes": 0, "launches": 0} for s in plan["steps"]]
     for launch in plan["launches"]:
         if launch["variant"] == 0:
             row = rows[launch["step"]]
-            row["bytes"] += sum(plan["buffers"][number]["bytes"] for number in set(launch["args"]))
+            # A buffer that is overwritten in place is read and written.
+            row["bytes"] += sum(plan["buffers"][number]["bytes"] for number in launch["args"])
             row["launches"] += 1
-    return {"steps": rows}
+    for row in rows:
+        if row["launches"] == 3 and row["layer"] in fewer:
+            row["macs"] = fewer[row["layer"]]
+    return rows
 
 
 def roofline_row(row: Mapping[str, Any], gflops: float, gbps: float) -> list[str]:
@@ -624,6 +680,7 @@ def roofline(
     kind: Annotated[list[str] | None, typer.Option(help="fp32, fp16, int8")] = None,
     limit: Annotated[float, typer.Option(help="seconds for a cell")] = 600,
     steps: Annotated[bool, typer.Option(help="every step, not only sums")] = True,
+    top: Annotated[int, typer.Option(help="only so many steps, those with the longest times first; 0: all")] = 0,
 ) -> None:
     """Operations and bytes of every step, against the rates in targets/devices.toml.
 
@@ -656,6 +713,10 @@ def roofline(
                     if all(rates):
                         # The sum of the steps' bounds, which is more than the bound of the sum.
                         last[5:] = ["", f"{sum(float(line[6]) for line in lines):.1f}"]
+                    if top:
+                        # Without rates by what is moved.
+                        lines.sort(key=lambda line: -float(line[6] or line[3]))
+                        lines = lines[:top]
                     print(markdown(ROOFLINE, [*(lines if steps else []), last]), flush=True)
 
 

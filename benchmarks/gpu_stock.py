@@ -17,24 +17,29 @@ from edgec.targets.gpu import document
 from edgec.targets.gpu.lower import lower_to_gpu
 from edgec.targets.gpu.opencl import OpenCLRunner
 
-DEVICE = "opencl"
+# dlight has two sets of sizes for products, one of them for Adreno. Its groups have up to 256 work items.
+DEVICES = {"mali": "mali-g78", "adreno": "adreno-640"}
 ALIGN = 256
 # What TVM calls a convolution with groups.
 GROUPED = "group_conv2d"
+PAD = "pad"
+# TVM's OpPatternKind of what is not fused.
+OPAQUE = 8
 RULES = ("Matmul", "GEMV", "Reduction", "GeneralReduction")
 
 
-def network(program: Program, *, profile: bool = False) -> OpenCLRunner:
-    """The runner of a float32 program with a batch of one, on the first OpenCL device.
+def network(program: Program, recipe: str = "mali", *, profile: bool = False) -> OpenCLRunner:
+    """The runner of a float32 program with a batch of one, on the first OpenCL device. recipe: of DEVICES.
 
     Convolutions with groups go to dlight's Fallback. Raises EdgecError for what is more than calls of kernels.
     """
-    device = load_device(DEVICE)
+    device = load_device(DEVICES[recipe])
     module = from_exported_program(_static(program))
     module = tvm.transform.Sequential(
         [
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
+            _pads_alone,
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
@@ -44,7 +49,7 @@ def network(program: Program, *, profile: bool = False) -> OpenCLRunner:
     kernels = {v.name_hint: f for v, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
     rules = [getattr(dlight.gpu, name)() for name in RULES]
     plain = {name: f for name, f in kernels.items() if GROUPED not in f.script()}
-    target = tvm.target.Target(device.tvm_target()).with_host(tvm.target.Target("c"))
+    target = tvm.target.Target({**device.tvm_target(), "device": recipe}).with_host(tvm.target.Target("c"))
     with target:
         apply: Any = dlight.ApplyDefaultSchedule(*rules)
         scheduled = apply(tvm.IRModule(plain))
@@ -54,6 +59,16 @@ def network(program: Program, *, profile: bool = False) -> OpenCLRunner:
     plan = _plan(main, lowered.scratch)
     described = document.describe(plan, lowered, device)
     return OpenCLRunner(described, document.program(lowered), document.weights(plan), profile=profile)
+
+
+@tvm.transform.module_pass(opt_level=0)
+def _pads_alone(module: Any, _context: Any) -> Any:
+    """Padding as kernels of their own: dlight's rule for products raises an AssertionError where one is fused behind a
+    convolution, as in networks with the asymmetric padding of TensorFlow."""
+    for name, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc) and PAD in name.name_hint:
+            module.update_func(name, function.with_attr("op_pattern", OPAQUE))
+    return module
 
 
 def _static(program: Program) -> Any:

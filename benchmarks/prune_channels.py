@@ -78,9 +78,9 @@ NORMS = (torch.ops.aten.layer_norm.default, torch.ops.aten.group_norm.default, t
 def network(name: str, size: int) -> Program:
     """A network of timm with random weights and batch norm statistics of trained-like spread."""
     sys.path.insert(0, str(PEERS))
-    from benchmarks.timm_models import _import_timm, randomise
+    from benchmarks.timm_models import import_timm, randomise
 
-    timm = _import_timm()
+    timm = import_timm()
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=False).eval()
     generator = torch.Generator().manual_seed(0)

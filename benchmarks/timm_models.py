@@ -46,7 +46,7 @@ def create(name: str) -> nn.Module:
     1) folding them would change nothing, and int8 ranges would be unlike those of any trained network.
     Raises EdgecError when timm is not installed or has no such network.
     """
-    timm = _import_timm()
+    timm = import_timm()
     if not timm.is_model(name):
         raise EdgecError("is not a network of timm", where=name)
     with torch.random.fork_rng(devices=[]):
@@ -69,7 +69,7 @@ def randomise(norm: nn.BatchNorm2d, generator: torch.Generator) -> None:
         norm.bias.normal_(0.0, 0.1, generator=generator)
 
 
-def _import_timm() -> Any:
+def import_timm() -> Any:
     """timm, with the torchvision operators declared that its import asks for. Raises EdgecError."""
     global _library
     for _ in range(ATTEMPTS):

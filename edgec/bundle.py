@@ -560,13 +560,15 @@ def _manifest(
     }
 
 
-def seal(path: str | Path, names: Sequence[str]) -> None:
-    """Put the digests of further files of a bundle (`names`, relative to it) into its manifest.
+def seal(path: str | Path, names: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
+    """Put the digests of further files of a bundle (`names`, relative to it) into its manifest, and `facts`.
 
     From then on the bundle does not load when one of them is missing or changed.
     """
     folder = Path(path)
     manifest = json.loads((folder / MANIFEST).read_text())
+    files = manifest.pop("files")
+    manifest.update(facts or {}, files=files)
     manifest["files"] = dict(sorted({**manifest["files"], **{n: _digest(folder / n) for n in names}}.items()))
     _write_manifest(folder, manifest)
 

@@ -75,7 +75,8 @@ def _complete_targets(incomplete: str) -> list[str]:
 
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A .pt2 file, path/to/file.py:factory or package.module:factory.")
+    str,
+    typer.Argument(metavar="MODEL", help="A .pt2 or .onnx file, path/to/file.py:factory or package.module:factory."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A folder made by `edgec compile -o`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
@@ -85,7 +86,8 @@ InputScale = Annotated[
     float | None, typer.Option(help="Multiplies stored values before the mean (default: 1/255 for uint8, else 1).")
 ]
 InputShape = Annotated[
-    str | None, typer.Option(help="For factories without example inputs, batch included: 1,3,224,224.")
+    str | None,
+    typer.Option(help="For factories without example inputs and open .onnx files, batch included: 1,3,224,224."),
 ]
 Metric = Annotated[
     str | None, typer.Option(help="top1, top5, psnr{border=2}, sqnr, cosine, agreement or file.py:function.")
@@ -159,6 +161,10 @@ def compile_command(
     external_io: Annotated[
         bool, typer.Option("--external-io", help="Inputs and outputs lie in memory that --sram does not count.")
     ] = False,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="Leave model.onnx out of the bundle.")] = False,
+    cross_check: Annotated[
+        bool, typer.Option("--cross-check", help="Import by way of ONNX too, and compare the two.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Compile a model, checking accuracy after every step."""
@@ -197,6 +203,8 @@ def compile_command(
             flash=flash,
             fit=fit,
             external_io=external_io,
+            onnx=not no_onnx,
+            cross_check=cross_check,
             progress=progress,
         )
     if json:

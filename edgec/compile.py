@@ -55,6 +55,8 @@ EMULATED_SAMPLES = 64
 # Of a microcontroller's code, which runs on all of them compiled for this machine, as many also run on QEMU's board.
 BOARD_SAMPLES = 32
 BISECTION_STEPS = 4
+# Samples on which the ONNX model is compared with the Program.
+ONNX_SAMPLES = 4
 # Samples of the training data that the checks use when there is no evaluation data.
 CHECK_SAMPLES = 256
 
@@ -204,11 +206,14 @@ def compile_model(
     flash: str | None = None,
     fit: bool = False,
     external_io: bool = False,
+    onnx: bool = True,
+    cross_check: bool = False,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Compile `model` for `target` into the folder `output`, checking accuracy after every step.
 
-    model: nn.Module, Program, ExportedProgram, a `.pt2` path, `file.py:factory` or `package.module:factory`.
+    model: nn.Module, Program, ExportedProgram, a `.pt2` or `.onnx` path, `file.py:factory` or
+        `package.module:factory`.
     data / eval: calibration and evaluation data (see `edgec.data.load_data`); without `eval` the checks measure
         fidelity to the original model on `data`, and without both on random inputs.
     mean, std: per channel, applied after `input_scale` (default 1/255 for uint8 images).
@@ -224,6 +229,8 @@ def compile_model(
     sram, flash: for microcontrollers, what the model may take in all: "320KiB" (default: the board's memory); a model
         that does not fit is not compiled. fit: make it fit, by tiling, without changing a result.
     external_io: inputs and outputs lie in memory that does not count.
+    onnx: put the result into the bundle as `model.onnx` too, compared by ONNX Runtime where that is installed.
+    cross_check: import the model by a second route, through ONNX, and compare the two.
 
     Raises EdgecError (bad input), GateFailed (drop too large), ToolchainMissing. Nothing is left at `output` then.
     """
@@ -273,8 +280,12 @@ def compile_model(
         "samples": len(run.dataset),
         "seed": seed,
     }
+    if program.notes:
+        run.ledger.meta["import"] = "; ".join(program.notes)
     run.record("original", run.reference, program, time.perf_counter() - started)
     writer("0-original", program)
+    if cross_check:
+        _cross_check(run, model, program, input_shape)
 
     _import_check(run, program)
     original = program
@@ -309,10 +320,12 @@ def compile_model(
             _device_check(run, bundle, program, lowered, device)
         if run.ledger.device is not None and run.ledger.device.board is not None:
             check_stack(budget, lowered.plan, run.ledger.device.board.stack_bytes)
+        written = _write_onnx(run, program, staged) if onnx else {}
         run.ledger.skipped = list(run.context.skipped)
         _write_reports(run, lowered, program, staged)
         # The reports hold times, so they differ between equal compiles; everything else is sealed by its digest.
-        seal(staged, ["program.pt2"])
+        sealed = ["program.pt2", written["file"]] if "file" in written else ["program.pt2"]
+        seal(staged, sealed, {"onnx": written} if written else None)
         install(staged, destination)
     tell("done", 1.0)
     return CompileResult(run.ledger, Bundle.load(destination), program)
@@ -410,9 +423,11 @@ def _import_check(run: _Run, program: Program) -> None:
         bundle = build_bundle(lower(program, host), host, Path(folder) / "bundle")
         got = bundle.run(*inputs)
         got = got if isinstance(got, tuple) else (got,)
+    # A model that comes with codes in it follows like a quantised one.
+    needed = FOLLOWS.get(arithmetic(program))
     for spec, a, b in zip(program.outputs, got, want, strict=True):
         error = relative_error(a, b)
-        if not error <= FLOAT_TOLERANCE:
+        if not error <= FLOAT_TOLERANCE and (needed is None or not _sqnr_db(a, b) >= needed):
             raise EdgecError(
                 f"imported graph differs from PyTorch in output '{spec.name}' (relative error {error:.2g}, "
                 f"allowed {FLOAT_TOLERANCE:g})",
@@ -426,6 +441,39 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """max |got - want| / max |want|; NaN when either has one."""
     scale = float(np.abs(want).max(initial=0.0))
     return float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / (scale or 1.0)
+
+
+def _sqnr_db(got: np.ndarray, want: np.ndarray) -> float:
+    """Signal over error energy in dB; not a number when either holds one."""
+    signal, error = (float((x.astype(np.float64) ** 2).sum()) for x in (want, got.astype(np.float64) - want))
+    return 10 * float(np.log10(max(signal, 1e-300) / error)) if error else float("inf")
+
+
+def _cross_check(run: _Run, model: Any, program: Program, input_shape: Sequence[int] | None) -> None:
+    """Import the model by way of ONNX too, and compare; what was found goes into the report."""
+    from edgec.onnx.crosscheck import cross_check
+
+    started = time.perf_counter()
+    run.progress("cross-check", 0.0)
+    inputs, _ = run.dataset.read(slice(0, program.inputs[0].shape[0]))
+    run.ledger.meta["cross_check"] = cross_check(model, program, _tensors(inputs), input_shape)
+    run.record("cross-check", run.reference, program, time.perf_counter() - started)
+
+
+def _write_onnx(run: _Run, program: Program, staged: Path) -> dict[str, Any]:
+    """model.onnx beside the code; what the manifest says of it."""
+    from edgec.onnx.check import write_onnx
+
+    run.progress("onnx", 0.0)
+    first = program.inputs[0].shape
+    samples = ONNX_SAMPLES if program.dynamic_batch else (first[0] if first else 1)
+    inputs, _ = run.dataset.read(slice(0, min(samples, len(run.dataset))))
+    written = write_onnx(program, staged, inputs, arithmetic(program))
+    if "not_written" in written:
+        run.context.skip(program.name, "onnx: not written", written["not_written"])
+    elif written["engine"] is None:
+        run.context.skip(program.name, "onnx: not checked", "ONNX Runtime is not installed")
+    return written
 
 
 def _dumper(folder: str | Path | None) -> Callable[[str, Any], None]:

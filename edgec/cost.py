@@ -20,6 +20,7 @@ from edgec import tokenops as tokenops
 from edgec.lowering.regions import CONV2D
 from edgec.program import Program, layer_of, shape_of
 from edgec.quantparams import QParams
+from edgec.recurrentops import RECURRENT
 from edgec.sparsity import Sparsity, sparsities
 
 aten = torch.ops.aten
@@ -105,6 +106,10 @@ def _macs(node: fx.Node) -> int:
     if node.target is aten.scaled_dot_product_attention.default:
         query, key = shape_of(_node(node.args[0])), shape_of(_node(node.args[1]))
         return 2 * math.prod(query) * key[-2]
+    if node.target in RECURRENT:
+        samples, steps, _ = shape_of(_node(node.args[0]))
+        weights = [node.args[1], *([node.args[3]] if node.target is edgec.lstm.default else [])]
+        return samples * steps * sum(math.prod(shape_of(w)) for w in weights if isinstance(w, fx.Node))
     return _token_macs(node)
 
 

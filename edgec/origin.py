@@ -24,9 +24,14 @@ def module_path(node: fx.Node) -> str:
     return "" if path == NOWHERE else path
 
 
+def layer_name(node: fx.Node) -> str:
+    """The layer that import wrote into the node, which may be a part of a module, else `module_path`."""
+    return node.meta.get("custom", {}).get("edgec_layer") or module_path(node)
+
+
 def source_line(node: fx.Node) -> str:
     """`model.py:12`, the innermost line of the user's code that made the node; empty when it is not known."""
-    return user_frame(node.meta.get("stack_trace") or "")
+    return node.meta.get("custom", {}).get("edgec_source") or user_frame(node.meta.get("stack_trace") or "")
 
 
 def user_frame(trace: str) -> str:
@@ -48,6 +53,6 @@ def first_line(error: BaseException) -> str:
 
 def place(node: fx.Node) -> str:
     """`layer blocks.3.attn, model.py:12`: both of the above, as far as known, else the node's name."""
-    path, line = module_path(node), source_line(node)
+    path, line = layer_name(node), source_line(node)
     known = [f"layer {path}"] * bool(path) + [line] * bool(line)
     return ", ".join(known) or node.name

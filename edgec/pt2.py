@@ -24,6 +24,7 @@ import torch
 from torch._export.serde.schema import SCHEMA_VERSION
 
 from edgec import qops as qops  # registers the operators of quantised Programs
+from edgec import recurrentops as recurrentops  # those of recurrent layers
 from edgec import tokenops as tokenops  # and those of token reduction
 from edgec.errors import EdgecError
 from edgec.origin import first_line
@@ -42,7 +43,7 @@ KEPT = re.compile(r"archive_format|archive_version|byteorder|\.data/version|data
 DROPPED = re.compile(r"\.data/serialization_id|extra/.*|" + re.escape(SAMPLE_INPUTS))
 
 NAMESPACES = ("aten", "edgec", "quantized_decomposed", "torchvision")
-HIGHER_ORDER = ("cond", "while_loop", "wrap_with_set_grad_enabled", "wrap_with_autocast")
+HIGHER_ORDER = ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast")
 # Arithmetic on sizes, and choosing one of several results.
 SCALAR_FUNCTIONS = re.compile(
     r"_operator\.(add|sub|mul|floordiv|truediv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_|getitem)"

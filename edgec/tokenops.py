@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import torch
 
+from edgec.gradients import recompute, remember
+
 # Added to norms: a token of zeros has no direction, but must not make NaN.
 NORM_EPS = 1e-6
 # What NaN and -inf in scores count as. Tokens that may not be chosen have -inf, which is still lower.
@@ -142,37 +144,6 @@ def _(q, k, size, scale, prefix):
 # -- gradients: the choice of tokens has none ------------------------------------------------------------------------
 
 
-def _remember(ctx, inputs, output) -> None:
-    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.places = [isinstance(x, torch.Tensor) for x in inputs]
-    ctx.others = [x for x in inputs if not isinstance(x, torch.Tensor)]
-
-
-def _gradients(run, differentiable: int):
-    """A backward function that runs the operator again, by `run`, and differentiates it by its first operands."""
-
-    def backward(ctx, *grads):
-        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
-        given = [next(tensors if tensor else others) for tensor in ctx.places]
-        with torch.enable_grad():
-            leaves = [
-                x.detach().requires_grad_() if i < differentiable and isinstance(x, torch.Tensor) else x
-                for i, x in enumerate(given)
-            ]
-            results = run(*leaves)
-            results = results if isinstance(results, tuple) else (results,)
-            wanted = [x for i, x in enumerate(leaves) if i < differentiable and isinstance(x, torch.Tensor)]
-            pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
-            ys, gs = ([pair[i] for pair in pairs] for i in (0, 1))
-            found = iter(torch.autograd.grad(ys, wanted, gs, allow_unused=True))
-        return tuple(
-            next(found) if i < differentiable and isinstance(x, torch.Tensor) else None for i, x in enumerate(given)
-        )
-
-    return backward
-
-
 def _plain_tome(x, size, metric, r, prefix, distilled):
     slots = tome_slots(metric.detach(), r, prefix, distilled)
     return merge_tokens(x, size, slots, x.shape[1] - r, True), merge_sizes(size, slots, x.shape[1] - r, None)
@@ -204,7 +175,7 @@ for _operator, _plain, _count in (
     (token_keep, _plain_keep, 2),
     (class_score, _plain_score, 3),
 ):
-    _operator.register_autograd(_gradients(_plain, _count), setup_context=_remember)
+    _operator.register_autograd(recompute(_plain, _count), setup_context=remember)
 
 
 # -- their parts, each one kernel --------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from edgec.targets.elf import rename_symbol
 from edgec.targets.elf import text_bytes as text_bytes
 from edgec.targets.elf import undefined_symbols as undefined_symbols
 from edgec.targets.partition import partition
+from edgec.targets.lets import flatten_lets
 from edgec.targets.phases import Phase, accesses, divide, passed_on, serial
 from edgec.targets.schedule import LIBRARY, schedule
 
@@ -249,7 +250,7 @@ def _raw_signature(
         return statement if pointer is None else tirx.DeclBuffer(statement.buffer, data=pointer)
 
     body = tvm_ffi.structural_map(phase.body(begin, end), [(tirx.AllocBuffer, on_allocation)], order="post")
-    body = tvm_ffi.structural_map(body, [(tvm.ir.Call, elementary.expand)], order="post")
+    body = flatten_lets(tvm_ffi.structural_map(body, [(tvm.ir.Call, elementary.expand)], order="post"))
     # TVM's operator library leaves the place of data behind a pointer open; ours always starts at the pointer.
     offsets = [b.elem_offset for b in buffers if isinstance(b.elem_offset, tirx.Var)]
     if offsets:

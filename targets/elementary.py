@@ -203,10 +203,14 @@ def _odd_ratio(x: Any, limit: float, top: tuple[float, ...], bottom: tuple[float
     def body(c: Any) -> Any:
         return _let(c * c, kind, lambda z: c * _horner(z, top, lanes) / _horner(z, bottom, lanes))
 
+    def inside(x: Any) -> Any:
+        # Comparisons written so that NaN passes.
+        above = tirx.Select(x > _c(limit, lanes), _c(limit, lanes), x)
+        return _let(tirx.Select(x < _c(-limit, lanes), _c(-limit, lanes), above), kind, body)
+
     kind = _kind("float32", lanes)
-    # Comparisons written so that NaN passes.
-    above = tirx.Select(x > _c(limit, lanes), _c(limit, lanes), x)
-    return _let(tirx.Select(x < _c(-limit, lanes), _c(-limit, lanes), above), kind, body)
+    # Named, because x may be a whole chain of such functions, which would be written out three times.
+    return _let(x, kind, inside)
 
 
 def _horner(x: Any, coefficients: tuple[float, ...], lanes: int) -> Any:

@@ -88,6 +88,20 @@ def test_what_bounds_a_step() -> None:
     assert gpu.roofline_row(step, 0, 1)[4:] == ["20.00", "", ""]
 
 
+def test_what_is_moved() -> None:
+    """In place is read and written; further variants are not made; Winograd's way multiplies less."""
+    sizes = (100, 20, 30)
+    launches = [(0, 0, [0, 1, 2, 2]), (0, 1, [0, 1, 2]), (1, 0, [0, 1]), (1, 0, [1, 2]), (1, 0, [2, 0])]
+    plan = {
+        "buffers": [{"bytes": n} for n in sizes],
+        "steps": [{"layer": name, "op": "conv2d", "macs": 9000} for name in ("a", "b")],
+        "launches": [{"step": s, "variant": v, "args": args} for s, v, args in launches],
+    }
+    first, second = gpu.moved(plan, {"a": 4000, "b": 4000})
+    assert (first["bytes"], first["launches"], first["macs"]) == (180, 1, 9000)
+    assert (second["bytes"], second["launches"], second["macs"]) == (300, 3, 4000)
+
+
 def test_signal_to_noise() -> None:
     want = np.array([3.0, 4.0], np.float32)
     assert gpu._sqnr(want, want) == 999
@@ -122,3 +136,23 @@ def test_a_wrong_contestant_is_not_timed() -> None:
     for error in (0.5, float("nan")):
         with pytest.raises(gpu.Absent, match="ncnn gives a wrong result"):
             gpu._right({"edgec": 1e-6, "ncnn": error})
+
+
+def test_rows_of_contestants() -> None:
+    def timing(wall: float) -> dict[str, float]:
+        return gpu.Timing(wall, wall, wall, wall, 0.0, 1, 3).to_json()
+
+    found: gpu.Cell = {
+        "times": {"edgec": timing(1000.0), "a": timing(4000.0), "b": timing(5000.0)},
+        "errors": {"edgec": 1e-7, "a": 2e-7, "b": 0.0},
+    }
+    rows = list(gpu.time_rows("m", "fp32", found))
+    assert [row[2] for row in rows] == ["edgec", "a", "b"]
+    assert [row[6] for row in rows] == ["0.25, 0.20", "4.00", "5.00"]
+    assert all(len(row) == len(gpu.TIMES) for row in [*rows, *gpu.time_rows("m", "fp32", {"error": "gone"})])
+
+
+def test_row_of_a_layer() -> None:
+    row = gpu.layer_row((16, 96, 10, 10), {"kernel_ms": {"edgec": 0.5, "mali": 3.0, "adreno": 2.0}})
+    assert row == ["16 to 96, 10x10", "0.2", "0.500", "3.000", "2.000", "4.0"]
+    assert len(gpu.layer_row((1, 1, 1, 1), {"error": "gone"})) == len(gpu.LAYER_TIMES)

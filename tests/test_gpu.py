@@ -14,6 +14,7 @@ import torch
 from edgec.bundle import Bundle, build_bundle, load_bundle
 from edgec.compile import compile_model
 from edgec.errors import EdgecError
+from edgec.frontend import load_model
 from edgec.lowering.lower import lower
 from edgec.passbase import Context
 from edgec.pipeline import Pipeline
@@ -21,6 +22,7 @@ from edgec.targets.cpu.emit import SelfTest
 from edgec.targets.device import load_device
 from edgec.targets.gpu import document
 from edgec.targets.gpu.lower import LoweredGpu
+from edgec.targets.gpu.runner import open_runner
 from tests import zoo
 
 APIS = [pytest.param("opencl", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
@@ -55,6 +57,47 @@ def test_selftest_of_a_changed_model_fails(tmp_path: Path) -> None:
     weights[1::4] = bytes(len(weights) // 4)
     (bundle.path / "weights.bin").write_bytes(weights)
     assert not bundle.selftest()
+
+
+@pytest.mark.opencl
+@pytest.mark.parametrize("target", ["opencl", "mali-g78", "adreno-640"])
+@pytest.mark.parametrize("name", ["depthwise_separable", "vit_block"])
+def test_groups_fit_the_profile_and_the_device(name: str, target: str, tmp_path: Path) -> None:
+    """Every launch of every variant; the kernel's own limit is CL_KERNEL_WORK_GROUP_SIZE."""
+    bundle, _, _ = bundled(name, target, tmp_path)
+    runner = open_runner(bundle.path, "opencl")
+    plan = json.loads((bundle.path / "plan.json").read_text())
+    assert len(plan["launches"]) == len(runner.kernels) > len(plan["steps"])
+    for launch, kernel in zip(plan["launches"], runner.kernels, strict=True):
+        items = int(np.prod(launch["group"]))
+        assert items <= load_device(target).work_group
+        if kernel is not None:
+            size = runner.cl.kernel_work_group_info.WORK_GROUP_SIZE
+            assert items <= kernel.get_work_group_info(size, runner.device)
+
+
+@pytest.mark.opencl
+def test_winograd_in_a_network(tmp_path: Path) -> None:
+    """Three launches, in the C host too; the direct way stays to be chosen on the device."""
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(16, 16, 3, padding=1).eval()
+    program = load_model(module, input_shape=(1, 16, 30, 33), name="net")
+    x = torch.randn(1, 16, 30, 33)
+    want = program(x)[0].detach().numpy()
+    device = load_device("mali-g52")
+    selftest = SelfTest([x.numpy()], [want], TOLERANCE)
+    bundle = build_bundle(lower(program, device), device, tmp_path / "bundle", selftest=selftest)
+    runner = open_runner(bundle.path, "opencl", profile=True)
+    plan = runner.plan
+    steps = [n for n, row in enumerate(plan["steps"]) if row["op"] == "conv2d"]
+    for variant, count in ((0, 3), (1, 1)):
+        for step in steps:
+            assert len([x for x in plan["launches"] if (x["step"], x["variant"]) == (step, variant)]) == count
+        runner.choices = [variant if step in steps else 0 for step in range(len(plan["steps"]))]
+        got = np.zeros_like(want)
+        runner.run([x.numpy()], [got])
+        assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+    assert bundle.selftest()
 
 
 def test_metal_bundle_is_source_only(tmp_path: Path) -> None:

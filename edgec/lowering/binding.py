@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from edgec import regions as regions  # registers the operators looked up below
+from edgec import recurrentops as recurrentops  # registers the operators looked up below
+from edgec import regions as regions
 from edgec.errors import EdgecError
 from edgec.integer import dequantize_weight
 from edgec.packing import code_bits
@@ -30,6 +31,7 @@ from edgec.targets.kernels.eltwise import Dequantize, QAdd, QLut, QMul, QRescale
 from edgec.targets.kernels.matmul import MatMul
 from edgec.targets.kernels.norm import GroupNorm, LayerNorm, RMSNorm
 from edgec.targets.kernels.pool import AvgPool, MaxPool, Mean, Requant
+from edgec.targets.kernels.recurrent import GATES, Recurrent
 from edgec.targets.kernels.softmax import Softmax
 from edgec.targets.kernels.sparse import fastest
 from edgec.targets.kernels.tiles import Crop, Place
@@ -109,6 +111,9 @@ def bind(
     `Binding`.
     """
     rule = rules(device).get(node.target) if node.op == "call_function" else None
+    if rule is not None and getattr(node.target, "namespace", "") == "aten" and _is_stored(node, constants):
+        # Computed at compile time, where a kernel would have to be run that may be of another machine.
+        return None
     binding = rule(node, constants) if rule is not None else None
     if binding is None:
         return None
@@ -125,6 +130,20 @@ def bind(
 def rules(device: Device | None = None) -> Mapping[Any, Rule]:
     """The operators that have kernels of ours; for a microcontroller also those that only move elements."""
     return {**RULES, **MOVES} if device is not None and device.is_mcu else RULES
+
+
+def _is_stored(node: Any, constants: Weights) -> bool:
+    """Whether a value follows from stored tensors alone."""
+    waiting, seen = [node], set()
+    while waiting:
+        found = waiting.pop()
+        if found.name in constants or found in seen:
+            continue
+        seen.add(found)
+        if found.op == "placeholder":
+            return False
+        waiting += found.all_input_nodes
+    return True
 
 
 def _dtype(node: Any) -> str:
@@ -488,6 +507,38 @@ def _log_sizes(node: Any, constants: Weights) -> Binding:
     return Binding(LogSizes(_elements(node)), (node.args[0],), layer_of(node))
 
 
+def _recurrent(node: Any, constants: Weights) -> Binding:
+    x, w, bias, *rest = node.args
+    projection, c0, cell, kind = None, None, False, str(node.target).split(".")[1]
+    if node.target is edgec.lstm.default:
+        projection, h0, c0, reverse, cell = rest
+    elif node.target is edgec.gru.default:
+        h0, reverse = rest
+    else:
+        h0, reverse, relu = rest
+        kind = "rnn_relu" if relu else "rnn_tanh"
+    batch, steps, columns = shape_of(x)
+    weights = {name: _stored_value(node, constants, n) for name, n in (("w", w), ("bias", bias), ("projection", projection))}
+    hidden = columns // GATES[kind]
+    size = shape_of(w)[1]
+    states = {"h0": h0 is not None, "c0": c0 is not None}
+    spec = Recurrent(kind, batch, steps, hidden, size, projection is not None, **states, reverse=reverse, cell=cell)
+    return Binding(spec, (x,), layer_of(node), weights, tuple(s for s in (h0, c0) if s is not None))
+
+
+def _stored_value(node: Any, constants: Weights, weight: Any) -> np.ndarray | None:
+    """The values of a weight that is stored, as float32 or as codes."""
+    if weight is None or weight.name in constants:
+        return _value(constants, weight)
+    if weight.target is edgec.dequantize_weight.default:
+        return weight_of(weight, constants)
+    raise EdgecError(
+        f"{node.target} has a weight that is computed when the model runs",
+        where=f"layer {layer_of(node)}",
+        hint="remove the parametrisation of the weight before exporting, e.g. torch.nn.utils.parametrize.remove_parametrizations",
+    )
+
+
 def _crop(node: Any, constants: Weights) -> Binding:
     x, top, left, rows, columns, *rest = node.args
     n, *shape = shape_of(x)
@@ -568,6 +619,9 @@ RULES: dict[Any, Rule] = {
     edgec.class_scores.default: _class_scores,
     edgec.log_sizes.default: _log_sizes,
     edgec.dequantize_weight.default: lambda node, constants: None,
+    edgec.lstm.default: _recurrent,
+    edgec.gru.default: _recurrent,
+    edgec.rnn.default: _recurrent,
     edgec.crop_nhwc.default: _crop,
     edgec.place_nhwc.default: _place,
     edgec.conv2d_nhwc.default: _conv2d,

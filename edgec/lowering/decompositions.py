@@ -7,6 +7,7 @@ exact up to the order of float32 sums, and none needs TVM's run time, which is n
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,31 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.sort.stable: lambda x, *, stable, dim=-1, descending=False: _smallest(x, x.shape[dim], dim, descending),
         aten.topk.default: lambda x, k, dim=-1, largest=True, sorted=True: _smallest(x, k, dim, largest),
         aten.cumsum.default: _cumsum,
+        aten.cumprod.default: _cumprod,
+        aten.logcumsumexp.default: _logcumsumexp,
+        aten.cummax.default: lambda x, dim: _running_extreme(x, dim, largest=True),
+        aten.cummin.default: lambda x, dim: _running_extreme(x, dim, largest=False),
+        aten.as_strided.default: _as_strided,
+        aten._embedding_bag.default: _embedding_bag,
+        aten._embedding_bag_forward_only.default: _embedding_bag,
+        aten.scatter.src: _scatter,
+        aten.scatter.value: _scatter,
+        aten.grid_sampler_3d.default: _grid_sampler_3d,
+        aten._adaptive_avg_pool3d.default: _adaptive_average,
+        aten.adaptive_max_pool3d.default: _adaptive_max_pool,
+        aten.convolution.default: _convolution,
+        aten.bilinear.default: _bilinear,
+        aten.addbmm.default: lambda c, a, b, *, beta=1, alpha=1: beta * c + alpha * (a @ b).sum(0),
+        aten.copysign.Tensor: lambda x, y: torch.where(y < 0, -x.abs(), x.abs()),
+        aten.ldexp.Tensor: lambda x, y: x * torch.exp(y.to(torch.float32) * math.log(2.0)),
+        aten.angle.default: lambda x: torch.where(x < 0, torch.full((), math.pi), torch.zeros(())),
+        aten.heaviside.default: lambda x, y: torch.where(x == 0, y.to(x.dtype) + 0 * x, (x > 0).to(x.dtype)),
+        aten.erfc.default: lambda x: 1 - torch.erf(x),
+        aten.special_erfc.default: lambda x: 1 - torch.erf(x),
+        aten.__lshift__.Scalar: lambda x, n: x * 2**n,
+        aten.__rshift__.Scalar: lambda x, n: torch.div(x, 2**n, rounding_mode="floor"),
+        aten.bitwise_left_shift.Tensor_Scalar: lambda x, n: x * 2**n,
+        aten.bitwise_right_shift.Tensor_Scalar: lambda x, n: torch.div(x, 2**n, rounding_mode="floor"),
         aten.scaled_dot_product_attention.default: _attention,
         aten.adaptive_max_pool2d.default: _adaptive_max_pool,
         aten.col2im.default: _fold,
@@ -108,6 +134,96 @@ def _cumsum(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> t
     return prefix.sum(-1, dtype=dtype).movedim(-1, dim)
 
 
+def _prefixes(x: torch.Tensor, neutral: Any) -> torch.Tensor:
+    """[..., n, n]: for each element of the last axis those up to it, and `neutral` behind it."""
+    place = torch.arange(x.shape[-1])
+    return torch.where(place <= place.unsqueeze(-1), x.unsqueeze(-2), torch.full((), neutral, dtype=x.dtype))
+
+
+def _cumprod(x: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One factor after the other, as PyTorch multiplies them."""
+    if dtype is None:
+        dtype = x.dtype if x.dtype.is_floating_point else torch.int64
+    if x.dim() == 0:
+        return x.to(dtype)
+    if x.shape[dim] > MAX_FACTORS:
+        return NotImplemented
+    return torch.cat(list(itertools.accumulate(x.to(dtype).split(1, dim), torch.mul)), dim)
+
+
+def _logcumsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
+    if x.dim() == 0:
+        return x
+    return torch.logsumexp(_prefixes(x.movedim(dim, -1), -math.inf), -1).movedim(-1, dim)
+
+
+def _running_extreme(x: torch.Tensor, dim: int, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest or smallest element so far, place of the last one that equals it)."""
+    if x.dim() == 0:
+        return x, torch.zeros_like(x, dtype=torch.int64)
+    limit = math.inf if x.dtype.is_floating_point else torch.iinfo(x.dtype).max
+    neutral = -limit if largest else limit
+    prefixes = _prefixes(x.movedim(dim, -1), neutral)
+    values = torch.amax(prefixes, -1) if largest else torch.amin(prefixes, -1)
+    n = x.shape[dim]
+    place = torch.arange(n)
+    hit = (prefixes == values.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
+    last = torch.where(hit, place, torch.full((), -1, dtype=torch.int64)).amax(-1)
+    return values.movedim(-1, dim), last.movedim(-1, dim)
+
+
+def _as_strided(x: torch.Tensor, size: Any, stride: Any, offset: int | None = None) -> torch.Tensor:
+    """Elements by their place in memory, which is that of a contiguous tensor."""
+    if not x.is_contiguous() or not all(isinstance(n, int) for n in (*size, *stride, offset or 0)):
+        return NotImplemented
+    place = torch.full((1,) * max(len(size), 1), offset or 0, dtype=torch.int64)
+    for axis, (count, step) in enumerate(zip(size, stride, strict=True)):
+        shape = [1] * len(size)
+        shape[axis] = count
+        place = place + (torch.arange(count) * step).reshape(shape)
+    return torch.index_select(x.reshape(-1), 0, place.reshape(-1)).reshape(size)
+
+
+def _embedding_bag(
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sum, mean or maximum over each bag: a product with the matrix of which index is in which bag.
+
+    Only the first result is for use outside training; the others have their types and sizes.
+    """
+    count = indices.shape[0]
+    bags = offsets.shape[0] - 1 if include_last_offset else offsets.shape[0]
+    first = offsets[:bags].to(torch.int64)
+    rest = offsets[1 : bags + 1].to(torch.int64) if include_last_offset else offsets[1:].to(torch.int64)
+    end = rest if include_last_offset else torch.cat([rest, torch.full((1,), count, dtype=torch.int64)])
+    place = torch.arange(count)
+    inside = (place >= first.unsqueeze(-1)) & (place < end.unsqueeze(-1))
+    if padding_idx >= 0:
+        inside = inside & (indices != padding_idx)
+    rows = torch.nn.functional.embedding(indices, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    share = inside.to(weight.dtype)
+    number = share.sum(-1, keepdim=True)
+    if mode == 2:
+        masked = torch.where(inside.unsqueeze(-1), rows, torch.full((), -math.inf))
+        result = torch.where(number > 0.5, masked.amax(1), torch.zeros(()))
+    else:
+        result = share @ rows
+        result = result / number.clamp(min=1.0) if mode == 1 else result
+    size = number.squeeze(-1).to(indices.dtype)
+    largest = torch.zeros((bags, weight.shape[1]) if mode == 2 else (bags,), dtype=indices.dtype)
+    return result, torch.zeros_like(indices), size, largest
+
+
 def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -145,17 +261,140 @@ def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _adaptive_max_pool(x: torch.Tensor, size: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """(values, positions in the flat map), one window at a time."""
-    height, width = x.shape[-2:]
+    rank = len(size)
+    extents = x.shape[-rank:]
     values, places = [], []
-    for top, bottom in _windows(height, size[0]):
-        for left, right in _windows(width, size[1]):
-            flat = x[..., top:bottom, left:right].flatten(-2)
-            values.append(torch.amax(flat, -1))
-            at = torch.argmax(flat, -1)
-            rows = torch.div(at, right - left, rounding_mode="floor")
-            places.append(rows * (width - (right - left)) + at + top * width + left)
-    shape = (*x.shape[:-2], *size)
+    for window in itertools.product(*[_windows(n, count) for n, count in zip(extents, size, strict=True)]):
+        flat = x[(..., *(slice(*ends) for ends in window))].flatten(-rank)
+        values.append(torch.amax(flat, -1))
+        rest: Any = torch.argmax(flat, -1)
+        place, stride = 0, 1
+        for (first, end), n in reversed(list(zip(window, extents, strict=True))):
+            line = torch.div(rest, end - first, rounding_mode="floor")
+            place = place + (rest - line * (end - first) + first) * stride
+            rest, stride = line, stride * n
+        places.append(place)
+    shape = (*x.shape[:-rank], *size)
     return torch.stack(values, -1).reshape(shape), torch.stack(places, -1).reshape(shape)
+
+
+def _adaptive_average(x: torch.Tensor, size: Any) -> torch.Tensor:
+    """Along each axis a product with the matrix of its windows, which may overlap."""
+    for axis, count in enumerate(size, -len(size)):
+        n = x.shape[axis]
+        if count == n:
+            continue
+        number, place = torch.arange(count), torch.arange(n).unsqueeze(-1)
+        first = torch.div(number * n, count, rounding_mode="floor")
+        end = torch.div((number + 1) * n + (count - 1), count, rounding_mode="floor")
+        inside = ((place >= first) & (place < end)).to(x.dtype)
+        x = (x.movedim(axis, -1) @ (inside / inside.sum(0))).movedim(-1, axis)
+    return x
+
+
+def _scatter(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.Tensor:
+    """Where the index covers a part of the tensor: each element looks for the last source that goes to it."""
+    dim = dim % max(x.dim(), 1)
+    if x.dim() == 0 or all(i == dim or index.shape[i] == x.shape[i] for i in range(x.dim())):
+        return NotImplemented
+    if isinstance(value, torch.Tensor):
+        src = value[tuple(slice(0, n) for n in index.shape)]
+    else:
+        src = torch.full(index.shape, value, dtype=x.dtype)
+    missing = []
+    for axis in reversed(range(x.dim())):
+        missing += [0, 0 if axis == dim else x.shape[axis] - index.shape[axis]]
+    index = torch.nn.functional.pad(index, missing, value=-1).movedim(dim, -1)
+    src = torch.nn.functional.pad(src, missing).movedim(dim, -1)
+    own = x.movedim(dim, -1)
+    number = torch.arange(1, src.shape[-1] + 1)
+    hit = index.unsqueeze(-2) == torch.arange(own.shape[-1]).unsqueeze(-1)
+    last = torch.where(hit, number, torch.zeros((), dtype=torch.int64)).amax(-1)
+    found = torch.gather(src, -1, (last - 1).clamp(min=0))
+    return torch.where(last > 0, found, own).movedim(-1, dim)
+
+
+def _grid_sampler_3d(x: torch.Tensor, grid: torch.Tensor, mode: int, padding: int, corners: bool) -> torch.Tensor:
+    """Samples [N, C, D', H', W'] of x [N, C, D, H, W] at grid [N, D', H', W', 3], which holds x, y, z in -1..1."""
+    n, channels = x.shape[:2]
+    extents = list(x.shape[2:])
+    places = [_source(grid[..., 2 - axis], size, padding, corners) for axis, size in enumerate(extents)]
+    if mode == 1:
+        corner_sets = [[(torch.round(place), None)] for place in places]
+    elif mode == 0:
+        corner_sets = []
+        for place in places:
+            low = torch.floor(place)
+            corner_sets.append([(low, low + 1 - place), (low + 1, place - low)])
+    else:
+        return NotImplemented
+    flat = x.reshape(n, channels, -1)
+    result: Any = 0.0
+    for corner in itertools.product(*corner_sets):
+        index, inside, weight = 0, None, None
+        for (place, share), size in zip(corner, extents, strict=True):
+            within = (place >= 0) & (place <= size - 1)
+            inside = within if inside is None else inside & within
+            weight = share if weight is None else weight * share
+            index = index * size + place.clamp(0, size - 1).to(torch.int64)
+        here = torch.as_tensor(index).reshape(n, 1, -1).expand(n, channels, -1)
+        value = torch.gather(flat, 2, here).reshape(n, channels, *grid.shape[1:4])
+        assert inside is not None
+        factor = inside.to(x.dtype) if weight is None else weight * inside.to(x.dtype)
+        result = result + value * factor.unsqueeze(1)
+    return result
+
+
+def _source(place: torch.Tensor, size: int, padding: int, corners: bool) -> torch.Tensor:
+    """Coordinates -1..1 in elements of an axis, after padding: 0 zeros, 1 border, 2 reflection."""
+    place = (place + 1) / 2 * (size - 1) if corners else ((place + 1) * size - 1) / 2
+    if padding == 2:
+        low, span = (0.0, size - 1.0) if corners else (-0.5, float(size))
+        if span == 0:
+            return torch.zeros_like(place)
+        distance = (place - low).abs()
+        turns = torch.floor(distance / span)
+        rest = distance - turns * span
+        odd = turns - 2 * torch.floor(turns / 2)
+        place = torch.where(odd > 0.5, span - rest, rest) + low
+    return place if padding == 0 else place.clamp(0, size - 1)
+
+
+def _convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> torch.Tensor:
+    """Transposed in three dimensions: a convolution of the input with zeros between its elements."""
+    if not transposed or x.dim() != 5:
+        return NotImplemented
+    pads: list[int] = []
+    for axis in (4, 3, 2):
+        n, step = x.shape[axis], stride[axis - 2]
+        if step > 1:
+            wide = torch.nn.functional.pad(x.unsqueeze(axis + 1), [0, 0] * (4 - axis) + [0, step - 1])
+            x = wide.flatten(axis, axis + 1).narrow(axis, 0, (n - 1) * step + 1)
+        reach = dilation[axis - 2] * (weight.shape[axis] - 1) - padding[axis - 2]
+        pads += [reach, reach + output_padding[axis - 2]]
+    inputs, outputs = weight.shape[0] // groups, weight.shape[1]
+    kernel = weight.shape[2:]
+    own = weight.flip(2, 3, 4).reshape(groups, inputs, outputs, *kernel).transpose(1, 2)
+    own = own.reshape(groups * outputs, inputs, *kernel)
+    return torch.nn.functional.conv3d(torch.nn.functional.pad(x, pads), own, bias, 1, 0, dilation, groups)
+
+
+def _bilinear(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """sum over i, j of a_i W_kij b_j."""
+    outputs, left, right = weight.shape
+    rows = a.reshape(-1, left) @ weight.permute(1, 0, 2).reshape(left, outputs * right)
+    y = (rows.reshape(-1, outputs, right) * b.reshape(-1, 1, right)).sum(-1).reshape(*a.shape[:-1], outputs)
+    return y if bias is None else y + bias
 
 
 def _windows(size: int, count: int) -> list[tuple[int, int]]:
@@ -206,21 +445,28 @@ def _scatter_reduce(
     x: torch.Tensor, dim: int, index: torch.Tensor, src: torch.Tensor, reduce: str, include_self: bool = True
 ) -> torch.Tensor:
     """Every element of the result over all sources: there are no atomic updates to rely on."""
-    neutral = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "amax": -math.inf, "amin": math.inf}[reduce]
+    real = x.dtype.is_floating_point
+    limit: Any = math.inf if real else torch.iinfo(x.dtype).max
+    neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": -limit, "amin": limit}[reduce]
     rest = [i for i in range(x.dim()) if i != dim % max(x.dim(), 1)]
-    if reduce == "prod" or not x.dtype.is_floating_point or any(index.shape[i] != x.shape[i] for i in rest):
+    if (reduce == "mean" and not real) or any(index.shape[i] != x.shape[i] for i in rest):
+        return NotImplemented
+    if reduce == "prod" and index.shape[dim] > MAX_FACTORS:
         return NotImplemented
     src = src[tuple(slice(0, n) for n in index.shape)]
     own, index, src = (t.movedim(dim, -1) for t in (x, index, src))
     hit = index.unsqueeze(-2) == torch.arange(own.shape[-1]).unsqueeze(-1)
-    parts = torch.where(hit, src.unsqueeze(-2), torch.full((), neutral))
+    parts = torch.where(hit, src.unsqueeze(-2), torch.full((), neutral, dtype=x.dtype))
     count = hit.to(torch.float32).sum(-1)
     if reduce == "amax":
         result = torch.maximum(own, parts.amax(-1)) if include_self else parts.amax(-1)
     elif reduce == "amin":
         result = torch.minimum(own, parts.amin(-1)) if include_self else parts.amin(-1)
+    elif reduce == "prod":
+        result = own * parts.prod(-1) if include_self else parts.prod(-1)
     else:
-        result = own + parts.sum(-1) if include_self else parts.sum(-1)
+        total = parts.sum(-1, dtype=x.dtype)
+        result = own + total if include_self else total
         if reduce == "mean":
             result = result / (count + 1.0 if include_self else count.clamp(min=1.0))
     if not include_self:

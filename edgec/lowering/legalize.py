@@ -8,6 +8,7 @@ known to the importer is reported all at once, with the place in the model it ca
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -47,6 +48,7 @@ UNLOWERED = frozenset(
         "bucketize.Tensor",
         "cond",
         "cumprod.default",
+        "as_strided.default",
         "cumsum.default",
         "item.default",
         "masked_select.default",
@@ -66,11 +68,10 @@ SUGGESTIONS = {
     "_fft_c2c": "write the transform as a product with the matrix of sines and cosines",
     "view_as_complex": "keep real and imaginary parts in two tensors",
     "complex": "keep real and imaginary parts in two tensors",
-    "cumprod": "take the exponential of a cumulative sum of logarithms",
+    "cumprod": "it is written out up to 64 factors; take the exponential of a cumulative sum of logarithms",
     "median": "give it an axis",
     "nonzero": "use a mask and torch.where, which keep shapes",
     "masked_select": "use a mask and torch.where, which keep shapes",
-    "_upsample_bilinear2d_aa": "resize without antialias, or average first",
     "as_strided": "use slices and reshapes",
 }
 
@@ -88,6 +89,7 @@ def convert_map() -> dict[str, Callable[[fx.Node, Any], Any]]:
         "amax.default": _extreme("max"),
         "amin.default": _extreme("min"),
         "embedding.default": _embedding,
+        "full.default": _full,
         "grid_sampler_2d.default": _grid_sampler,
         "index.Tensor": _index,
         "index_select.default": _index_select,
@@ -360,6 +362,18 @@ def _index_select(node: fx.Node, importer: Any) -> Any:
 
 def _embedding(node: fx.Node, importer: Any) -> Any:
     return _take(importer, importer.env[node.args[0]], importer.env[node.args[1]], 0)
+
+
+def _full(node: fx.Node, importer: Any) -> Any:
+    """A number everywhere; TVM's own cannot take infinity."""
+    import numpy as np
+    from tvm import relax
+
+    shape, value, *_ = cast(tuple[Any, ...], node.args)
+    if not isinstance(value, float) or math.isfinite(value):
+        return importer._full(node)
+    number = relax.const(np.asarray(value, str(_val(node).dtype).removeprefix("torch.")))
+    return importer.block_builder.emit(relax.op.broadcast_to(number, list(shape))) if shape else number
 
 
 @functools.cache

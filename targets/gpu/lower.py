@@ -166,16 +166,28 @@ def _pieces(launches: Iterable[Launch], device: Device) -> dict[tuple[str, str],
 def _affordable(
     variants: Mapping[str, tuple[tuple[Launch, ...], ...]], macs: Mapping[str, int], device: Device
 ) -> dict[str, tuple[tuple[Launch, ...], ...]]:
-    """The first variant of each kernel, and further ones of those with most work as long as there is room for text."""
-    texts = _pieces((launch for each in variants.values() for launch in each[0]), device)
-    size = sum(map(len, texts.values()))
+    """The first variant of each kernel, and further ones of those with most work as long as there is room for text.
+
+    Where the first ones are too long together, kernels with least work begin with their shortest variant.
+    """
     kept = {symbol: [each[0]] for symbol, each in variants.items()}
-    for symbol in sorted(variants, key=lambda s: (-macs.get(s, 0), s)):
-        for launches in variants[symbol][1:MOST_VARIANTS]:
-            more = {key: text for key, text in _pieces(launches, device).items() if key not in texts}
+
+    def texts() -> dict[tuple[str, str], str]:
+        return _pieces((launch for each in kept.values() for launches in each for launch in launches), device)
+
+    order = sorted(variants, key=lambda s: (macs.get(s, 0), s))
+    for symbol in order:
+        if sum(map(len, texts().values())) > SOURCE_BYTES:
+            kept[symbol] = [min(variants[symbol], key=lambda launches: sum(len(x.text) for x in launches))]
+    found = texts()
+    size = sum(map(len, found.values()))
+    for symbol in reversed(order):
+        others = [launches for launches in variants[symbol] if launches not in kept[symbol]]
+        for launches in others[: MOST_VARIANTS - 1]:
+            more = {key: text for key, text in _pieces(launches, device).items() if key not in found}
             added = sum(map(len, more.values()))
             if size + added <= SOURCE_BYTES:
-                texts |= more
+                found |= more
                 size += added
                 kept[symbol].append(launches)
     return {symbol: tuple(each) for symbol, each in kept.items()}
@@ -402,6 +414,13 @@ def _split(module: tvm.IRModule) -> tvm.IRModule:
             x.CommonSubexprElim(),
             x.VerifyMemory(),
             x.AnnotateEntryFunc(),
+            # Barriers around what work items share, and reductions across them. The plainest rule needs neither, but a
+            # schedule that does would give wrong results without them, and no error.
+            s.ThreadSync("shared"),
+            s.ThreadSync("shared.dyn"),
+            s.InferFragment(),
+            s.LowerThreadAllreduce(),
+            s.MergeSharedMemoryAllocations(),
             x.SplitHostDevice(),
         ]
     )(module)

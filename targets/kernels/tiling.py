@@ -39,10 +39,20 @@ class Axis:
         """(first tap, end) of output `position`, a TIR expression: the taps on the input are consecutive."""
         if not self.padded:
             return 0, self.kernel
-        first = position * self.stride - self.before
-        low = tirx.min(tirx.max(tirx.floordiv(self.dilation - 1 - first, self.dilation), 0), self.kernel)
-        high = tirx.min(tirx.floordiv(self.size - 1 - first, self.dilation) + 1, self.kernel)
+        low = tirx.min(tirx.max(self._taps_before(self.before, position), 0), self.kernel)
+        high = tirx.min(self._taps_before(self.size + self.before, position), self.kernel)
         return low, tirx.max(high, low)
+
+    def _taps_before(self, end: int, position: Any) -> Any:
+        """(end - position * stride) / dilation, rounded up: the taps before place `end` of the padded input.
+
+        Written as a constant less a quotient that grows with the position. TVM 0.27 simplifies quotients that fall,
+        such as (15 - p) // 8 * 8, to something else.
+        """
+        if self.dilation == 1:
+            return end - position * self.stride
+        whole = -(-end // self.dilation)
+        return whole - tirx.floordiv(position * self.stride + (whole * self.dilation - end), self.dilation)
 
     def classes(self) -> list[tuple[int, ...]]:
         """The taps of each class of outputs: the first ones, all the inner ones as one, the last ones."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from edgec.errors import EdgecError
-from edgec.targets.device import load_device
-from edgec.targets.gpu.kernels import conv, depthwise, implement
+from edgec.targets.device import Device, load_device
+from edgec.targets.gpu.kernels import conv, depthwise, implement, winograd
+from edgec.targets.gpu.kernels.base import GpuKernel, Launch, Operand
 from edgec.targets.gpu.kernels.conv import Tile
 from edgec.targets.kernels.attention import Attention, View
 from edgec.targets.kernels.common import AddEpilogue, Epilogue
@@ -495,3 +496,85 @@ def test_groups_fit_every_device(device: str) -> None:
         assert len({launches[0].function for launches in variants}) == len(variants) <= 4
         for launch in (launch for launches in variants for launch in launches):
             assert np.prod(launch.group) <= device_.work_group
+
+
+# Maps that fill no whole tiles, padding on some sides only, slices that fill no block, an output smaller than a tile.
+WINOGRAD = [
+    (Conv2D(9, 14, 16, 20, (3, 3), (1, 1), SAME, epilogue=Epilogue("leaky_relu", 0.1, residual=True)), 4),
+    (Conv2D(7, 11, 12, 8, (3, 3), padding=(0, 2, 1, 0), dtype="float16", epilogue=CLIP), 4),
+    (Conv2D(5, 6, 8, 8, (3, 3), (1, 1), SAME), 2),
+    (Conv2D(3, 4, 4, 4, (3, 3), dtype="float16"), 2),
+]
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize(("spec", "m"), WINOGRAD, ids=range(len(WINOGRAD)))
+def test_winograd(spec: Conv2D, m: int, api: str) -> None:
+    """The first variant is the transformed way, the second one the direct way on the same operands."""
+    device = device_of(api)
+    (x, residual), weights = _weighted(spec, 3)
+    assert x is not None and weights["w"] is not None
+    kernel = winograd.make(spec, device, m)
+    operands = [x, *kernel.pack(device, **weights), *([] if residual is None else [residual])]
+    expected = spec.reference(x, weights["w"], weights["bias"], residual=residual).astype(np.float64)
+    assert [len(launches) for launches in kernel.variants(device)[:2]] == [3, 1]
+    found = [run(Chosen(kernel, number), device, operands).reshape(expected.shape) for number in range(2)]
+    for each in found:
+        assert np.abs(each - expected).max() <= 2 * TOLERANCE[spec.dtype] * np.abs(expected).max()
+    assert not np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_winograd_with_half_sums(api: str) -> None:
+    """F(2, 3) sums in halves, as the direct way does; F(4, 3) does not."""
+    device, spec = device_of(api), WINOGRAD[3][0]
+    (x, _), weights = _weighted(spec, 3)
+    assert x is not None and weights["w"] is not None
+    wide, kernel = winograd.make(spec, device, 2), winograd.make(spec, device, 2).with_half_sums()
+    got, other = (run(k, device, [x, *k.pack(device, **weights)]) for k in (kernel, wide))
+    expected = spec.reference(x, weights["w"], weights["bias"]).astype(np.float64)
+    assert np.abs(got.reshape(expected.shape) - expected).max() <= 1e-2 * np.abs(expected).max()
+    assert api == "opencl" or not np.array_equal(got, other)
+    assert kernel.variants(device)[1] != wide.variants(device)[1]
+    four = winograd.make(spec, device, 4)
+    assert four.with_half_sums().launches(device) == four.launches(device)
+
+
+@dataclass(frozen=True)
+class Chosen(GpuKernel):
+    """A kernel by one of its variants."""
+
+    kernel: GpuKernel
+    number: int
+
+    def operands(self) -> tuple[Operand, ...]:
+        return self.kernel.operands()
+
+    def scratch(self) -> tuple[int, ...]:
+        return self.kernel.scratch()
+
+    def launches(self, device: Device) -> tuple[Launch, ...]:
+        return self.kernel.variants(device)[self.number]
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_matrices_of_winograd_give_the_correlation(m: int) -> None:
+    at, g, bt = winograd.matrices(m)
+    rng = np.random.default_rng(m)
+    d, w = rng.standard_normal(m + 2), rng.standard_normal(3)
+    np.testing.assert_allclose(at @ ((g @ w) * (bt @ d)), np.correlate(d, w, "valid"), rtol=1e-12)
+
+
+def test_where_winograd_pays() -> None:
+    """By the rates in the device's profile: 64 channels of 56x56 everywhere, few channels where arithmetic is dear,
+    never what it does not compute."""
+    large = Conv2D(56, 56, 64, 64, (3, 3), padding=SAME)
+    small = Conv2D(32, 32, 16, 16, (3, 3), padding=SAME)
+    slow, fast = load_device("mali-g52"), load_device("mali-g78")
+    assert [winograd.chosen(large, d) for d in (slow, fast, load_device("vulkan"))] == [4, 4, 4]
+    assert [winograd.chosen(small, d) for d in (slow, fast)] == [4, 0]
+    other = [{"stride": (2, 2)}, {"dilation": (2, 2)}, {"groups": 2}, {"dtype": "int8"}, {"ci": 66}, {"kernel": (5, 5)}]
+    assert not any(winograd.chosen(replace(large, **change), slow) for change in other)  # type: ignore[arg-type]
+    # Transformed weights of 64 MiB, and what stands between the launches.
+    assert winograd.chosen(replace(large, h=7, w=7, ci=1024, co=1024), slow) == 0
+    assert winograd.chosen(replace(large, h=1024, w=1024), slow) == 0

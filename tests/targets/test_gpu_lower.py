@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tvm
 from tvm import te, tirx
+from tvm.s_tir import dlight
 
 from edgec.errors import EdgecError
 from edgec.plan import PlanBuilder
@@ -26,9 +27,9 @@ APIS = [pytest.param("opencl", marks=pytest.mark.opencl), pytest.param("vulkan",
 GPUS = [name for name in device_names() if load_device(name).is_gpu]
 
 
-def run(function: Any, api: str, arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str = "float32") -> Any:
+def run(function: Any, target: str, arrays: list[np.ndarray], shape: tuple[int, ...], dtype: str = "float32") -> Any:
     """(the result of a PrimFunc on arrays, its launches)."""
-    device = load_device(api)
+    device = load_device(target)
     lowered = lower_to_gpu(tvm.IRModule({"net_f": function}), device)
     builder = PlanBuilder("net", 256)
     names = [builder.add_input(f"x{i}", a.shape, str(a.dtype)) for i, a in enumerate(arrays)]
@@ -37,7 +38,7 @@ def run(function: Any, api: str, arrays: list[np.ndarray], shape: tuple[int, ...
     builder.add_output("y", result, shape, dtype)
     plan = builder.finish()
     described = document.describe(plan, lowered, device)
-    if api == "opencl":
+    if device.api == "opencl":
         from edgec.targets.gpu.opencl import OpenCLRunner
 
         opened: Any = OpenCLRunner(described, document.program(lowered), b"")
@@ -96,6 +97,27 @@ def test_grouped_convolution_has_a_work_item_for_each_output(api: str) -> None:
     (launch,) = launches
     items = math.prod(launch["grid"]) * math.prod(launch["group"])
     assert 1024 <= items < 1024 + math.prod(launch["group"])
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("mali-g78", marks=pytest.mark.opencl), pytest.param("vulkan", marks=pytest.mark.vulkan)]
+)
+@pytest.mark.parametrize("rule", ["Matmul", "Reduction"])
+def test_schedules_with_shared_memory_keep_their_barriers(rule: str, name: str) -> None:
+    """What benchmarks compare with: dlight's schedules stage operands in local memory, and reduce across work items."""
+    rows, columns, depth = (196, 64, 48) if rule == "Matmul" else (1, 64, 384)
+    a, b = te.placeholder((rows, depth), "float32", "a"), te.placeholder((columns, depth), "float32", "b")
+    k = te.reduce_axis((0, depth), "k")
+    y = te.compute((rows, columns), lambda i, j: te.sum(a[i, k] * b[j, k], axis=k), "y")
+    target = tvm.target.Target(load_device(name).tvm_target())
+    with target:
+        scheduled: Any = dlight.ApplyDefaultSchedule(getattr(dlight.gpu, rule)())
+        function = scheduled(tvm.IRModule({"net_f": library(a, b, y)}))["net_f"]
+    assert "threadIdx" in function.script()
+    rng = np.random.default_rng(0)
+    data = [rng.standard_normal(n).astype(np.float32) for n in ((rows, depth), (columns, depth))]
+    got, _ = run(function.with_attr("global_symbol", "net_f"), name, data, (rows, columns))
+    np.testing.assert_allclose(got, data[0] @ data[1].T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GPUS)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from edgec import integer
 from edgec.targets.kernels.common import Epilogue
 from edgec.targets.kernels.conv2d import Conv2D
-from tests.targets.kernel_cases import check_layers, convolutions, floats, host, operands
+from edgec.targets.kernels.depthwise import Depthwise
+from tests.targets.kernel_cases import check_layers, convolutions, epilogue, floats, host, operands
 from tests.targets.kernel_runner import assert_close, run, spec_call
 
 pytestmark = pytest.mark.host
@@ -28,6 +29,20 @@ def test_edge_sizes(dtype: str, lanes: int) -> None:
         check_layers(specs, device, inplace)
 
     check()
+
+
+@pytest.mark.parametrize("dtype", ("int8", "float32"))
+def test_dilation_as_large_as_the_map(dtype: str) -> None:
+    """All outputs have the middle row of taps only, which lets TVM rewrite the loop over rows."""
+    rng = np.random.default_rng(0)
+    shapes = [{"h": d, "w": d, "kernel": (3, 3), "padding": (d,) * 4, "dilation": (d, d)} for d in (2, 3, 4, 8)]
+    shapes.append({"h": 4, "w": 6, "kernel": (5, 3), "padding": (8, 8, 4, 4), "dilation": (4, 4), "stride": (1, 2)})
+    fused = epilogue(rng, dtype, False, "none")
+    specs: list[tuple[Conv2D | Depthwise, int]] = [
+        *((Conv2D(ci=16, co=24, dtype=dtype, epilogue=fused, **shape), 1) for shape in shapes),
+        *((Depthwise(c=24, dtype=dtype, epilogue=fused, **shape), 2) for shape in shapes),
+    ]
+    check_layers(specs, host(), False)
 
 
 @pytest.mark.parametrize(

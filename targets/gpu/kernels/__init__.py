@@ -12,7 +12,7 @@ from edgec.targets.device import Device
 from edgec.targets.gpu.kernels.base import GpuKernel
 
 # Modules with a table RULES {template: function (spec, weights, device) -> GpuKernel or None}, asked in this order.
-MODULES: tuple[str, ...] = ("conv", "depthwise", "pool", "product", "rows", "elementwise")
+MODULES: tuple[str, ...] = ("winograd", "conv", "depthwise", "pool", "product", "rows", "elementwise")
 
 
 def implement(spec: Any, weights: Mapping[str, np.ndarray | None], device: Device) -> GpuKernel | None:

@@ -1,0 +1,197 @@
+"""Graphs written anew without what no pass and no kernel knows: PyTorch's recurrent layers, complex numbers, loops.
+
+The graph is run by an interpreter while torch.export looks on. Ordinary operators are called as they are; a node with a
+rule is what its rule calls instead. Values of complex tensors are pairs of real ones on the way (`Pair`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback as fx_traceback
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from edgec.errors import EdgecError
+from edgec.importing import control_flow, recurrent, sampling
+from edgec.importing.pairs import TRANSFORMS, Pair, call_pairs, has_pairs, makes_pairs
+from edgec.origin import first_line, layer_name, place, source_line
+from edgec.program import MAX_BATCH
+
+Rule = Callable[..., Any]
+RULES: Mapping[Any, Rule] = {**recurrent.RULES, **control_flow.RULES, **sampling.RULES}
+
+
+def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.ExportedProgram:
+    """An equal program in which no operator with a rule is left; the program itself when it has none.
+
+    Inputs keep their names, and become positional. Raises EdgecError that names the operator and its place.
+    """
+    if not any(_needs_rule(node) for graph in graphs(exported.graph_module) for node in graph.nodes):
+        return exported
+    module = exported.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    (out,) = [n for n in module.graph.nodes if n.op == "output"]
+    out.args = (tuple(tree_leaves(out.args[0])),)
+    trips = control_flow.trip_counts(module, name)
+    inputs, shapes = _examples(module, name)
+    wrapper = _Rewritten(module, exported.call_spec.out_spec, trips, name)
+    with torch.no_grad():
+        # The first run makes the constants that rules need; export then finds them registered.
+        wrapper(*inputs)
+        try:
+            return torch.export.export(wrapper, inputs, dynamic_shapes=shapes)
+        except EdgecError:
+            raise
+        except Exception as error:
+            hint = "export it with a static batch of one" if shapes else "report this as an error of edgec"
+            raise EdgecError(f"does not export: {first_line(error)}", where=name, hint=hint) from error
+
+
+def graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
+    """The graph of a module, and those of the loops and branches in it."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            yield part.graph
+
+
+def _needs_rule(node: fx.Node) -> bool:
+    if node.op in ("placeholder", "get_attr", "call_function"):
+        values = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, torch.Tensor)]
+        if any(v.is_complex() for v in values) and not (node.op == "placeholder" and node.users == {}):
+            return True
+    if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
+        # `_functional` of the front end takes these away too.
+        return False
+    return node.op == "call_function" and any(node.target in table for table in (RULES, TRANSFORMS, recurrent.REFUSED))
+
+
+def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ...], Any]:
+    """(inputs of the shapes that the graph was exported with, their dynamic shapes)."""
+    inputs, shapes = [], []
+    dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta["val"]
+        if not isinstance(value, torch.Tensor):
+            raise EdgecError(
+                f"input is a {type(value).__name__}, not a tensor",
+                where=f"input '{node.name}' of {name}",
+                hint="export the model with tensor inputs only",
+            )
+        if value.is_complex():
+            raise EdgecError(
+                f"is {value.dtype}",
+                where=f"input '{node.name}' of {name}",
+                hint="take real and imaginary parts as two inputs, or as an axis of two with torch.view_as_complex",
+            )
+        dynamic = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
+        sizes = [2 if axis in dynamic else int(size) for axis, size in enumerate(value.shape)]
+        real = value.dtype.is_floating_point
+        inputs.append(torch.rand(sizes, dtype=value.dtype) if real else torch.zeros(sizes, dtype=value.dtype))
+        shapes.append({0: dim} if dynamic == [0] else {axis: torch.export.Dim.AUTO for axis in dynamic})
+    return tuple(inputs), tuple(shapes) if any(shapes) else None
+
+
+class _Rewritten(nn.Module):
+    """The module of a graph, run by rules. It has the same weights under the same names."""
+
+    def __init__(self, module: fx.GraphModule, out: Any, trips: Mapping[fx.Node, int], name: str) -> None:
+        super().__init__()
+        self.__dict__.update(_graph=module, _out=out, _trips=trips, _model=name)
+        taken = copy.copy(module)
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            setattr(self, table, getattr(taken, table))
+        self._modules = {n: m for n, m in module._modules.items() if not isinstance(m, fx.GraphModule)}
+        names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.forward.__func__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("self", kind), *[inspect.Parameter(n, kind) for n in names]]
+        )
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        with fx_traceback.preserve_node_meta():
+            results = Rewriter(self._graph, self).run(*inputs)
+        return tree_unflatten(list(results), self._out)
+
+
+class Rewriter(fx.Interpreter):
+    """Runs a graph by rules; `owner` keeps the constants that they make."""
+
+    def __init__(self, module: fx.GraphModule, owner: _Rewritten) -> None:
+        super().__init__(module, garbage_collect_values=True)
+        # An error is one line; the interpreter would add the node and its traceback.
+        self.extra_traceback = False
+        self.owner = owner
+        self.node: Any = None
+
+    @property
+    def trips(self) -> Mapping[fx.Node, int]:
+        return self.owner._trips
+
+    def error(self, what: str, hint: str) -> EdgecError:
+        return EdgecError(what, where=f"{self.owner._model} ({place(self.node)})", hint=hint)
+
+    def inner(self, module: fx.GraphModule, *operands: Any) -> Any:
+        """The results of the graph of a loop or branch, by the same rules."""
+        return Rewriter(module, self.owner).run(*operands)
+
+    def constant(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor that is computed once and stored with the model."""
+        if name not in self.owner._buffers:
+            self.owner.register_buffer(name, make())
+        return self.owner._buffers[name]  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def layer(self, suffix: str = "") -> Iterator[None]:
+        """Nodes made in here belong to the layer of the node at hand, or to a part of it."""
+        known = layer_name(self.node)
+        path = ".".join(p for p in (known, suffix) if p)
+        marks = {"edgec_layer": path, "edgec_source": source_line(self.node)}
+        before = fx_traceback.current_meta
+        fx_traceback.current_meta = {**before, "custom": {k: v for k, v in marks.items() if v}}
+        try:
+            yield
+        finally:
+            fx_traceback.current_meta = before
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.node = n
+        if n.op not in ("call_function", "get_attr"):
+            return super().run_node(n)
+        with self.layer():
+            return super().run_node(n)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(value, torch.Tensor) and value.is_complex():
+            name = str(target).replace(".", "_")
+            parts = [
+                self.constant(f"{name}_{part}", lambda part=part: getattr(value, part).detach().clone())
+                for part in ("real", "imag")
+            ]
+            return Pair(*parts)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in recurrent.REFUSED:
+            raise self.error(*recurrent.REFUSED[target])
+        if target in RULES:
+            return RULES[target](self, *args, **kwargs)
+        if has_pairs((args, kwargs)) or makes_pairs(target, self.node):
+            return call_pairs(self, target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if has_pairs(args):
+            raise self.error("returns a complex tensor", "return torch.view_as_real of it")
+        return super().output(target, args, kwargs)
+
+

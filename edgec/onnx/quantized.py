@@ -1,0 +1,222 @@
+"""Quantised operators of ONNX, in floating point: codes are whole numbers, sums of products of codes are exact.
+
+int8 codes of one scale use `edgec::quantize` and `edgec::dequantize`, with the same rounding as ONNX: half to even.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from onnx import TensorProto
+
+import edgec.qops  # noqa: F401  registers edgec::quantize
+from edgec.onnx.module import Many, Node
+from edgec.onnx.operators import _op, as_type, convolve
+
+LIMITS = {
+    torch.int8: (-128, 127),
+    torch.uint8: (0, 255),
+    torch.int16: (-32768, 32767),
+    torch.int32: (-(2**31), 2**31 - 1),
+}
+CODES = {TensorProto.INT8: torch.int8, TensorProto.UINT8: torch.uint8, TensorProto.INT16: torch.int16}
+FOUR_BITS = {
+    TensorProto.UINT4: (0, 15),
+    TensorProto.INT4: (-8, 7),
+    TensorProto.INT2: (-2, 1),
+    TensorProto.UINT2: (0, 3),
+}
+
+
+def _spread(node: Node, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A scale or zero point in a shape that broadcasts to x: one number, one per place on an axis, or one per block."""
+    if value.numel() == 1:
+        return value.reshape(())
+    axis = node.attr("axis", 1) % x.dim()
+    block = node.attr("block_size", 0)
+    if block:
+        return value.repeat_interleave(block, axis).narrow(axis, 0, x.shape[axis])
+    return value.reshape([-1 if i == axis else 1 for i in range(x.dim())])
+
+
+@_op("QuantizeLinear")
+def _quantize(node: Node) -> Any:
+    x, scale = node.x(0), node.x(1)
+    code = node.attr("output_dtype", 0)
+    kind = CODES.get(code) if code else (node.x(2).dtype if node.has(2) else torch.uint8)
+    if kind not in LIMITS or x.dtype != torch.float32:
+        raise node.refuse("to this type of codes is not supported", "quantise to int8 or uint8")
+    one = node.is_static(1) and scale.numel() == 1 and (not node.has(2) or node.is_static(2))
+    if kind == torch.int8 and one:
+        zero = int(node.static(2, "zero point").reshape(-1)[0]) if node.has(2) else 0
+        return torch.ops.edgec.quantize(x, float(node.static(1, "scale").reshape(-1)[0]), zero)
+    low, high = LIMITS[kind]
+    steps = torch.round(x / _spread(node, scale, x))
+    if node.has(2):
+        steps = steps + _spread(node, node.x(2), x).to(torch.float32)
+    return torch.clamp(steps, low, high).to(kind)
+
+
+@_op("DequantizeLinear")
+def _dequantize(node: Node) -> Any:
+    x, scale = node.x(0), node.x(1)
+    one = node.is_static(1) and scale.numel() == 1 and (not node.has(2) or node.is_static(2))
+    if x.dtype == torch.int8 and one and not node.is_static(0):
+        zero = int(node.static(2, "zero point").reshape(-1)[0]) if node.has(2) else 0
+        return torch.ops.edgec.dequantize(x, float(node.static(1, "scale").reshape(-1)[0]), zero)
+    wide = x.to(torch.int32)
+    if node.has(2):
+        wide = wide - _spread(node, node.x(2), x).to(torch.int32)
+    return wide.to(torch.float32) * _spread(node, scale, x)
+
+
+@_op("DynamicQuantizeLinear")
+def _dynamic(node: Node) -> Any:
+    x = node.x(0)
+    zero = torch.zeros((), dtype=torch.float32)
+    low, high = torch.minimum(torch.amin(x), zero), torch.maximum(torch.amax(x), zero)
+    scale = (high - low) / 255.0
+    place = torch.clamp(torch.round(-low / scale), 0, 255)
+    codes = torch.clamp(torch.round(x / scale) + place, 0, 255)
+    return Many([codes.to(torch.uint8), scale, place.to(torch.uint8)])
+
+
+def _centred(node: Node, index: int, zero: int, axis: int | None = None) -> torch.Tensor:
+    """Codes minus their zero point, in float32, which holds them exactly."""
+    x = as_type(node.x(index), torch.float32)
+    if not node.has(zero):
+        return x
+    offset = as_type(node.x(zero), torch.float32)
+    if offset.numel() == 1:
+        return x - offset.reshape(())
+    if axis is None:
+        return x - offset
+    return x - offset.reshape([-1 if i == axis else 1 for i in range(x.dim())])
+
+
+def _exact(products: int, node: Node) -> torch.dtype:
+    """float32 where it holds every sum of so many products of codes, else float64."""
+    return torch.float32 if products * 255 * 255 < 2**24 else torch.float64
+
+
+def _sums(node: Node, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    kind = _exact(math.prod(w.shape[1:]), node)
+    return convolve(node, as_type(x, kind), as_type(w, kind), None)
+
+
+@_op("ConvInteger")
+def _conv_integer(node: Node) -> Any:
+    return _sums(node, _centred(node, 0, 2), _centred(node, 1, 3, 0)).to(torch.int32)
+
+
+@_op("MatMulInteger")
+def _matmul_integer(node: Node) -> Any:
+    a, b = _rows(node, 0, 2), _columns(node, 1, 3)
+    kind = _exact(a.shape[-1], node)
+    return torch.matmul(as_type(a, kind), as_type(b, kind)).to(torch.int32)
+
+
+def _rows(node: Node, index: int, zero: int) -> torch.Tensor:
+    x = as_type(node.x(index), torch.float32)
+    offset = as_type(node.x(zero), torch.float32) if node.has(zero) else None
+    if offset is None:
+        return x
+    return x - (offset.unsqueeze(-1) if offset.dim() == 1 and offset.numel() > 1 else offset)
+
+
+def _columns(node: Node, index: int, zero: int) -> torch.Tensor:
+    x = as_type(node.x(index), torch.float32)
+    return x - as_type(node.x(zero), torch.float32) if node.has(zero) else x
+
+
+def _requantized(node: Node, real: torch.Tensor, scale: int, zero: int) -> torch.Tensor:
+    """real / scale as codes, of the type of the zero point."""
+    kind = node.x(zero).dtype if node.has(zero) else torch.uint8
+    low, high = LIMITS[kind]
+    steps = torch.round(real / as_type(node.x(scale), real.dtype))
+    steps = steps + as_type(node.x(zero), real.dtype) if node.has(zero) else steps
+    return torch.clamp(steps, low, high).to(kind)
+
+
+@_op("QLinearConv")
+def _qlinear_conv(node: Node) -> Any:
+    total = _sums(node, _centred(node, 0, 2), _centred(node, 3, 5, 0))
+    rank = total.dim() - 2
+    if node.has(8):
+        total = total + as_type(node.x(8), total.dtype).reshape(-1, *[1] * rank)
+    factor = node.x(1) * node.x(4)
+    factor = factor.reshape(-1, *[1] * rank) if factor.numel() > 1 else factor.reshape(())
+    return _requantized(node, as_type(total, torch.float32) * factor, 6, 7)
+
+
+@_op("QLinearMatMul")
+def _qlinear_matmul(node: Node) -> Any:
+    a, b = _rows(node, 0, 2), _columns(node, 3, 5)
+    kind = _exact(a.shape[-1], node)
+    total = torch.matmul(as_type(a, kind), as_type(b, kind)).to(torch.float32)
+    left, right = node.x(1), node.x(4)
+    left = left.unsqueeze(-1) if left.dim() == 1 and left.numel() > 1 else left
+    return _requantized(node, total * (left * right), 6, 7)
+
+
+# -- ONNX Runtime's own, which its quantiser writes --------------------------------------------------------------------
+
+
+def _real(node: Node, index: int) -> torch.Tensor:
+    """The real numbers that inputs `index`, its scale and its zero point stand for."""
+    return _centred(node, index, index + 2) * node.x(index + 1)
+
+
+@_op("QLinearAdd", domain="com.microsoft")
+def _qlinear_add(node: Node) -> Any:
+    return _requantized(node, _real(node, 0) + _real(node, 3), 6, 7)
+
+
+@_op("QLinearMul", domain="com.microsoft")
+def _qlinear_mul(node: Node) -> Any:
+    return _requantized(node, _real(node, 0) * _real(node, 3), 6, 7)
+
+
+@_op("QLinearSigmoid", domain="com.microsoft")
+def _qlinear_sigmoid(node: Node) -> Any:
+    return _requantized(node, torch.sigmoid(_real(node, 0)), 3, 4)
+
+
+@_op("QLinearLeakyRelu", domain="com.microsoft")
+def _qlinear_leaky(node: Node) -> Any:
+    x = _real(node, 0)
+    return _requantized(node, torch.nn.functional.leaky_relu(x, node.attr("alpha", 0.01)), 3, 4)
+
+
+@_op("QLinearGlobalAveragePool", domain="com.microsoft")
+def _qlinear_mean(node: Node) -> Any:
+    if node.attr("channels_last", 0):
+        raise node.refuse("with channels last")
+    return _requantized(node, torch.mean(_real(node, 0), (2, 3), True), 3, 4)
+
+
+@_op("QLinearConcat", domain="com.microsoft")
+def _qlinear_concat(node: Node) -> Any:
+    parts = []
+    for i in range(2, len(node.inputs), 3):
+        x = as_type(node.x(i), torch.float32)
+        x = x - as_type(node.x(i + 2), torch.float32) if node.has(i + 2) else x
+        parts.append(x * node.x(i + 1))
+    return _requantized(node, torch.cat(parts, node.attr("axis")), 0, 1)
+
+
+@_op("QGemm", domain="com.microsoft")
+def _qgemm(node: Node) -> Any:
+    a, b = _rows(node, 0, 2), as_type(node.x(3), torch.float32)
+    turned = bool(node.attr("transB", 0))
+    if node.has(5):
+        zero = as_type(node.x(5), torch.float32)
+        b = b - (zero.unsqueeze(-1) if turned and zero.dim() == 1 and zero.numel() > 1 else zero)
+    a, b = a.t() if node.attr("transA", 0) else a, b.t() if turned else b
+    kind = _exact(a.shape[-1], node)
+    total = torch.matmul(as_type(a, kind), as_type(b, kind))
+    total = total + as_type(node.x(6), kind) if node.has(6) else total
+    real = as_type(total, torch.float32) * (node.x(1) * node.x(4) * node.attr("alpha", 1.0))
+    return _requantized(node, real, 7, 8) if node.has(7) else real
