@@ -245,7 +245,8 @@ CORRECT = (
 def correctness(model: str, device: str, kind: str, samples: int) -> Cell:
     """Compile, run on samples and compare with PyTorch's float network, and int8 with the rewritten program.
 
-    error: largest difference by the largest value. sqnr: signal by error in dB, of the output with the lowest. first:
+    error: largest difference by the largest value. sqnr: signal by error in dB, of the output with the lowest. close:
+    the same beside the rewritten program, for int8. first:
     seconds of building the kernels, by the driver, and of one run; next: of each further run.
     """
     import torch
@@ -268,9 +269,11 @@ def correctness(model: str, device: str, kind: str, samples: int) -> Cell:
             got.append(_arrays(bundle.run(*(a[1:] for a in inputs))))
         after = (time.perf_counter() - start) / max(1, len(inputs[0]) - 1)
     outputs = [np.concatenate(each) for each in zip(*got, strict=True)]
-    bits = None
+    bits, close = None, None
     if kind == "int8":
-        bits = all(np.array_equal(a, b) for a, b in zip(outputs, _arrays(program(*tensors)), strict=True))
+        meant = _arrays(program(*tensors))
+        bits = all(np.array_equal(a, b) for a, b in zip(outputs, meant, strict=True))
+        close = min(_sqnr(a, b) for a, b in zip(outputs, meant, strict=True))
     classes = want[0].ndim == 2 and want[0].shape[1] > 1 and next(c for c in CASES if c.model == model).data
     same = int((outputs[0].argmax(-1) == want[0].argmax(-1)).sum()) if classes else None
     return {
@@ -279,6 +282,7 @@ def correctness(model: str, device: str, kind: str, samples: int) -> Cell:
         "sqnr": min(_sqnr(a, b) for a, b in zip(outputs, want, strict=True)),
         "same": same,
         "bits": bits,
+        "close": close,
         "texts": sizes[0],
         "weights": sizes[1],
         "library": sorted({f"{f.layer}: {f.reason}" for f in lowered.fallbacks}),
@@ -307,7 +311,7 @@ def correct_row(model: str, device: str, kind: str, found: Cell) -> list[str]:
         f"{found['error']:.2g}",
         f"{found['sqnr']:.1f}",
         "" if found["same"] is None else f"{found['same']} of {n}",
-        {None: "", True: "yes", False: "**no**"}[found["bits"]],
+        {None: "", True: "yes", False: _not_bits(found.get("close"))}[found["bits"]],
         f"{found['texts']:,}",
         f"{found['weights']:,}",
         str(len(found["library"])),
@@ -315,6 +319,11 @@ def correct_row(model: str, device: str, kind: str, found: Cell) -> list[str]:
         f"{found['first']:.1f}",
         f"{found['next']:.3f}" if n > 1 else "",
     ]
+
+
+def _not_bits(close: float | None) -> str:
+    """Of integers between float operations, which sum in another order: how close they are to the program."""
+    return "**no**" if close is None else f"no, {close:.0f} dB"
 
 
 def short(text: str) -> str:

@@ -71,7 +71,7 @@ def _run(case: Any, path: Path, inputs: list[np.ndarray], program: bool) -> list
     from edgec.errors import EdgecError
 
     names = [v.name for v in case.model.graph.input]
-    given = {n: x for n, x in zip(names, inputs)}
+    given = dict(zip(names, inputs))
     last: EdgecError | None = None
     # As inputs all of them, else all but the first, else all but one of the others.
     for kept in (names, *([n] for n in names)):

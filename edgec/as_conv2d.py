@@ -190,7 +190,12 @@ def _pad(module: fx.GraphModule, node: Any) -> Call:
     """Padding of the last axis alone."""
     if not _flat(node.args[0]) or len(node.args[1]) > 2:
         return None
-    return node.target, (_map(module, node.args[0]), *node.args[1:]), dict(node.kwargs)
+    x, widths, *rest = node.args
+    mode = rest[0] if rest else node.kwargs.get("mode", "constant")
+    if node.target is aten.pad.default and mode != "constant":
+        # Other modes take widths of all axes that a map has.
+        widths = [*widths, 0, 0]
+    return node.target, (_map(module, x), widths, *rest), dict(node.kwargs)
 
 
 def _max_pool(module: fx.GraphModule, node: Any) -> Call:

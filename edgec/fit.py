@@ -286,7 +286,7 @@ def _program(staged: Program, module: fx.GraphModule) -> Program:
     module.graph.lint()
     module.recompile()
     propagate(module, staged.example_inputs)
-    return Program(staged.name, module, staged.example_inputs, staged.dynamic_batch, staged.annotations)
+    return replace(staged, module=module)
 
 
 def _tiled(staged: Program, network: _Network, choices: Sequence[Choice]) -> tuple[Program, list[str]]:

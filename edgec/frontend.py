@@ -1,4 +1,4 @@
-"""Models in: an nn.Module, a `.pt2` or `.onnx` file, `path/to/file.py:factory` or `package.module:factory` becomes a Program.
+"""Models in: an nn.Module, a `.pt2` or `.onnx` file, `file.py:factory` or `package.module:factory` becomes a Program.
 
     exported = export_module(module, (x,), "resnet")      # torch.export, with a dynamic batch where the model allows it
     program = import_exported(exported, "resnet")         # checked, free of side effects, as a Program
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from edgec.errors import EdgecError
 from edgec.importing.rewrite import rewrite
 from edgec.importing.stored import fold_stored, stored_nodes
-from edgec.origin import first_line, place, user_frame
+from edgec.origin import first_line, place, source_line, user_frame
 from edgec.program import MAX_BATCH, Program, is_call
 from edgec.pt2 import load_pt2
 from edgec.quiet import quiet
@@ -62,10 +63,11 @@ TensorFunction = Callable[..., Any]
 def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: str | None = None) -> Program:
     """Read a model from any of its forms.
 
-    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` or `.onnx` path, `file.py:factory`, `package.module:factory`.
+    model: nn.Module, ExportedProgram, Program, or a string: a `.pt2` or `.onnx` path, `file.py:factory`,
+        `package.module:factory`.
         A factory takes no arguments and returns an nn.Module, or a pair (nn.Module, example inputs), where the example
-        inputs are a tensor or a tuple of tensors. `.pt2` and `.onnx` files are read without running code in them, see
-        `edgec.pt2` and `edgec.onnx`.
+        inputs are a tensor, a tuple of tensors, or a dictionary of tensors by parameter of `forward`. `.pt2` and
+        `.onnx` files are read without running code in them, see `edgec.pt2` and `edgec.onnx`.
     input_shape: for a module without example inputs: the shape of its one input, batch included, e.g. (1, 3, 224, 224);
         for an `.onnx` file that leaves sizes open: that of its first input.
     name: of the Program; by default that of the file, factory or class.
@@ -82,7 +84,7 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
         return _from_text(str(model), input_shape, name)
     if isinstance(model, torch.export.ExportedProgram):
         # Import edits graphs in place, and this one is the user's.
-        return _checked(copy.deepcopy(model), model.module(check_guards=False), name or "model")
+        return _checked(copy.deepcopy(model), _unguarded(model), name or "model")
     if isinstance(model, nn.Module):
         return _from_module(model, _example(model, input_shape), name or type(model).__name__.lower())
     raise EdgecError(f"is a {type(model).__name__}", where="model", hint=f"give an nn.Module or {FORMS[5:]}")
@@ -91,7 +93,7 @@ def load_model(model: Any, *, input_shape: Sequence[int] | None = None, name: st
 def original_of(
     model: Any, input_shape: Sequence[int] | None = None
 ) -> nn.Module | torch.export.ExportedProgram | None:
-    """What `load_model` would read: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
+    """What `load_model` reads: the module that a factory makes, or the graph of a `.pt2` file; None for Programs."""
     if isinstance(model, (nn.Module, torch.export.ExportedProgram)):
         return model
     if isinstance(model, (str, Path)):
@@ -115,7 +117,7 @@ def _from_text(text: str, input_shape: Sequence[int] | None, name: str | None) -
         if input_shape is not None:
             raise EdgecError("a .pt2 file has fixed input shapes", where="--input-shape", hint="leave it out")
         exported = load_pt2(path)
-        return _checked(exported, exported.module(check_guards=False), name or path.stem)
+        return _checked(exported, _unguarded(exported), name or path.stem)
     made, examples = _made(text, input_shape)
     return _from_module(made, examples, name or text.rpartition(":")[2])
 
@@ -139,11 +141,53 @@ def _made(text: str, input_shape: Sequence[int] | None) -> tuple[nn.Module, tupl
         examples = _example(made, input_shape)
     elif isinstance(examples, torch.Tensor):
         examples = (examples,)
+    elif isinstance(examples, dict) and examples and all(isinstance(x, torch.Tensor) for x in examples.values()):
+        made, examples = _by_name(made, examples, text), tuple(examples.values())
     if not isinstance(examples, (tuple, list)) or not all(isinstance(x, torch.Tensor) for x in examples):
         raise EdgecError(
-            "returned example inputs that are not tensors", where=text, hint="return (module, x) or (module, (x, y))"
+            "returned example inputs that are not tensors", where=text, hint="return (module, x), (module, (x, y)) or (module, {'name': x})"
         )
     return made, tuple(examples)
+
+
+class _ByName(nn.Module):
+    """A module whose inputs are given by position instead of by name; it has the same parts under the same names."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
+        self._non_persistent_buffers_set = module._non_persistent_buffers_set
+        self.training = module.training
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        # A method of the original is no part of this module.
+        self.__dict__.update(run=module.forward, names=list(names))
+        self.__dict__["forward"] = self._call
+        self._call.__func__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("self", kind), *[inspect.Parameter(n, kind) for n in names]]
+        )
+
+    def _call(self, *inputs: torch.Tensor) -> Any:
+        return self.run(**dict(zip(self.names, inputs, strict=True)))
+
+
+def _by_name(module: nn.Module, examples: dict[str, torch.Tensor], text: str) -> nn.Module:
+    parameters = inspect.signature(module.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in examples if not anything and name not in parameters]
+    if unknown:
+        raise EdgecError(
+            f"returned an example input '{unknown[0]}', which forward does not take",
+            where=text,
+            hint=f"it takes {', '.join(parameters)}",
+        )
+    return _ByName(module, list(examples))
+
+
+def _unguarded(exported: torch.export.ExportedProgram) -> nn.Module:
+    """The model as it was exported, for batches of any size: the file may allow others than the check uses."""
+    module = exported.module(check_guards=False)
+    module._forward_pre_hooks.clear()
+    return module
 
 
 def _not_a_model(path: Path) -> EdgecError:
@@ -174,7 +218,7 @@ def _example(module: nn.Module, input_shape: Sequence[int] | None) -> tuple[torc
 
 def _from_module(module: nn.Module, examples: tuple[torch.Tensor, ...], name: str) -> Program:
     with _evaluating(module):
-        program = _checked(export_module(module, examples, name), module, name)
+        program = _checked(export_module(module, examples, name), module, name, fresh=True)
     # Cut the ties to the weights of the user's module, which may go on training.
     return dataclasses.replace(program, module=program.edit())
 
@@ -194,10 +238,12 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(needed)
 
 
-def _checked(exported: torch.export.ExportedProgram, original: TensorFunction, name: str) -> Program:
+def _checked(
+    exported: torch.export.ExportedProgram, original: TensorFunction, name: str, *, fresh: bool = False
+) -> Program:
     # Only Programs leave this mark in their files.
     ours = any("edgec_origin" in node.meta.get("custom", {}) for node in exported.graph.nodes)
-    program = import_exported(exported, name)
+    program = import_exported(exported, name, fresh=fresh)
     check_weights(program, half=ours)
     import_check(program, original)
     return program
@@ -348,8 +394,10 @@ def _output_values(exported: torch.export.ExportedProgram) -> list[Any]:
 # -- ExportedProgram -> Program ----------------------------------------------------------------------------------------
 
 
-def import_exported(exported: torch.export.ExportedProgram, name: str) -> Program:
+def import_exported(exported: torch.export.ExportedProgram, name: str, *, fresh: bool = False) -> Program:
     """The Program of an exported graph, which is edited in place.
+
+    fresh: `export_module` has just made it, so that it need not be exported once more to see whether it can be.
 
     In-place operators become functional ones, so that no pass has to think of aliases. Raises EdgecError for graphs in
     training mode, random numbers, control flow, shapes that depend on data, state, and anything but tensors as outputs.
@@ -363,7 +411,7 @@ def import_exported(exported: torch.export.ExportedProgram, name: str) -> Progra
     _check_state(exported, name)
     # A Program's own file has been through this, and passes may have added what is to stay as it is.
     ours = any("edgec_origin" in node.meta.get("custom", {}) for node in exported.graph.nodes)
-    program = Program.from_exported(exported, name, None if ours else fold_stored)
+    program = Program.from_exported(exported, name, None if ours else fold_stored, reexport=not fresh)
     if program.dynamic_batch and not _keeps_batch(exported):
         raise EdgecError(
             "the batch is dynamic, but an output does not have it as dimension 0",
@@ -424,11 +472,26 @@ def _check_node(node: fx.Node, name: str, stored: bool) -> None:
 def _check_state(exported: torch.export.ExportedProgram, name: str) -> None:
     buffers = list(exported.graph_signature.buffers_to_mutate.values())
     if buffers:
+        owner, _, leaf = buffers[0].rpartition(".")
+        line = _writing_line(exported, buffers[0])
+        places = [f"layer {owner}"] * bool(owner) + [line] * bool(line)
         raise EdgecError(
             f"changes its buffer '{buffers[0]}' when it runs",
-            where=name,
-            hint="make the state an input and an output of the model",
+            where=f"{name} ({', '.join(places)})" if places else name,
+            hint=f"make the state an input and an output of the model: forward(x, {leaf}) returns (y, new {leaf})",
         )
+
+
+def _writing_line(exported: torch.export.ExportedProgram, buffer: str) -> str:
+    """The source line of the first operator that writes a buffer, as far as it is known."""
+    names = [n for n, path in exported.graph_signature.inputs_to_buffers.items() if path == buffer]
+    results = [n for n, path in exported.graph_signature.buffers_to_mutate.items() if path == buffer]
+    for node in exported.graph.nodes:
+        first = node.args[0] if node.args else None
+        if _is_inplace(node) and isinstance(first, fx.Node) and first.name in names and source_line(node):
+            return source_line(node)
+    made = [n for n in exported.graph.nodes if n.name in results]
+    return source_line(made[0]) if made else ""
 
 
 def _functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

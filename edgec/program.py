@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from edgec.errors import EdgecError
+from edgec.origin import source_line
 from edgec.sparsity import Sparsity, check_sparsity, sparsities
 
 MAX_BATCH = 1024
@@ -55,8 +57,8 @@ class Program:
     module: FX GraphModule; nodes are placeholders, `get_attr` of weights, ATen or `edgec::` calls and one output.
     example_inputs: one tensor per input; dimension 0 is at least 2 when `dynamic_batch` is set.
     annotations: what passes record about tensors (keyed by node name) or weights (keyed by attribute path).
-    output_names: identifiers, one per output, where the model's file names them. notes: what was done to the model when
-    it was read, for the report.
+    output_names: one per output, different identifiers; empty for y, or y0, y1 and so on. notes: what was done to the
+    model when it was read, for the report.
     """
 
     name: str
@@ -69,11 +71,16 @@ class Program:
 
     @staticmethod
     def from_exported(
-        exported: torch.export.ExportedProgram, name: str, prepare: Callable[[fx.GraphModule], None] | None = None
+        exported: torch.export.ExportedProgram,
+        name: str,
+        prepare: Callable[[fx.GraphModule], None] | None = None,
+        *,
+        reexport: bool = True,
     ) -> Program:
         """Take over an ExportedProgram whose shapes are static or dynamic in dimension 0 only.
 
-        prepare: edits the graph in place before it is verified. Raises EdgecError when a dimension other than the batch is dynamic.
+        prepare: edits the graph in place before it is verified. reexport: verify by another export too; of a graph that
+        torch.export has just made for a batch of any size, that would be the same again. Raises EdgecError when a dimension other than the batch is dynamic.
         """
         module = _flat(exported.module(check_guards=False))
         dynamic = False
@@ -109,8 +116,14 @@ class Program:
                 node.meta["edgec_layer"] = node.meta.get("custom", {}).get("edgec_layer") or _layer_from_origin(node)
         if prepare is not None:
             prepare(module)
-        program = Program(name=name, module=module, example_inputs=tuple(examples), dynamic_batch=dynamic)
-        return program.replace(module, _stored_masks(module), check_signature=False)
+        program = Program(
+            name=name,
+            module=module,
+            example_inputs=tuple(examples),
+            dynamic_batch=dynamic,
+            output_names=_stored_names(module) or output_names(exported.call_spec.out_spec),
+        )
+        return program.replace(module, _stored_masks(module), check_signature=False, reexport=reexport)
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -174,6 +187,7 @@ class Program:
         annotations: Mapping[str, Any] | None = None,
         *,
         check_signature: bool = True,
+        reexport: bool = True,
     ) -> Program:
         """A new Program with the edited graph, after verification.
 
@@ -198,7 +212,8 @@ class Program:
         check_sparsity(program.weights(), kept, self.name)
         if check_signature:
             _same_signature(self, program)
-        program.export()
+        if reexport:
+            program.export()
         return program
 
     def export(self, batch: int | None = None, *, masks: bool = False) -> torch.export.ExportedProgram:
@@ -224,6 +239,12 @@ class Program:
             sparse = {i: records[str(a.target)].to_json() for i, a in _weights_of(node) if str(a.target) in records}
             if sparse:
                 node.meta["custom"]["edgec_sparsity"] = sparse
+            source = source_line(node)
+            if source:
+                node.meta["custom"]["edgec_source"] = source
+        if self.output_names:
+            for node, name in zip(output_nodes(self.module), self.output_names, strict=True):
+                node.meta.setdefault("custom", {}).setdefault("edgec_outputs", []).append(name)
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
@@ -402,6 +423,43 @@ def _weights_of(node: fx.Node) -> list[tuple[str, fx.Node]]:
     if node.op != "call_function":
         return []
     return [(str(i), a) for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr"]
+
+
+def output_names(spec: Any) -> tuple[str, ...]:
+    """Names for the leaves of what a model returns: the keys of dictionaries and fields of data classes on the way.
+
+    Empty where there are none, as in a tuple. Characters that no identifier has become underscores.
+    """
+    if spec is None:
+        return ()
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path(
+        torch.utils._pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    )
+    found: list[str] = []
+    named = False
+    for path, _ in leaves:
+        parts = []
+        for key in path:
+            value = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+            named = named or isinstance(value, str)
+            parts.append(re.sub(r"\W", "_", str(value)))
+        name = "_".join(parts)
+        found.append(name if name[:1].isalpha() else f"y{name}")
+    unique = [name if found.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(found)]
+    return tuple(unique) if named else ()
+
+
+def _stored_names(module: fx.GraphModule) -> tuple[str, ...]:
+    """The names of outputs that `export` wrote into the nodes, in their order; empty where there are none."""
+    names = []
+    for node in output_nodes(module):
+        stored = node.meta.get("custom", {}).get("edgec_outputs", [])
+        if not stored:
+            return ()
+        names.append(stored[0] if len(stored) == 1 else stored.pop(0))
+    for node in module.graph.nodes:
+        node.meta.get("custom", {}).pop("edgec_outputs", None)
+    return tuple(names)
 
 
 def _stored_masks(module: fx.GraphModule) -> dict[str, Sparsity]:

@@ -413,9 +413,11 @@ class Select(nn.Module):
         return x[x > 0]
 
 
-class Cond(nn.Module):
+class While(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (x,))
+        from torch._higher_order_ops.while_loop import while_loop
+
+        return while_loop(lambda y: y.sum() < 9, lambda y: (y * 2 + 1,), (x,))[0]
 
 
 class Noise(nn.Module):
@@ -488,15 +490,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "branch on data": (Branch, "branch \\(.*test_frontend.py:\\d+\\): does not export: .*data-dependent"),
     "leaves torch": (Numpy, "numpy.*: does not export: .*numpy"),
     "shape of the data": (Select, "shape of the result of aten.index.Tensor depends on the values of its input"),
-    "cond": (Cond, "uses control flow \\(cond\\)"),
+    "while": (While, "while.*test_frontend.py:.*while_loop .* has no fixed number of turns.* an input; give the loop"),
     "noise": (Noise, "aten.randn_like.default gives random values; give the model its noise as an input"),
     "dropout": (Dropout, "aten.dropout.default gives random values; call model.eval\\(\\)"),
-    "state": (Stateful, "stateful: changes its buffer 'seen' when it runs"),
+    "state": (Stateful, "stateful \\(.*test_frontend.*\\): changes its buffer 'seen' when it runs"),
     "batch statistics": (TrainNorm, "batch norm uses statistics of the batch: the model is in training mode"),
     "half": (lambda: Half(torch.float16), "weight 'fc.weight' of half: is torch.float16, .* model.float\\(\\)"),
     "bfloat16": (lambda: Half(torch.bfloat16), "weight 'fc.weight' of half: is torch.bfloat16"),
     "double": (lambda: Half(torch.float64), "weight 'fc.weight' of half: is torch.float64"),
-    "complex": (lambda: Half(torch.complex64), "weight 'fc.weight' of half: is torch.complex64; .*real numbers"),
+    "complex": (lambda: Half(torch.complex128), "weight 'fc.weight' of half: is torch.complex128; .*real numbers"),
     "NaN": (lambda: Weight(torch.nan), "weight 'scale' of weight: has NaN or infinite values"),
     "infinity": (lambda: Weight(torch.inf), "weight 'scale' of weight: has NaN or infinite values"),
     "None": (lambda: Returns(lambda x: (x, None)), "returns: returns None beside tensors"),
@@ -564,15 +566,16 @@ def test_integer_inputs_are_fine_and_half_inputs_are_not() -> None:
 
 
 PATHS: dict[str, str] = {
-    "gone.pt2": "does not exist; give a .pt2 file, file.py:factory or package.module:factory",
-    "gone": "does not exist; give a .pt2 file",
+    "gone.pt2": "does not exist; give a .pt2 or .onnx file, file.py:factory or package.module:factory",
+    "gone": "does not exist; give a .pt2 or .onnx file",
     "gone.py:make": "does not exist",
     ".": "is a folder, not a model",
     "folder.pt2": "is a folder, not a model",
     "models.py": "is not a model that can be read; name the function that makes the model: ",
     "models.py:": "does not exist",
     "weights.pth": "is not a model that can be read; a checkpoint has no graph",
-    "net.onnx": "is not a model that can be read; give a .pt2 file",
+    "net.onnx": "is not a readable ONNX file: ",
+    "net.tflite": "is not a model that can be read; give a .pt2 or .onnx file",
     "models.py:gone": "has no function 'gone'; it has ",
     "models.py:number": "has no function 'number'",
     "models.py:wrong": "returned a int; return an nn.Module or (module, example inputs)",
@@ -589,7 +592,7 @@ def test_paths_that_are_no_models(text: str, factory: Path) -> None:
     folder = factory.parent
     (folder / "folder.pt2").mkdir()
     (folder / "broken.py").write_text("def make(:\n")
-    for name in ("weights.pth", "net.onnx"):
+    for name in ("weights.pth", "net.onnx", "net.tflite"):
         (folder / name).write_bytes(b"x")
     model = text if text.startswith("no.such") else f"{folder}/{text}"
     assert PATHS[text] in refused(model)
@@ -602,4 +605,4 @@ def test_an_input_shape_for_a_file_that_has_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [17, None, nn.Linear, torch.rand(2)])
 def test_values_that_are_no_models(value: Any) -> None:
-    assert "give an nn.Module or a .pt2 file" in refused(value)
+    assert "give an nn.Module or a .pt2 or .onnx file" in refused(value)

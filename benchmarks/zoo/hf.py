@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.timm_models import import_timm
 from benchmarks.zoo.registry import Draw, add, flags, ids
 from edgec.errors import EdgecError
 
@@ -41,7 +42,9 @@ VISION = {
 
 
 def import_transformers() -> Any:
-    """Raises EdgecError when it is not installed."""
+    """Raises EdgecError when it, or timm, is not installed."""
+    # It imports torchvision where there is one, which works once timm has been imported this way.
+    import_timm()
     try:
         import transformers
     except ImportError as error:
@@ -61,6 +64,8 @@ class Plain(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         found = self.model(**dict(zip(self.arguments, inputs, strict=True)))
+        if isinstance(found, torch.Tensor):
+            return found
         chosen = tuple(getattr(found, name) for name in self.results)
         return chosen[0] if len(chosen) == 1 else chosen
 
@@ -427,14 +432,6 @@ _hf(
     family=_IMAGES,
 )
 _hf(
-    "cvt",
-    "CvtModel",
-    "CvtConfig",
-    {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
-    _pixels(64),
-    family=_IMAGES,
-)
-_hf(
     "depth_anything",
     "DepthAnythingForDepthEstimation",
     "DepthAnythingConfig",
@@ -568,7 +565,7 @@ _hf(
         "codebook_size": 16,
         "codebook_dim": 16,
     },
-    {"input_values": (1, 1, 320)},
+    {"hidden_states": (1, 1, 320)},
     part="encoder",
     family=_SOUND,
 )

@@ -79,8 +79,16 @@ UNRELATED = frozenset(
     )
 )
 SOURCES = {
-    "import": ("edgec/*.py",),
-    "fp32": ("edgec/*.py", "edgec/lowering", "targets/*.py", "targets/*.toml", "targets/kernels", "targets/cpu"),
+    "import": ("edgec/*.py", "edgec/importing", "edgec/lowering"),
+    "fp32": (
+        "edgec/*.py",
+        "edgec/importing",
+        "edgec/lowering",
+        "targets/*.py",
+        "targets/*.toml",
+        "targets/kernels",
+        "targets/cpu",
+    ),
 }
 SOURCES["int8"] = (*SOURCES["fp32"], "passes")
 
@@ -292,9 +300,10 @@ def samples(entry: Entry, network: nn.Module, program: Program) -> tuple[list[np
     draws = [entry.draw(seed) for seed in ((1, 2) if program.dynamic_batch else (1,))]
     with torch.no_grad():
         results = [leaves(network(*[x.clone() for x in each])) for each in draws]
-    inputs = [torch.cat(each).numpy() if len(each) > 1 else each[0].numpy() for each in zip(*draws, strict=True)]
-    wanted = [np.concatenate(each) if len(each) > 1 else each[0] for each in zip(*results, strict=True)]
-    return inputs, wanted
+    if len(draws) == 1:
+        return [x.numpy() for x in draws[0]], results[0]
+    inputs = [torch.cat(each).numpy() for each in zip(*draws, strict=True)]
+    return inputs, [np.concatenate(each) for each in zip(*results, strict=True)]
 
 
 def _compiled(

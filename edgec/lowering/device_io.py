@@ -6,6 +6,7 @@ bytes. So they are taken out of the graph and become facts of the input, which t
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def device_io(staged: Program) -> tuple[Program, dict[str, Form]]:
     output.args = (tuple(found),) if isinstance(output.args[0], (tuple, list)) else (found[0],)
     module.graph.eliminate_dead_code()
     module.recompile()
-    return Program(staged.name, module, tuple(inputs), False, staged.annotations), forms
+    return dataclasses.replace(staged, module=module, example_inputs=tuple(inputs), dynamic_batch=False), forms
 
 
 def _only(node: fx.Node) -> fx.Node | None:

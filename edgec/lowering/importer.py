@@ -36,6 +36,8 @@ NODE = re.compile(r"^edgec_node_(\d+)_")
 
 # Same bytes in the same order: a name for memory, never a kernel.
 VIEWS = ("relax.reshape", "relax.expand_dims", "relax.squeeze", "relax.flatten")
+# "op_pattern" of kernels that are bound on import: opaque, nothing is fused into them.
+BOUND = 8
 
 
 def _permute(node: Any, importer: Any) -> Any:
@@ -148,7 +150,7 @@ def import_graph(
         key = binding.spec.key()
         if key not in functions:
             with elementary.native() if device.is_gpu else contextlib.nullcontext():
-                function = binding.spec.prim_func(device).with_attr("op_pattern", 8)
+                function = binding.spec.prim_func(device).with_attr("op_pattern", BOUND)
             name = f"k{len(functions)}_{binding.symbol}"
             functions[key] = importer.block_builder.add_func(function.with_attr("global_symbol", name), name)
         packed = [relax.const(np.ascontiguousarray(a), str(a.dtype)) for a in binding.pack(device)]
@@ -201,14 +203,32 @@ def legalize_relax(imported: Imported, device: Device) -> Imported:
                 transform.CanonicalizeBindings(),
                 transform.LegalizeOps(skip_ops=list(VIEWS)),
                 transform.AnnotateTIROpPattern(),
-                transform.FoldConstant(),
             ]
         )(simple)
+        kernels = _fold_constants(kernels, imported.module)
         fused = transform.FuseOps()(kernels)
         module = sequential([transform.FuseTIR(), transform.DeadCodeElimination(["main"])])(fused)
     layers = _layers(_origins(simple["main"], imported.nodes), kernels, fused)
     known = len(layers) == len(_kernel_calls(module["main"]))
     return dataclasses.replace(imported, module=module, layers=layers if known else ())
+
+
+def _fold_constants(module: tvm.IRModule, imported: tvm.IRModule) -> tvm.IRModule:
+    """TVM's folding, which runs kernels whose operands are all known: without those that were bound on import.
+
+    Their parameters are flat views of the tensors that they are called with, which TVM does not run.
+    """
+    bound = {
+        name.name_hint
+        for name, function in imported.functions.items()
+        if function.attrs is not None and function.attrs.get("op_pattern", None) == BOUND
+    }
+    others = tvm.IRModule(
+        {name: f for name, f in module.functions.items() if name.name_hint not in bound}, attrs=module.attrs
+    )
+    folded = relax.transform.FoldConstant()(others)
+    folded.update({name: f for name, f in module.functions.items() if name.name_hint in bound})
+    return folded
 
 
 def _origins(main: Any, nodes: Sequence[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ known to the importer is reported all at once, with the place in the model it ca
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -88,6 +89,7 @@ def convert_map() -> dict[str, Callable[[fx.Node, Any], Any]]:
         "amax.default": _extreme("max"),
         "amin.default": _extreme("min"),
         "embedding.default": _embedding,
+        "full.default": _full,
         "grid_sampler_2d.default": _grid_sampler,
         "index.Tensor": _index,
         "index_select.default": _index_select,
@@ -360,6 +362,18 @@ def _index_select(node: fx.Node, importer: Any) -> Any:
 
 def _embedding(node: fx.Node, importer: Any) -> Any:
     return _take(importer, importer.env[node.args[0]], importer.env[node.args[1]], 0)
+
+
+def _full(node: fx.Node, importer: Any) -> Any:
+    """A number everywhere; TVM's own cannot take infinity."""
+    import numpy as np
+    from tvm import relax
+
+    shape, value, *_ = cast(tuple[Any, ...], node.args)
+    if not isinstance(value, float) or math.isfinite(value):
+        return importer._full(node)
+    number = relax.const(np.asarray(value, str(_val(node).dtype).removeprefix("torch.")))
+    return importer.block_builder.emit(relax.op.broadcast_to(number, list(shape))) if shape else number
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step,
     propagate(module, inputs)
     for node in module.graph.nodes:
         node.meta["edgec_origin"] = origin_of(node)
-    staged = Program(program.name, module, inputs, False, program.annotations)
+    staged = dataclasses.replace(program, module=module, example_inputs=inputs, dynamic_batch=False)
     for step, rewrite in (("regions", fuse_regions), ("layout", channels_last)):
         rewrite(module)
         propagate(module, inputs)

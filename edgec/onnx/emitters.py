@@ -13,6 +13,9 @@ from torch import fx
 
 from edgec.onnx.writer import ELEMENTS, Emitter, Sym, _Writer
 
+# An fx.Node; its arguments have a type that says nothing.
+Call = Any
+
 EMITTERS: dict[str, Emitter] = {}
 
 
@@ -64,25 +67,25 @@ EMITTERS["aten._assert_tensor_metadata.default"] = lambda w, n: None
 
 
 @_emits("aten.relu6.default")
-def _relu6(w: _Writer, node: fx.Node) -> Any:
+def _relu6(w: _Writer, node: Call) -> Any:
     return _clip(w, w.x(node.args[0]), 0.0, 6.0, node)
 
 
-def _clip(w: _Writer, x: str, low: Any, high: Any, node: fx.Node) -> str:
+def _clip(w: _Writer, x: str, low: Any, high: Any, node: Call) -> str:
     kind = node.meta["val"].dtype
     limits = ["" if v is None else w.x(v, kind) for v in (low, high)]
     return w.emit("Clip", [x, *limits] if limits[1] else [x, limits[0]])
 
 
 @_emits("aten.hardtanh.default", "aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
-def _clamp(w: _Writer, node: fx.Node) -> Any:
+def _clamp(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     low, high = a.get("min_val", a.get("min")), a.get("max_val", a.get("max"))
     return _clip(w, w.x(a["self"], node.meta["val"].dtype), low, high, node)
 
 
 @_emits("aten.clamp.Tensor", "aten.clamp_min.Tensor", "aten.clamp_max.Tensor")
-def _clamp_tensor(w: _Writer, node: fx.Node) -> Any:
+def _clamp_tensor(w: _Writer, node: Call) -> Any:
     a, kind = w.args(node), node.meta["val"].dtype
     x = w.x(a["self"], kind)
     x = x if a.get("min") is None else w.emit("Max", [x, w.x(a["min"], kind)])
@@ -90,12 +93,12 @@ def _clamp_tensor(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.leaky_relu.default")
-def _leaky(w: _Writer, node: fx.Node) -> Any:
+def _leaky(w: _Writer, node: Call) -> Any:
     return w.emit("LeakyRelu", [w.x(node.args[0])], alpha=float(w.args(node)["negative_slope"]))
 
 
 @_emits("aten.elu.default")
-def _elu(w: _Writer, node: fx.Node) -> Any:
+def _elu(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if a["scale"] != 1 or a["input_scale"] != 1:
         raise w.refuse(node, "it has scales")
@@ -103,33 +106,33 @@ def _elu(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.celu.default")
-def _celu(w: _Writer, node: fx.Node) -> Any:
+def _celu(w: _Writer, node: Call) -> Any:
     return w.emit("Celu", [w.x(node.args[0])], alpha=float(w.args(node)["alpha"]))
 
 
 @_emits("aten.selu.default")
-def _selu(w: _Writer, node: fx.Node) -> Any:
+def _selu(w: _Writer, node: Call) -> Any:
     return w.emit("Selu", [w.x(node.args[0])])
 
 
 @_emits("aten.hardsigmoid.default")
-def _hardsigmoid(w: _Writer, node: fx.Node) -> Any:
+def _hardsigmoid(w: _Writer, node: Call) -> Any:
     return w.emit("HardSigmoid", [w.x(node.args[0])], alpha=1 / 6, beta=0.5)
 
 
 @_emits("aten.silu.default")
-def _silu(w: _Writer, node: fx.Node) -> Any:
+def _silu(w: _Writer, node: Call) -> Any:
     x = w.x(node.args[0])
     return w.emit("Mul", [x, w.emit("Sigmoid", [x])])
 
 
 @_emits("aten.gelu.default")
-def _gelu(w: _Writer, node: fx.Node) -> Any:
+def _gelu(w: _Writer, node: Call) -> Any:
     return w.emit("Gelu", [w.x(node.args[0])], approximate=w.args(node)["approximate"])
 
 
 @_emits("aten.softplus.default")
-def _softplus(w: _Writer, node: fx.Node) -> Any:
+def _softplus(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if a["beta"] != 1:
         raise w.refuse(node, "its beta is not 1")
@@ -137,7 +140,7 @@ def _softplus(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.prelu.default")
-def _prelu(w: _Writer, node: fx.Node) -> Any:
+def _prelu(w: _Writer, node: Call) -> Any:
     x, slope = node.args[:2]
     rank = w.meta(x).dim()
     if isinstance(slope, fx.Node) and slope.op == "get_attr":
@@ -148,29 +151,29 @@ def _prelu(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.rsqrt.default")
-def _rsqrt(w: _Writer, node: fx.Node) -> Any:
+def _rsqrt(w: _Writer, node: Call) -> Any:
     return w.emit("Reciprocal", [w.emit("Sqrt", [w.x(node.args[0])])])
 
 
 @_emits("aten.square.default")
-def _square(w: _Writer, node: fx.Node) -> Any:
+def _square(w: _Writer, node: Call) -> Any:
     x = w.x(node.args[0])
     return w.emit("Mul", [x, x])
 
 
 @_emits("aten.expm1.default")
-def _expm1(w: _Writer, node: fx.Node) -> Any:
+def _expm1(w: _Writer, node: Call) -> Any:
     kind = node.meta["val"].dtype
     return w.emit("Sub", [w.emit("Exp", [w.x(node.args[0], kind)]), w.x(1.0, kind)])
 
 
 @_emits("aten.log1p.default")
-def _log1p(w: _Writer, node: fx.Node) -> Any:
+def _log1p(w: _Writer, node: Call) -> Any:
     kind = node.meta["val"].dtype
     return w.emit("Log", [w.emit("Add", [w.x(node.args[0], kind), w.x(1.0, kind)])])
 
 
-def _operands(w: _Writer, node: fx.Node, compares: bool = False) -> tuple[str, str]:
+def _operands(w: _Writer, node: Call, compares: bool = False) -> tuple[str, str]:
     """Both operands in the type in which the operator computes."""
     a, b = node.args[:2]
     kind = node.meta["val"].dtype
@@ -190,7 +193,7 @@ def _number(value: Any) -> Any:
 
 
 def _binary(op: str, compares: bool = False) -> Emitter:
-    def emitter(w: _Writer, node: fx.Node) -> Any:
+    def emitter(w: _Writer, node: Call) -> Any:
         a, b = _operands(w, node, compares)
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 and op in ("Add", "Sub") else 1)
         if alpha != 1:
@@ -210,7 +213,7 @@ for _name, _op in {"maximum": "Max", "minimum": "Min", "bitwise_and": "And", "bi
     EMITTERS[f"aten.{_name}.{'default' if _name.startswith('m') else 'Tensor'}"] = _binary(_op)
 
 
-def _logical(w: _Writer, node: fx.Node) -> Any:
+def _logical(w: _Writer, node: Call) -> Any:
     op = {"and": "And", "or": "Or", "xor": "Xor"}[str(node.target).split("_")[-1].split(".")[0]]
     if node.meta["val"].dtype != torch.bool:
         raise w.refuse(node, "it works on bits")
@@ -230,23 +233,23 @@ EMITTERS["aten.logical_not.default"] = lambda w, n: w.emit("Not", [w.x(n.args[0]
 
 
 @_emits("aten.bitwise_not.default")
-def _bitwise_not(w: _Writer, node: fx.Node) -> Any:
+def _bitwise_not(w: _Writer, node: Call) -> Any:
     return w.emit("Not" if node.meta["val"].dtype == torch.bool else "BitwiseNot", [w.x(node.args[0])])
 
 
 @_emits("aten.ne.Tensor", "aten.ne.Scalar")
-def _not_equal(w: _Writer, node: fx.Node) -> Any:
+def _not_equal(w: _Writer, node: Call) -> Any:
     return w.emit("Not", [w.emit("Equal", _operands(w, node, True))])
 
 
 @_emits("aten.rsub.Scalar", "aten.rsub.Tensor")
-def _rsub(w: _Writer, node: fx.Node) -> Any:
+def _rsub(w: _Writer, node: Call) -> Any:
     a, b = _operands(w, node)
     return w.emit("Sub", [b, a])
 
 
 @_emits("aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.floor_divide.default")
-def _div_mode(w: _Writer, node: fx.Node) -> Any:
+def _div_mode(w: _Writer, node: Call) -> Any:
     a, b = _operands(w, node)
     mode = node.kwargs.get("rounding_mode", "floor")
     if not node.meta["val"].dtype.is_floating_point:
@@ -265,7 +268,7 @@ def _div_mode(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.remainder.Scalar", "aten.remainder.Tensor")
-def _remainder(w: _Writer, node: fx.Node) -> Any:
+def _remainder(w: _Writer, node: Call) -> Any:
     a, b = _operands(w, node)
     if not node.meta["val"].dtype.is_floating_point:
         return w.emit("Mod", [a, b])
@@ -273,7 +276,7 @@ def _remainder(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar")
-def _pow(w: _Writer, node: fx.Node) -> Any:
+def _pow(w: _Writer, node: Call) -> Any:
     base, exponent = node.args[:2]
     if exponent == 2 and isinstance(base, fx.Node):
         x = w.x(base, node.meta["val"].dtype)
@@ -282,20 +285,20 @@ def _pow(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
-def _where(w: _Writer, node: fx.Node) -> Any:
+def _where(w: _Writer, node: Call) -> Any:
     kind = node.meta["val"].dtype
     return w.emit("Where", [w.x(node.args[0], torch.bool), w.x(node.args[1], kind), w.x(node.args[2], kind)])
 
 
 @_emits("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
-def _masked_fill(w: _Writer, node: fx.Node) -> Any:
+def _masked_fill(w: _Writer, node: Call) -> Any:
     x, mask, value = node.args
     kind = node.meta["val"].dtype
     return w.emit("Where", [w.x(mask), w.x(value, kind), w.x(x)])
 
 
 @_emits("aten.addcmul.default")
-def _addcmul(w: _Writer, node: fx.Node) -> Any:
+def _addcmul(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     product = w.emit("Mul", [w.x(a["tensor1"]), w.x(a["tensor2"])])
     if a["value"] != 1:
@@ -304,7 +307,7 @@ def _addcmul(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.to.dtype", "aten._to_copy.default", "aten.to.dtype_layout", "aten.type_as.default", "aten.to.other")
-def _to(w: _Writer, node: fx.Node) -> Any:
+def _to(w: _Writer, node: Call) -> Any:
     source, kind = node.args[0], node.meta["val"].dtype
     return w.x(source) if w.meta(source).dtype == kind else w.x(source, kind)
 
@@ -316,7 +319,7 @@ for _name in ("float", "half", "int", "long", "bool"):
 # -- constants ---------------------------------------------------------------------------------------------------------
 
 
-def _filled(w: _Writer, node: fx.Node, value: Any) -> Any:
+def _filled(w: _Writer, node: Call, value: Any) -> Any:
     """A tensor of one value: a number where it may be, since everything broadcasts; else of its shape."""
     kind = node.meta["val"].dtype
     sizes = node.args[0] if isinstance(node.args[0], (list, tuple)) else w.args(node).get("size")
@@ -333,7 +336,7 @@ def _filled(w: _Writer, node: fx.Node, value: Any) -> Any:
 
 
 @_emits("aten.full.default", "aten.full_like.default", "aten.new_full.default")
-def _full(w: _Writer, node: fx.Node) -> Any:
+def _full(w: _Writer, node: Call) -> Any:
     return _filled(w, node, w.args(node)["fill_value"])
 
 
@@ -343,12 +346,12 @@ for _name, _value in {"zeros": 0, "ones": 1}.items():
 
 
 @_emits("aten.scalar_tensor.default")
-def _scalar_tensor(w: _Writer, node: fx.Node) -> Any:
+def _scalar_tensor(w: _Writer, node: Call) -> Any:
     return w.x(node.args[0], node.meta["val"].dtype)
 
 
 @_emits("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
-def _arange(w: _Writer, node: fx.Node) -> Any:
+def _arange(w: _Writer, node: Call) -> Any:
     a, kind = w.args(node), node.meta["val"].dtype
     start, end, step = a.get("start", 0), a["end"], a.get("step", 1)
     if any(isinstance(v, fx.Node) for v in (start, end, step)):
@@ -360,19 +363,19 @@ def _arange(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.sym_size.int")
-def _sym_size(w: _Writer, node: fx.Node) -> Any:
+def _sym_size(w: _Writer, node: Call) -> Any:
     x, dim = node.args[:2]
     dim = dim % w.meta(x).dim()
     return Sym(w.emit("Shape", [w.x(x)], start=dim, end=dim + 1))
 
 
 @_emits("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.view_copy.default")
-def _reshape(w: _Writer, node: fx.Node) -> Any:
+def _reshape(w: _Writer, node: Call) -> Any:
     x, sizes = node.args[:2]
     return w.emit("Reshape", [w.x(x), _batch_first(w, node, sizes)])
 
 
-def _batch_first(w: _Writer, node: fx.Node, sizes: Sequence[Any]) -> str:
+def _batch_first(w: _Writer, node: Call, sizes: Sequence[Any]) -> str:
     """The sizes of a reshape, in which a batch is left to be found."""
     shape = list(node.meta["val"].shape)
     plain = [s for s in sizes if not isinstance(s, int)]
@@ -385,7 +388,7 @@ def _batch_first(w: _Writer, node: fx.Node, sizes: Sequence[Any]) -> str:
 
 
 @_emits("aten.flatten.using_ints")
-def _flatten(w: _Writer, node: fx.Node) -> Any:
+def _flatten(w: _Writer, node: Call) -> Any:
     a, x = w.args(node), node.args[0]
     rank = w.meta(x).dim()
     start, end = a["start_dim"] % max(rank, 1), a["end_dim"] % max(rank, 1)
@@ -400,7 +403,7 @@ def _flatten(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.unflatten.int")
-def _unflatten(w: _Writer, node: fx.Node) -> Any:
+def _unflatten(w: _Writer, node: Call) -> Any:
     x, dim, sizes = node.args[:3]
     shape = [int(n) for n in w.meta(x).shape]
     dim = dim % len(shape)
@@ -413,7 +416,7 @@ def _unflatten(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default")
-def _squeeze(w: _Writer, node: fx.Node) -> Any:
+def _squeeze(w: _Writer, node: Call) -> Any:
     x = node.args[0]
     shape = w.meta(x).shape
     dims = w.args(node).get("dim", [i for i, n in enumerate(shape) if n == 1])
@@ -423,19 +426,19 @@ def _squeeze(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.unsqueeze.default")
-def _unsqueeze(w: _Writer, node: fx.Node) -> Any:
+def _unsqueeze(w: _Writer, node: Call) -> Any:
     x, dim = node.args[:2]
     return w.emit("Unsqueeze", [w.x(x), w.ints([dim % node.meta["val"].dim()])])
 
 
 @_emits("aten.permute.default", "aten.permute_copy.default")
-def _permute(w: _Writer, node: fx.Node) -> Any:
+def _permute(w: _Writer, node: Call) -> Any:
     x, order = node.args[:2]
     return w.emit("Transpose", [w.x(x)], perm=[d % len(order) for d in order])
 
 
 @_emits("aten.transpose.int", "aten.t.default", "aten.swapaxes.default")
-def _transpose(w: _Writer, node: fx.Node) -> Any:
+def _transpose(w: _Writer, node: Call) -> Any:
     rank = node.meta["val"].dim()
     a, b = node.args[1:3] if len(node.args) > 2 else (0, 1)
     order = list(range(rank))
@@ -445,7 +448,7 @@ def _transpose(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.expand.default")
-def _expand(w: _Writer, node: fx.Node) -> Any:
+def _expand(w: _Writer, node: Call) -> Any:
     x, sizes = node.args[:2]
     own = list(w.meta(x).shape)
     own = [1] * (len(sizes) - len(own)) + own
@@ -459,7 +462,7 @@ def _expand(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.repeat.default")
-def _repeat(w: _Writer, node: fx.Node) -> Any:
+def _repeat(w: _Writer, node: Call) -> Any:
     x, times = node.args[:2]
     name = w.x(x)
     lead = len(times) - w.meta(x).dim()
@@ -469,20 +472,20 @@ def _repeat(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.cat.default")
-def _cat(w: _Writer, node: fx.Node) -> Any:
+def _cat(w: _Writer, node: Call) -> Any:
     kind, dim = node.meta["val"].dtype, w.args(node)["dim"]
     return w.emit("Concat", [w.x(x, kind) for x in node.args[0]], axis=dim % node.meta["val"].dim())
 
 
 @_emits("aten.stack.default")
-def _stack(w: _Writer, node: fx.Node) -> Any:
+def _stack(w: _Writer, node: Call) -> Any:
     dim, kind = w.args(node)["dim"] % node.meta["val"].dim(), node.meta["val"].dtype
     parts = [w.emit("Unsqueeze", [w.x(x, kind), w.ints([dim])]) for x in node.args[0]]
     return w.emit("Concat", parts, axis=dim)
 
 
 @_emits("aten.split.Tensor", "aten.chunk.default", "aten.split_with_sizes.default", "aten.split.sizes")
-def _split(w: _Writer, node: fx.Node) -> Any:
+def _split(w: _Writer, node: Call) -> Any:
     dim = w.args(node)["dim"] % w.meta(node.args[0]).dim()
     sizes = [int(v.shape[dim]) for v in node.meta["val"]]
     parts = w.emit("Split", [w.x(node.args[0]), w.ints(sizes)], len(sizes), axis=dim)
@@ -490,14 +493,14 @@ def _split(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.unbind.int")
-def _unbind(w: _Writer, node: fx.Node) -> Any:
+def _unbind(w: _Writer, node: Call) -> Any:
     x, dim = w.x(node.args[0]), w.args(node)["dim"] % w.meta(node.args[0]).dim()
     used = {u.args[1] for u in node.users}
     return {i: w.emit("Gather", [x, w.const(np.int64(i))], axis=dim) for i in range(len(node.meta["val"])) if i in used}
 
 
 @_emits("aten.select.int")
-def _select(w: _Writer, node: fx.Node) -> Any:
+def _select(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
     if isinstance(index, fx.Node):
         raise w.refuse(node, "its index is computed")
@@ -505,7 +508,7 @@ def _select(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.slice.Tensor")
-def _slice(w: _Writer, node: fx.Node) -> Any:
+def _slice(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, dim = a["self"], a["dim"] % w.meta(a["self"]).dim()
     start, end = a["start"] or 0, a["end"]
@@ -516,13 +519,13 @@ def _slice(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.narrow.int")
-def _narrow(w: _Writer, node: fx.Node) -> Any:
+def _narrow(w: _Writer, node: Call) -> Any:
     x, dim, start, length = node.args
     return w.emit("Slice", [w.x(x), w.ints([start]), w.ints([start + length]), w.ints([dim])])
 
 
 @_emits("aten.flip.default")
-def _flip(w: _Writer, node: fx.Node) -> Any:
+def _flip(w: _Writer, node: Call) -> Any:
     x, dims = node.args[:2]
     lowest = [-(2**63) + 1] * len(dims)
     rank = w.meta(x).dim()
@@ -531,7 +534,7 @@ def _flip(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.roll.default")
-def _roll(w: _Writer, node: fx.Node) -> Any:
+def _roll(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, rank = w.x(a["self"]), w.meta(a["self"]).dim()
     if not a["dims"]:
@@ -546,24 +549,24 @@ def _roll(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.index_select.default")
-def _index_select(w: _Writer, node: fx.Node) -> Any:
+def _index_select(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
     return w.emit("Gather", [w.x(x), w.x(index)], axis=dim % w.meta(x).dim())
 
 
 @_emits("aten.embedding.default")
-def _embedding(w: _Writer, node: fx.Node) -> Any:
+def _embedding(w: _Writer, node: Call) -> Any:
     return w.emit("Gather", [w.x(node.args[0]), w.x(node.args[1])], axis=0)
 
 
 @_emits("aten.gather.default")
-def _gather(w: _Writer, node: fx.Node) -> Any:
+def _gather(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
     return w.emit("GatherElements", [w.x(x), w.x(index)], axis=dim % w.meta(x).dim())
 
 
 @_emits("aten.index.Tensor")
-def _index(w: _Writer, node: fx.Node) -> Any:
+def _index(w: _Writer, node: Call) -> Any:
     x, indices = node.args[:2]
     given = [(i, v) for i, v in enumerate(indices) if v is not None]
     if any(w.meta(v).dtype == torch.bool for _, v in given):
@@ -584,29 +587,29 @@ def _index(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.scatter.src", "aten.scatter_add.default")
-def _scatter(w: _Writer, node: fx.Node) -> Any:
+def _scatter(w: _Writer, node: Call) -> Any:
     x, dim, index, source = node.args[:4]
     reduction = "add" if "scatter_add" in str(node.target) else None
     return w.emit("ScatterElements", [w.x(v) for v in (x, index, source)], axis=dim, reduction=reduction)
 
 
 @_emits("aten.pad.default", "aten.constant_pad_nd.default")
-def _pad(w: _Writer, node: fx.Node) -> Any:
+def _pad(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     return _padded(w, node, a["self"], a["pad"], a.get("mode", "constant"), a["value"])
 
 
 @_emits("aten.reflection_pad1d.default", "aten.reflection_pad2d.default", "aten.reflection_pad3d.default")
-def _reflection(w: _Writer, node: fx.Node) -> Any:
+def _reflection(w: _Writer, node: Call) -> Any:
     return _padded(w, node, node.args[0], node.args[1], "reflect", None)
 
 
 @_emits("aten.replication_pad1d.default", "aten.replication_pad2d.default", "aten.replication_pad3d.default")
-def _replication(w: _Writer, node: fx.Node) -> Any:
+def _replication(w: _Writer, node: Call) -> Any:
     return _padded(w, node, node.args[0], node.args[1], "replicate", None)
 
 
-def _padded(w: _Writer, node: fx.Node, x: Any, pads: Sequence[int], mode: str, value: Any) -> str:
+def _padded(w: _Writer, node: Call, x: Any, pads: Sequence[int], mode: str, value: Any) -> str:
     rank, kind = w.meta(x).dim(), w.meta(x).dtype
     before, after = [0] * rank, [0] * rank
     for i in range(len(pads) // 2):
@@ -619,23 +622,23 @@ def _padded(w: _Writer, node: fx.Node, x: Any, pads: Sequence[int], mode: str, v
 
 
 @_emits("aten.pixel_shuffle.default")
-def _pixel_shuffle(w: _Writer, node: fx.Node) -> Any:
+def _pixel_shuffle(w: _Writer, node: Call) -> Any:
     return w.emit("DepthToSpace", [w.x(node.args[0])], blocksize=node.args[1], mode="CRD")
 
 
 @_emits("aten.tril.default", "aten.triu.default")
-def _triangle(w: _Writer, node: fx.Node) -> Any:
+def _triangle(w: _Writer, node: Call) -> Any:
     upper = int("triu" in str(node.target))
     return w.emit("Trilu", [w.x(node.args[0]), w.const(np.int64(w.args(node)["diagonal"]))], upper=upper)
 
 
 @_emits("aten.cumsum.default")
-def _cumsum(w: _Writer, node: fx.Node) -> Any:
+def _cumsum(w: _Writer, node: Call) -> Any:
     return w.emit("CumSum", [w.x(node.args[0], node.meta["val"].dtype), w.const(np.int64(node.args[1]))])
 
 
 @_emits("aten.topk.default", "aten.sort.default", "aten.sort.stable")
-def _topk(w: _Writer, node: fx.Node) -> Any:
+def _topk(w: _Writer, node: Call) -> Any:
     a, dim = w.args(node), w.args(node)["dim"]
     largest = int(a["largest"] if "largest" in a else a["descending"])
     count = int(node.meta["val"][0].shape[dim])
@@ -646,7 +649,7 @@ def _topk(w: _Writer, node: fx.Node) -> Any:
 
 
 def _reduce(op: str) -> Emitter:
-    def emitter(w: _Writer, node: fx.Node) -> Any:
+    def emitter(w: _Writer, node: Call) -> Any:
         a = w.args(node)
         dims = a.get("dim")
         dims = [dims] if isinstance(dims, int) else list(dims or range(w.meta(a["self"]).dim()))
@@ -672,7 +675,7 @@ for _name, _op in {
 
 
 @_emits("aten.argmax.default", "aten.argmin.default")
-def _arg(w: _Writer, node: fx.Node) -> Any:
+def _arg(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     op = "ArgMax" if "argmax" in str(node.target) else "ArgMin"
     if a["dim"] is None:
@@ -682,7 +685,7 @@ def _arg(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.max.dim", "aten.min.dim")
-def _max_dim(w: _Writer, node: fx.Node) -> Any:
+def _max_dim(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     value, place = ("ReduceMax", "ArgMax") if ".max." in str(node.target) else ("ReduceMin", "ArgMin")
     x, keep = w.x(a["self"]), int(a["keepdim"])
@@ -694,7 +697,7 @@ def _max_dim(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.var.correction", "aten.var.dim", "aten.var_mean.correction", "aten.std.correction")
-def _variance(w: _Writer, node: fx.Node) -> Any:
+def _variance(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, shape = w.x(a["self"]), w.meta(a["self"]).shape
     dims = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
@@ -715,7 +718,7 @@ def _variance(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default")
-def _softmax(w: _Writer, node: fx.Node) -> Any:
+def _softmax(w: _Writer, node: Call) -> Any:
     op = "LogSoftmax" if "log_softmax" in str(node.target) else "Softmax"
     return w.emit(op, [w.x(node.args[0], node.meta["val"].dtype)], axis=node.args[1])
 
@@ -735,7 +738,7 @@ def _all(values: Any, rank: int) -> list[int]:
 
 @_emits("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
 @_emits("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding")
-def _conv(w: _Writer, node: fx.Node) -> Any:
+def _conv(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["input"]).dim() - 2
     stride, dilation = _all(a["stride"], rank), _all(a["dilation"], rank)
@@ -756,7 +759,7 @@ def _kernel(w: _Writer, a: dict[str, Any]) -> list[int]:
 
 
 @_emits("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
-def _conv_transpose(w: _Writer, node: fx.Node) -> Any:
+def _conv_transpose(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["input"]).dim() - 2
     operands = [w.x(a["input"]), w.x(a["weight"])] + ([w.x(a["bias"])] if a["bias"] is not None else [])
@@ -773,7 +776,7 @@ def _conv_transpose(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.linear.default")
-def _linear(w: _Writer, node: fx.Node) -> Any:
+def _linear(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, weight, bias = a["input"], a["weight"], a["bias"]
     if w.meta(x).dim() == 2:
@@ -788,7 +791,7 @@ def _linear(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.addmm.default")
-def _addmm(w: _Writer, node: fx.Node) -> Any:
+def _addmm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     operands = [w.x(a[k]) for k in ("mat1", "mat2", "self")]
     return w.emit("Gemm", operands, alpha=float(a["alpha"]), beta=float(a["beta"]))
@@ -799,12 +802,12 @@ for _name in ("mm", "bmm", "matmul"):
 
 
 @_emits("aten.einsum.default")
-def _einsum(w: _Writer, node: fx.Node) -> Any:
+def _einsum(w: _Writer, node: Call) -> Any:
     return w.emit("Einsum", [w.x(x) for x in node.args[1]], equation=str(node.args[0]).replace(" ", ""))
 
 
 @_emits("aten.batch_norm.default")
-def _batch_norm(w: _Writer, node: fx.Node) -> Any:
+def _batch_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     channels, kind = int(w.meta(a["input"]).shape[1]), w.meta(a["input"]).dtype
     ones, zeros = (np.full(channels, v, torch.empty(0, dtype=kind).numpy().dtype) for v in (1, 0))
@@ -815,7 +818,7 @@ def _batch_norm(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.layer_norm.default")
-def _layer_norm(w: _Writer, node: fx.Node) -> Any:
+def _layer_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     shape, kind = list(a["normalized_shape"]), node.meta["val"].dtype
     weight = a["weight"]
@@ -825,7 +828,7 @@ def _layer_norm(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.rms_norm.default")
-def _rms_norm(w: _Writer, node: fx.Node) -> Any:
+def _rms_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, kind = w.x(a["input"]), node.meta["val"].dtype
     dims = w.ints([-i - 1 for i in range(len(a["normalized_shape"]))][::-1])
@@ -836,20 +839,20 @@ def _rms_norm(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.group_norm.default")
-def _group_norm(w: _Writer, node: fx.Node) -> Any:
+def _group_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     return _groups(w, a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"])
 
 
 @_emits("aten.instance_norm.default")
-def _instance_norm(w: _Writer, node: fx.Node) -> Any:
+def _instance_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if not a["use_input_stats"]:
         raise w.refuse(node, "it uses running statistics")
     return _groups(w, a["input"], int(w.meta(a["input"]).shape[1]), a["weight"], a["bias"], a["eps"])
 
 
-def _groups(w: _Writer, x: fx.Node, groups: int, weight: Any, bias: Any, eps: float) -> str:
+def _groups(w: _Writer, x: Call, groups: int, weight: Any, bias: Any, eps: float) -> str:
     channels, kind = int(w.meta(x).shape[1]), torch.empty(0, dtype=w.meta(x).dtype).numpy().dtype
     scale = w.const(np.ones(channels, kind)) if weight is None else w.x(weight)
     offset = w.const(np.zeros(channels, kind)) if bias is None else w.x(bias)
@@ -857,7 +860,7 @@ def _groups(w: _Writer, x: fx.Node, groups: int, weight: Any, bias: Any, eps: fl
 
 
 @_emits("aten.scaled_dot_product_attention.default")
-def _attention(w: _Writer, node: fx.Node) -> Any:
+def _attention(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     query, key, value = a["query"], a["key"], a["value"]
     kind, rank = node.meta["val"].dtype, w.meta(query).dim()
@@ -879,7 +882,7 @@ def _attention(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default")
-def _max_pool(w: _Writer, node: fx.Node) -> Any:
+def _max_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["self"]).dim() - 2
     kernel = _all(a["kernel_size"], rank)
@@ -895,7 +898,7 @@ def _max_pool(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default")
-def _avg_pool(w: _Writer, node: fx.Node) -> Any:
+def _avg_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["self"]).dim() - 2
     kernel = _all(a["kernel_size"], rank)
@@ -918,7 +921,7 @@ def _avg_pool(w: _Writer, node: fx.Node) -> Any:
 
 @_emits("aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default", "aten.adaptive_avg_pool3d.default")
 @_emits("aten._adaptive_avg_pool2d.default")
-def _adaptive_avg_pool(w: _Writer, node: fx.Node) -> Any:
+def _adaptive_avg_pool(w: _Writer, node: Call) -> Any:
     x, size = node.args[:2]
     old = [int(n) for n in w.meta(x).shape[2:]]
     new = [o if s is None else s for s, o in zip(_all(size, len(old)), old)]
@@ -933,7 +936,7 @@ def _adaptive_avg_pool(w: _Writer, node: fx.Node) -> Any:
 @_emits("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")
 @_emits("aten.upsample_bilinear2d.vec", "aten.upsample_bilinear2d.default", "aten.upsample_linear1d.vec")
 @_emits("aten.upsample_bicubic2d.vec")
-def _upsample(w: _Writer, node: fx.Node) -> Any:
+def _upsample(w: _Writer, node: Call) -> Any:
     a, x, name = w.args(node), node.args[0], str(node.target)
     old, new = [int(n) for n in w.meta(x).shape[2:]], [int(n) for n in node.meta["val"].shape[2:]]
     factors = a.get("scale_factors")
@@ -956,7 +959,7 @@ def _upsample(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("aten.grid_sampler.default", "aten.grid_sampler_2d.default")
-def _grid_sampler(w: _Writer, node: fx.Node) -> Any:
+def _grid_sampler(w: _Writer, node: Call) -> Any:
     x, grid, mode, padding, corners = node.args[:5]
     return w.emit(
         "GridSample",
@@ -978,14 +981,14 @@ def _multiplier(m: np.ndarray | int, shift: np.ndarray | int) -> np.ndarray:
     return factor.astype(np.float64) * 2.0 ** -np.asarray(shift, np.float64)
 
 
-def _quantized_weight(w: _Writer, node: fx.Node, codes: np.ndarray, scale: np.ndarray, axis: int) -> str:
+def _quantized_weight(w: _Writer, node: Call, codes: np.ndarray, scale: np.ndarray, axis: int) -> str:
     """A weight of codes with one scale per output channel, as DequantizeLinear of int8."""
     # A channel whose multiplier is zero is constant: any scale will do that makes it small.
     scale = np.maximum(scale, np.finfo(np.float32).tiny).astype(np.float32)
     return w.emit("DequantizeLinear", [w.weight(node, codes), w.const(scale)], axis=axis)
 
 
-def _quantized_bias(w: _Writer, node: fx.Node, a: dict[str, Any], x_zp: int, scale: np.ndarray) -> str:
+def _quantized_bias(w: _Writer, node: Call, a: dict[str, Any], x_zp: int, scale: np.ndarray) -> str:
     """The bias without the share of the zero point, at the scale of the sums."""
     codes, weight = w.array(a["bias"]).astype(np.int64), w.array(a["w"]).astype(np.int64)
     own = codes + x_zp * weight.reshape(len(weight), -1).sum(1)
@@ -995,25 +998,25 @@ def _quantized_bias(w: _Writer, node: fx.Node, a: dict[str, Any], x_zp: int, sca
     return w.emit("DequantizeLinear", [w.weight(a["bias"], own.astype(np.int32)), w.const(scale)], axis=0)
 
 
-def _nchw(w: _Writer, node: fx.Node, a: dict[str, Any]) -> None:
+def _nchw(w: _Writer, node: Call, a: dict[str, Any]) -> None:
     if a.get("layout", "NCHW") != "NCHW":
         raise w.refuse(node, "its channels are last")
 
 
 @_emits("edgec.quantize.default")
-def _quantize(w: _Writer, node: fx.Node) -> Any:
+def _quantize(w: _Writer, node: Call) -> Any:
     x, scale, zero = node.args
     return w.codes(w.x(x), scale, zero)
 
 
 @_emits("edgec.dequantize.default")
-def _dequantize(w: _Writer, node: fx.Node) -> Any:
+def _dequantize(w: _Writer, node: Call) -> Any:
     x, scale, zero = node.args
     return w.real(x, scale, zero)
 
 
 @_emits("edgec.qconv2d.default", "edgec.qconv2d_float.default")
-def _qconv(w: _Writer, node: fx.Node) -> Any:
+def _qconv(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     _nchw(w, node, a)
     codes = "m" in a
@@ -1035,7 +1038,7 @@ def _qconv(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.qlinear.default", "edgec.qlinear_float.default")
-def _qlinear(w: _Writer, node: fx.Node) -> Any:
+def _qlinear(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     grid = w.grid(a["x"])
     sx, x_zp = grid
@@ -1053,7 +1056,7 @@ def _qlinear(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.qadd.default")
-def _qadd(w: _Writer, node: fx.Node) -> Any:
+def _qadd(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     sy = w.scale(node)
     sa, sb = (v * 2.0 ** -a["f"] * sy for v in (a["ma"], a["mb"]))
@@ -1065,7 +1068,7 @@ def _qadd(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.qmul.default")
-def _qmul(w: _Writer, node: fx.Node) -> Any:
+def _qmul(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     sy = w.scale(node)
     product = float(_multiplier(a["m"], a["shift"])) * sy
@@ -1075,7 +1078,7 @@ def _qmul(w: _Writer, node: fx.Node) -> Any:
     return w.codes(y, sy, a["zy"], a["lo"], a["hi"])
 
 
-def _rescaled(w: _Writer, node: fx.Node, a: dict[str, Any], elements: int, emit: Callable[[str], str]) -> str:
+def _rescaled(w: _Writer, node: Call, a: dict[str, Any], elements: int, emit: Callable[[str], str]) -> str:
     """An operator on real numbers between codes whose multiplier is `scale of x / scale of y / elements`."""
     sy = w.scale(node)
     sx = w.scale(a["x"], float(_multiplier(a["m"], a["shift"])) * sy * elements)
@@ -1083,12 +1086,12 @@ def _rescaled(w: _Writer, node: fx.Node, a: dict[str, Any], elements: int, emit:
 
 
 @_emits("edgec.qrescale.default")
-def _qrescale(w: _Writer, node: fx.Node) -> Any:
+def _qrescale(w: _Writer, node: Call) -> Any:
     return _rescaled(w, node, w.args(node), 1, lambda x: x)
 
 
 @_emits("edgec.qavg_pool2d.default")
-def _qavg_pool(w: _Writer, node: fx.Node) -> Any:
+def _qavg_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     _nchw(w, node, a)
     top, bottom, left, right = a["padding"]
@@ -1098,7 +1101,7 @@ def _qavg_pool(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.qmean.default")
-def _qmean(w: _Writer, node: fx.Node) -> Any:
+def _qmean(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     shape = w.meta(a["x"]).shape
     dims = [d % len(shape) for d in a["dim"]]
@@ -1107,7 +1110,7 @@ def _qmean(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.qmax_pool2d.default")
-def _qmax_pool(w: _Writer, node: fx.Node) -> Any:
+def _qmax_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     _nchw(w, node, a)
     top, bottom, left, right = a["padding"]
@@ -1123,7 +1126,7 @@ def _qmax_pool(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.qlut.default")
-def _qlut(w: _Writer, node: fx.Node) -> Any:
+def _qlut(w: _Writer, node: Call) -> Any:
     x, table, axis = node.args
     values = w.array(table)
     index = w.emit("Add", [w.emit("Cast", [w.x(x)], to=TensorProto.INT32), w.const(np.int32(128))])
@@ -1135,9 +1138,9 @@ def _qlut(w: _Writer, node: fx.Node) -> Any:
 
 
 @_emits("edgec.dequantize_weight.default")
-def _dequantize_weight(w: _Writer, node: fx.Node) -> Any:
+def _dequantize_weight(w: _Writer, node: Call) -> Any:
     """Codes of few bits: as 4-bit integers where they fit, with one scale per channel or per block."""
-    a = w.args(node)
+    a: dict[str, Any] = w.args(node)
     codes, scale, group = w.array(a["codes"]), w.array(a["scale"]), a["group"]
     zero = None if a["zero"] is None else w.array(a["zero"])
     if scale.shape[1] == 1:

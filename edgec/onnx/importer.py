@@ -169,7 +169,7 @@ def _reference(
                 from onnx.reference import ReferenceEvaluator
 
                 proto = onnx.load_model_from_string(model.original)
-                return "ONNX's reference evaluator", list(ReferenceEvaluator(proto).run(None, feed))
+                return "ONNX's reference evaluator", [np.asarray(y) for y in ReferenceEvaluator(proto).run(None, feed)]
         except Exception as error:
             return f"not compared: ONNX's reference evaluator failed ({first_line(error)})", None
     try:
@@ -180,7 +180,7 @@ def _reference(
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(model.original, options, providers=["CPUExecutionProvider"])
         feed = {i.name: feed[i.name] for i in session.get_inputs()}
-        return "ONNX Runtime", list(session.run(None, feed))
+        return "ONNX Runtime", [np.asarray(y) for y in session.run(None, feed)]
     except Exception as error:
         return f"not compared: ONNX Runtime does not run the file ({first_line(error)})", None
 

@@ -1,8 +1,8 @@
 """An ONNX graph as an nn.Module, for torch.export: one module per scope of node names, weights under their names.
 
 Values are tensors, or `Static` arrays where they do not depend on the inputs' values: weights, shapes and what is
-computed from them, which may hold symbolic sizes of a dynamic batch. A node whose operands are all static is computed at
-once, so shape arithmetic leaves no trace in the exported graph.
+computed from them, which may hold symbolic sizes of a dynamic batch. A node whose operands are all static is computed
+at once, so shape arithmetic leaves no trace in the exported graph.
 """
 
 from __future__ import annotations
@@ -330,9 +330,9 @@ class OnnxModule(nn.Module):
         """The sizes of a reshape. Files with a batch of one have it in them as a number: where the batch is made
         dynamic all the same, it takes the number's place."""
         sizes = list(sizes)
-        if self.free_batch and sizes and x.dim() and isinstance(x.shape[0], torch.SymInt):
-            if isinstance(sizes[0], int) and sizes[0] == 1:
-                sizes[0] = x.shape[0]
+        batched = self.free_batch and x.dim() > 0 and isinstance(x.shape[0], torch.SymInt)
+        if batched and sizes and isinstance(sizes[0], int) and sizes[0] == 1:
+            sizes[0] = x.shape[0]
         return sizes
 
     # -- weights -------------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def _cast_like(node: Node) -> Any:
     return as_type(node.x(0), node.x(1).dtype)
 
 
-def _to(node: Node, x: torch.Tensor, code: int) -> torch.Tensor:
+def _to(node: Node, x: torch.Tensor, code: Any) -> torch.Tensor:
     if code not in TYPES:
         name = TensorProto.DataType.Name(code).lower() if code in TensorProto.DataType.values() else str(code)
         raise node.refuse(f"to {name} is not supported", "use float32, integers or booleans")
@@ -1028,7 +1028,7 @@ def _max_pool(node: Node) -> Any:
     return Many([as_type(y, kind), flat + lead])
 
 
-AVERAGES = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
+AVERAGES: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 
 
 @_op("AveragePool")
@@ -1054,11 +1054,11 @@ def _average_pool(node: Node) -> Any:
 
 def _window_sums(
     x: torch.Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    before: Sequence[int],
-    counts: Sequence[int],
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    before: list[int],
+    counts: list[int],
 ) -> torch.Tensor:
     rank = len(kernel)
     reach = [(c - 1) * s + d * (k - 1) + 1 for c, s, d, k in zip(counts, stride, dilation, kernel)]
@@ -1228,7 +1228,8 @@ _by_axis("Hardmax", _hardmax)
 
 @_op("GridSample")
 def _grid_sample(node: Node) -> Any:
-    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(node.attr("mode", "linear"), node.attr("mode", "linear"))
+    mode = str(node.attr("mode", "linear"))
+    mode = {"linear": "bilinear", "cubic": "bicubic"}.get(mode, mode)
     padding = node.attr("padding_mode", "zeros")
     return F.grid_sample(node.x(0), node.x(1), mode, padding, bool(node.attr("align_corners", 0)))
 
@@ -1247,7 +1248,7 @@ def _col2im(node: Node) -> Any:
     pads = node.attr("pads") or [0] * 4
     if pads[:2] != pads[2:]:
         raise node.refuse("with uneven pads")
-    return F.fold(x, image, block, dilation, pads[:2], stride)
+    return F.fold(x, *(tuple(v) for v in (image, block, dilation, pads[:2], stride)))
 
 
 @_op("Upsample")
@@ -1284,5 +1285,4 @@ def _center_crop_pad(node: Node) -> Any:
     return x
 
 
-import edgec.onnx.quantized  # noqa: E402  registers its operators
-import edgec.onnx.recurrent  # noqa: E402
+from edgec.onnx import quantized, recurrent  # noqa: E402, F401  they register their operators

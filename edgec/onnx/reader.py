@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.shape_inference
 from onnx import TensorProto, helper, numpy_helper
 
 from edgec.errors import EdgecError
@@ -25,9 +27,9 @@ OLDEST_OPSET = 7
 # A protocol buffer holds no more.
 LARGEST_FILE = 2**31 - 1
 QUANTIZED = re.compile(r"Quantize|^QLinear|Integer$|^QGemm")
-C_WORDS = frozenset(
+C_WORDS = (
     "auto break case char const continue default do double else enum extern float for goto if inline int long register "
-    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while arena".split()
+    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while arena"
 )
 OLDER_CONTAINER = 10
 EXPORTS_BATCH = "batch"
@@ -76,6 +78,9 @@ def read_onnx(
     # The version of the container says nothing of the operators, and engines refuse newer ones.
     proto.ir_version = min(proto.ir_version, OLDER_CONTAINER)
     original = proto.SerializeToString()
+    with contextlib.suppress(Exception), quiet():
+        # The checker wants to see shapes of outputs, which files need not have.
+        proto = onnx.shape_inference.infer_shapes(proto)
     try:
         onnx.checker.check_model(proto)
     except Exception as error:
@@ -280,7 +285,7 @@ def identify(name: str, taken: set[str]) -> str:
     plain = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "x"
     if plain[0].isdigit():
         plain = f"x_{plain}"
-    if plain in C_WORDS or keyword.iskeyword(plain):
+    if plain in C_WORDS.split() or keyword.iskeyword(plain):
         plain = f"{plain}_"
     unique, count = plain, 1
     while unique.lower() in taken:
@@ -328,7 +333,7 @@ def _simplified(proto: onnx.ModelProto, notes: list[str]) -> onnx.ModelProto:
         with quiet():
             import onnxsim
 
-            simple, _ = onnxsim.simplify(proto, skip_fuse_bn=True, skip_constant_folding=True, certify=False)
+            simple, _ = onnxsim.simplify(proto, skip_fuse_bn=True, skip_constant_folding=True)
         if [v.name for v in simple.graph.output] != [v.name for v in proto.graph.output]:
             raise ValueError("it renamed outputs")
         _keep_names(simple, proto)

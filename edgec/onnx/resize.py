@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def resize_node(node: Node) -> torch.Tensor:
         policy = node.attr("keep_aspect_ratio_policy", "stretch")
         if policy != "stretch":
             common = (min if policy == "not_larger" else max)(scales)
-            sizes = [int(math.floor(x.shape[a] * common + 0.5)) for a in axes]
+            sizes = [math.floor(x.shape[a] * common + 0.5) for a in axes]
             scales = [common] * len(axes)
     else:
         scales = node.static(2, "scales").tolist()

@@ -256,7 +256,7 @@ class _Writer:
             raise NoOnnxForm("a computed weight", self.layer)
         return self.tensor(value).contiguous().numpy()
 
-    def weight(self, node: fx.Node, array: np.ndarray) -> str:
+    def weight(self, node: Any, array: np.ndarray) -> str:
         """An array made from the weight of a node, under a name like its own."""
         return self.const(array, name=str(node.target))
 

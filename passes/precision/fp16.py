@@ -109,8 +109,9 @@ class CastFP16(Pass):
     """float16 weights and activations, for cores that compute in it.
 
     IEEE 754 binary16: 11 significant bits, magnitudes up to 65504. 2-D convolutions and linear layers are summed in
-    float16 as well on CPUs (as in XNNPACK), and by default in float32 on GPUs; averages in float32; normalisations, softmax, products of activations and what has
-    no kernel stay float32, with casts around them. Inputs and outputs of the model stay float32. Run `fold-bn` first.
+    float16 as well on CPUs (as in XNNPACK), and in float32 on GPUs unless `accumulate` says otherwise; averages in
+    float32; normalisations, softmax, products of activations and what has no kernel stay float32, with casts around
+    them. Inputs and outputs of the model stay float32. Run `fold-bn` first.
 
     Weights beyond 65504 are an error. Calibration data is not needed; where it is given, what exceeds 65504 on it stays
     float32 and is reported.

@@ -70,7 +70,7 @@ def _inlined(function: Any) -> Any:
             schedule.compute_inline(child)
     except tvm.error.TVMError:
         return None
-    block = schedule.get(children[-1])
+    block: Any = schedule.get(children[-1])
     return block if isinstance(block.body, tirx.BufferStore) else None
 
 
@@ -88,9 +88,9 @@ class _Chain:
         extents = [int(v.dom.extent) for v in block.iter_vars]
         if any(int(v.dom.min) for v in block.iter_vars):
             raise Refused
-        self.analyzer = sym.Analyzer()
+        self.analyzer: Any = sym.Analyzer()
         for variable, extent in zip(variables, extents, strict=True):
-            self.analyzer.bind(variable, tvm.ir.Range(0, extent))
+            self.analyzer.bind(variable, _range(extent))
         loads: list[Any] = []
         tvm_ffi.structural_walk(self.value, [(tvm.ir.TensorLoad, loads.append)], order="pre")
         self.at = self._flat(block.body.buffer, block.body.indices)
@@ -108,7 +108,7 @@ class _Chain:
         # The last axis in fours, and what the others are called.
         self.last: Any = None
         self.column: Any = tirx.Var("column", "int32")
-        self.analyzer.bind(self.column, tvm.ir.Range(0, -(-shape[-1] // 4)))
+        self.analyzer.bind(self.column, _range(-(-shape[-1] // 4)))
         self.names: dict[Any, str] = {}
         self.fixed: dict[Any, Any] = {}
         if not self.plain and extents:
@@ -440,6 +440,12 @@ class _Chain:
                 return "INFINITY" if value > 0 else "(-INFINITY)"
             return literal(value)
         return str(int(e.value))
+
+
+def _range(extent: int) -> Any:
+    zero: Any = 0
+    end: Any = extent
+    return tvm.ir.Range(zero, end)
 
 
 def _has(e: Any, kinds: Any, skipping: Any = None) -> bool:

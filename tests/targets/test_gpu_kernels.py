@@ -136,8 +136,8 @@ def test_half_sums(spec: Any, api: str) -> None:
     plain = implement(spec, weights, device)
     assert plain is not None
     kernel: Any = plain.with_half_sums()
-    rest = [] if residual is None else [residual]
-    got, wide = (run(k, device, [x, *k.pack(device, **weights), *rest]) for k in (kernel, plain))
+    rest: list[Any] = [] if residual is None else [residual]
+    got, wide = (run(k, device, [x, *k.pack(device, **weights), *rest]) for k in (kernel, plain))  # type: ignore[list-item]
     want = spec.reference(x, weights["w"], weights["bias"], None, None, residual)
     error = np.abs(got.reshape(want.shape).astype(float) - want).max() / np.abs(want).max()
     # Sums of up to 72 products with 11 bits each. PoCL has no float16: there the same text sums in float32.
@@ -320,13 +320,15 @@ def test_integer_pool_is_exact(spec: Any, api: str) -> None:
     _compare(run(kernel, device, [x]), spec.reference(x), spec)
 
 
-def _check(spec: Any, api: str, inputs: list[np.ndarray], weights: dict[str, Any] | None = None) -> None:
-    """The kernel of a template on activations; its weights are packed behind the first of them."""
+def _check(
+    spec: Any, api: str, inputs: list[np.ndarray], weights: dict[str, Any] | None = None, before: int = 1
+) -> None:
+    """The kernel of a template on activations; its packed weights are behind the first `before` of them."""
     device, weights = device_of(api), weights or {}
     kernel = implement(spec, weights, device)
     assert kernel is not None
     packed = kernel.pack(device, **weights)
-    found = run(kernel, device, [inputs[0], *packed, *inputs[1:]])
+    found = run(kernel, device, [*inputs[:before], *packed, *inputs[before:]])
     _compare(found, spec.reference(*inputs, **weights), spec)
 
 
@@ -379,7 +381,7 @@ def test_attention(spec: Attention, api: str) -> None:
         # The query that sees nothing gives zeros.
         mask[2] = -np.inf
         inputs.append(mask)
-    _check(spec, api, inputs)
+    _check(spec, api, inputs, before=len(inputs))
 
 
 @pytest.mark.parametrize("api", APIS)

@@ -414,6 +414,10 @@ class Code:
         """An int as a float."""
         return f"(float){value}" if self.opencl else f"f32({value})"
 
+    def truncated(self, value: str) -> str:
+        """A float as an int, towards zero."""
+        return f"(int){value}" if self.opencl else f"i32({value})"
+
     def ints(self, value: str) -> str:
         """Nearest integers, halves to even, of values within int32."""
         return f"convert_int4_rte({value})" if self.opencl else f"vec4<i32>(round({value}))"

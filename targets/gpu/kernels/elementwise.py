@@ -205,7 +205,8 @@ class Single(GpuKernel):
         def compute(count: int) -> str:
             value = walk.read("x", count)
             if isinstance(s, Quantize):
-                return epilogue.quantised(c, "code", value, s.scale, s.zero_point)
+                numbers = [literal(float(n)) for n in epilogue.grid_of(s.scale, s.zero_point)]
+                return epilogue.quantised(c, value, c.let("float4", "grid", c.vec("float4", numbers)))
             zero = s.zx if isinstance(s, QRescale) else s.zero_point
             less = f"{value} - {c.splat('int4', str(zero))}"
             return rescaled(c, less, s) if isinstance(s, QRescale) else f"{literal(s.scale)} * {c.floats(less)}"

@@ -24,26 +24,43 @@ def constants(spec: Any) -> list[str]:
     return ["int32" if spec.dtype == "int8" else "float32", *spec.factors]
 
 
+def numbers_type(spec: Any) -> str:
+    """The type of the numbers of a layer of codes that are in memory, "" for a layer without."""
+    if spec.dtype != "int8":
+        return ""
+    if spec.epilogue.requant != "float":
+        return "int32"
+    return "" if spec.epilogue.y_scale is None else "float32"
+
+
 def numbered(spec: Any) -> bool:
     """Whether what follows the accumulator is a matter of integers, which are in memory."""
-    return spec.dtype == "int8" and spec.epilogue.requant != "float"
+    return numbers_type(spec) == "int32"
 
 
 def constant_operands(spec: Any, channels: int) -> list[Operand]:
-    numbers = [Operand(NUMBERS * 4, "int32")] if numbered(spec) else []
+    kind = numbers_type(spec)
+    numbers = [Operand(len(numbers_of(spec)), kind)] if kind else []
     return [*(Operand(channels, dtype) for dtype in constants(spec)), *numbers]
 
 
 def constant_buffers(spec: Any) -> list[Buffer]:
-    numbers = [Buffer("e", "int32", 4)] if numbered(spec) else []
+    kind = numbers_type(spec)
+    numbers = [Buffer("e", kind, 4)] if kind else []
     return [*(Buffer(n, dtype, 4) for n, dtype in zip(CONSTANT_NAMES, constants(spec), strict=False)), *numbers]
 
 
 def numbers_of(spec: Any) -> np.ndarray:
     """What the kernel reads as e0, e1 and e2. e0: the least and the largest code less the zero point, that zero point,
     and the one of the input. Of an addition e1: zero point and factor of the code, and of the residual; e2: bits of the
-    fraction, zero point, and the least and the largest code less the zero point."""
+    fraction, zero point, and the least and the largest code less the zero point.
+
+    Of a layer with real results e0 alone: the inverse of their scale, the zero point, and the least and the largest
+    code less that."""
     epilogue: Epilogue = spec.epilogue
+    if not numbered(spec):
+        z = epilogue.y_zp
+        return np.array([1.0 / epilogue.y_scale, z, QMIN - z, QMAX - z], np.float32)  # type: ignore[operator]
     lo, hi, z = int(max(epilogue.lo, QMIN)), int(min(epilogue.hi, QMAX)), epilogue.y_zp
     result = [lo - z, hi - z, z, spec.x_zp]
     add = epilogue.add
@@ -55,9 +72,12 @@ def numbers_of(spec: Any) -> np.ndarray:
 
 def read_numbers(c: Code, spec: Any) -> None:
     """Declare e0, e1 and e2, before `finish`."""
-    if numbered(spec):
-        for n in range(_numbers(spec)):
-            c.let("int4", f"e{n}", c.load("e", str(n)))
+    for n in range(_numbers(spec)):
+        c.let(_number_kind(spec), f"e{n}", c.load("e", str(n)))
+
+
+def _number_kind(spec: Any) -> str:
+    return "int4" if numbered(spec) else "float4"
 
 
 def pack_constants(
@@ -71,7 +91,7 @@ def pack_constants(
         if values is not None:
             full[place] = values
         result.append(full)
-    return [*result, numbers_of(spec)] if numbered(spec) else result
+    return [*result, numbers_of(spec)] if numbers_type(spec) else result
 
 
 def read_padding(c: Code, dot: bool) -> str:
@@ -89,6 +109,8 @@ def least_shift(weights: Mapping[str, np.ndarray | None]) -> int:
 
 def _numbers(spec: Any) -> int:
     """Vectors of numbers that the kernel needs."""
+    if not numbers_type(spec):
+        return 0
     return NUMBERS if spec.epilogue.add is not None else 1
 
 
@@ -127,10 +149,9 @@ def finish(c: Code, acc: str, spec: Any, factors: Sequence[str], residual: str |
     for factor, dtype in zip(CONSTANT_NAMES[1:], spec.factors, strict=False):
         parameters.append(("int4" if dtype == "int32" else "float4", factor))
     arguments = [acc, *factors]
-    if numbered(spec):
-        numbers = [f"e{n}" for n in range(_numbers(spec))]
-        parameters += [("int4", n) for n in numbers]
-        arguments += numbers
+    numbers = [f"e{n}" for n in range(_numbers(spec))]
+    parameters += [(_number_kind(spec), n) for n in numbers]
+    arguments += numbers
     if residual is not None:
         parameters.append(("float4" if real or epilogue.residual_type(spec.dtype) != "int8" else "int4", "r"))
         arguments.append(residual)
@@ -148,8 +169,8 @@ def _end(c: Code, spec: Any, residual: bool, least: int) -> str:
         value = activated(c, value, epilogue)
         if real or epilogue.y_scale is None:
             return value
-        scaled = f"({value}) * {literal(1.0 / epilogue.y_scale)}"
-        return codes_of(c, scaled, epilogue.y_zp, QMIN, QMAX)
+        low, high = (c.splat("float4", f"e0.{lane}") for lane in "zw")
+        return f"{c.ints(f'clamp(({value}) * e0.x, {low}, {high})')} + {c.splat('int4', c.truncated('e0.y'))}"
     if epilogue.requant == "RQ1":
         code = c.requantised("acc", "m", "shift", least)
     else:
@@ -199,15 +220,25 @@ def write(c: Code, buffer: str, dtype: str, index: str, value: str, count: int =
         c.store(buffer, f"{index} + {k}" if k else index, f"{value}.{LANES[k]}")
 
 
-def quantised(c: Code, name: str, value: str, scale: float, zero_point: int) -> str:
-    """clamp(nearest(value / scale) + zero_point) of a float4 as an int4 variable, as `edgec.integer.quantize`.
+def grid_of(scale: float, zero_point: int) -> np.ndarray:
+    """What `quantised` takes as its grid."""
+    return np.array([scale, 1.0 / scale, 512.0 * scale, zero_point], np.float32)
+
+
+def quantised(c: Code, value: str, grid: str) -> str:
+    """clamp(nearest(value / scale) + zero_point) of a float4 as int4, as `edgec.integer.quantize`; grid: a float4.
 
     The quotient is correctly rounded wherever it decides the code, by Markstein's division (P. Markstein, IBM J. Res.
     Dev. 34, 1990): GPUs divide less exactly.
     """
-    limit, inverse, less = (c.constant(v) for v in (512.0 * scale, 1.0 / scale, -scale))
-    c.let("float4", f"{name}_x", f"clamp({value}, -{limit}, {limit})")
-    c.var("float4", f"{name}_q", f"{name}_x * {inverse}")
-    for _ in range(2):
-        c.line(f"{name}_q = fma(fma({name}_q, {less}, {name}_x), {inverse}, {name}_q);")
-    return c.let("int4", name, codes_of(c, f"{name}_q", zero_point, QMIN, QMAX))
+
+    def body() -> str:
+        less, inverse, limit = (c.splat("float4", part) for part in ("-g.x", "g.y", "g.z"))
+        c.let("float4", "x", f"clamp(value, -{limit}, {limit})")
+        c.var("float4", "q", "x * g.y")
+        for _ in range(2):
+            c.line(f"q = fma(fma(q, {less}, x), {inverse}, q);")
+        low, high = (c.splat("float4", f"{literal(float(end))} - g.w") for end in (QMIN, QMAX))
+        return f"{c.ints(f'clamp(q, {low}, {high})')} + {c.splat('int4', c.truncated('g.w'))}"
+
+    return c.define("quantised", "int4", [("float4", "value"), ("float4", "g")], body)(value, grid)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from edgec.targets.device import Device
 from edgec.targets.gpu.kernels import epilogue
 from edgec.targets.gpu.kernels.base import GpuKernel, Launch
@@ -186,18 +188,20 @@ def rows_by_columns(
     y: View,
     arguments: tuple[int, ...],
     shared: int = 1,
-    grid: tuple[float, int] | None = None,
+    coded: bool = False,
     filled: bool = False,
 ) -> Launch:
-    """y[..., i, :] = sum_j p[..., i, j] v[..., j, :], where rows of v and y are neighbours. Arguments: p, v, y.
+    """y[..., i, :] = sum_j p[..., i, j] v[..., j, :], where rows of v and y are neighbours. Arguments: p, v, [grid], y.
 
-    filled: rows of p are filled up to whole vectors, with anything.
+    coded: y are codes, and there is their grid. filled: rows of p are filled up to whole vectors, with anything.
     """
-    kind = "float32" if grid is None else "int8"
+    kind = "int8" if coded else "float32"
     unit = 4 if filled else _unit(p, (size.batch, size.heads, size.rows, size.depth))
     whole = all(_unit(w, (size.batch, size.heads, n, size.columns)) == 4 for w, n in ((v, size.depth), (y, size.rows)))
     lanes = 4 if whole else 1
-    buffers = [Buffer("p", "float32", unit), Buffer("v", "float32", lanes), Buffer("y", kind, lanes, written=True)]
+    buffers = [Buffer("p", "float32", unit), Buffer("v", "float32", lanes)]
+    buffers += [Buffer("grid", "float32", 4)] if coded else []
+    buffers.append(Buffer("y", kind, lanes, written=True))
     rows = balanced(size.rows, ROWS)
     vectors = 2 if slices(size.columns) % 2 == 0 and whole else 1
     extents = (slices(size.columns) // vectors, -(-size.rows // rows), size.batch * size.heads)
@@ -230,8 +234,8 @@ def rows_by_columns(
                 row = out.row(f"y{i}", f"(first + {i})")
                 for n in range(vectors):
                     value = f"a{i}_{n}"
-                    if grid is not None:
-                        value = epilogue.quantised(c, f"c{i}_{n}", value, *grid)
+                    if coded:
+                        value = c.let("int4", f"c{i}_{n}", epilogue.quantised(c, value, c.load("grid", "0")))
                     place = f"column + {n}" if n else "column"
                     at = f"{row} + {place}" if whole else f"{row} + ({place}) * 4"
                     epilogue.write(c, "y", kind, at, value, width, whole)
@@ -275,7 +279,7 @@ class Product(GpuKernel):
 @dataclass(frozen=True)
 class Heads(GpuKernel):
     """`Attention`: scores to scratch memory, softmax of their rows in place, weighted sums. Operands: q, k, v, [mask],
-    y."""
+    [grid of the codes], y."""
 
     spec: Attention
 
@@ -299,15 +303,20 @@ class Heads(GpuKernel):
         s = self.spec
         views = [s.q, s.k, s.v] + ([] if s.mask is None else [s.mask])
         out = Operand(s.batch * s.queries * s.heads * s.value_depth, s.dtype)
-        return (*[Operand(view.size, "float32") for view in views], out)
+        grid = [] if s.grid is None else [Operand(4, "float32")]
+        return (*[Operand(view.size, "float32") for view in views], *grid, out)
+
+    def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        return () if self.spec.grid is None else (epilogue.grid_of(*self.spec.grid),)
 
     def scratch(self) -> tuple[int, ...]:
         return (self._scores * 4,)
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
         s = self.spec
-        masked = s.mask is not None
-        out, scores = 3 + masked, 4 + masked
+        masked, coded = s.mask is not None, s.grid is not None
+        out = 3 + masked + coded
+        scores = out + 1
         first = rows_by_rows(
             device,
             Grid4(s.batch, s.heads, s.queries, s.keys, s.depth),
@@ -329,7 +338,8 @@ class Heads(GpuKernel):
         # Neighbours of one value each may have any stride.
         v = s.v if s.value_depth > 1 else View(s.v.size, s.v.offset, (*s.v.strides[:3], 1))
         size = Grid4(s.batch, s.heads, s.queries, s.value_depth, s.keys)
-        third = rows_by_columns(device, size, p, v, y, (scores, 2, out), s.group, s.grid, filled=True)
+        arguments = (scores, 2, out - 1, out) if coded else (scores, 2, out)
+        third = rows_by_columns(device, size, p, v, y, arguments, s.group, coded, filled=True)
         return first, second, third
 
 

@@ -167,7 +167,10 @@ class SoftmaxRows(GpuKernel):
 
 @dataclass(frozen=True)
 class Norm(GpuKernel):
-    """`LayerNorm` or `RMSNorm`. Operands: x, weight, bias, y. The variance is that of differences from the mean."""
+    """`LayerNorm` or `RMSNorm`. Operands: x, weight, bias, [grid of the codes], y.
+
+    The variance is that of differences from the mean.
+    """
 
     spec: LayerNorm | RMSNorm
 
@@ -183,18 +186,21 @@ class Norm(GpuKernel):
         s = self.spec
         n = s.rows * s.columns
         columns = Operand(s.columns, "float32")
-        return Operand(n, "float32"), columns, columns, Operand(n, s.dtype)
+        grid = [] if s.grid is None else [Operand(4, "float32")]
+        return Operand(n, "float32"), columns, columns, *grid, Operand(n, s.dtype)
 
     def pack(self, device: Device, **weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
         """weight, bias: one per column, or None."""
-        return _affine(self.spec.columns, weights)
+        grid = [] if self.spec.grid is None else [epilogue.grid_of(*self.spec.grid)]
+        return *_affine(self.spec.columns, weights), *grid
 
     def launches(self, device: Device) -> tuple[Launch, ...]:
         s = self.spec
         lanes = 4 if s.columns % 4 == 0 else 1
         both = bool(s.inplace)
         buffers = [Buffer("x", "float32", lanes, shared=both), Buffer("weight", "float32", lanes)]
-        buffers += [Buffer("bias", "float32", lanes), Buffer("y", s.dtype, lanes, written=True, shared=both)]
+        buffers += [Buffer("bias", "float32", lanes)] + ([] if s.grid is None else [Buffer("grid", "float32", 4)])
+        buffers += [Buffer("y", s.dtype, lanes, written=True, shared=both)]
         row = Row(device, "norm", buffers, s.rows, s.columns)
         c, share = row.c, literal(1.0 / s.columns)
         value = c.load("x", "first + i")
@@ -210,11 +216,12 @@ class Norm(GpuKernel):
             if s.grid is None:
                 c.store("y", "first + i", "result")
                 return
-            code = epilogue.quantised(c, "code", "result" if row.whole else c.splat("float4", "result"), *s.grid)
-            epilogue.write(c, "y", "int8", "first + i", code, 4 if row.whole else 1, row.whole)
+            four = "result" if row.whole else c.splat("float4", "result")
+            c.let("int4", "code", epilogue.quantised(c, four, c.load("grid", "0")))
+            epilogue.write(c, "y", "int8", "first + i", "code", 4 if row.whole else 1, row.whole)
 
         row.each(put)
-        return (c.launch((0, 1, 2, 3)),)
+        return (c.launch(range(len(buffers))),)
 
 
 @dataclass(frozen=True)
