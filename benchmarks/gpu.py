@@ -3,11 +3,13 @@
     python -m benchmarks.gpu correct [--model NAME ...] [--device NAME ...] [--kind fp32|fp16|int8 ...] [--samples N]
     python -m benchmarks.gpu ncnn [--model NAME] [--kind fp32|fp16 ...] [--rounds N]
     python -m benchmarks.gpu stock [--model NAME] [--rounds N] [--no-network]
+    python -m benchmarks.gpu winograd [--model NAME ...] [--device NAME ...] [--kind fp32|fp16 ...] [--rounds N]
     python -m benchmarks.gpu roofline [--model NAME ...] [--device NAME ...] [--kind fp32|fp16|int8 ...]
 
 `correct` builds and runs the shared models: errors to PyTorch, agreement, whether int8 gives the bits of the program.
 `ncnn` times a network on the first Vulkan device here against ncnn's Vulkan back end on the same device. `stock` times
 own kernels on the first OpenCL device against those that dlight, TVM's library of schedules, gives by default.
+`winograd` times 3x3 convolutions by Winograd's way and the direct one.
 `roofline` says for each step how many operations there are for a byte of memory, which needs no device.
 
 Every cell of a table is a process of its own with a time limit, so a crash of a driver is a row. Finished cells are
@@ -621,6 +623,105 @@ def layer_row(shape: Sequence[int], found: Cell) -> list[str]:
         return [*cells, short(found["error"]), *[""] * 3]
     own, *others = found["kernel_ms"].values()
     return [*cells, *(f"{ms:.3f}" for ms in (own, *others)), f"{min(others) / own:.1f}"]
+
+
+# -- Winograd ----------------------------------------------------------------------------------------------------------
+
+WAYS = ("network or layer", "device", "type", "MMAC", "layers by Winograd", "ms", "direct ms", "ratio", "errors")
+# 3x3 convolutions of ResNet-18 at 224, and one on a large map: (channels, height and width).
+RESNET = ((64, 56), (128, 28), (256, 14), (512, 7), (64, 224))
+
+
+def both_ways(model: str | None, shape: Sequence[int], device: str, kind: str, rounds: int) -> Cell:
+    """A network, or without one a 3x3 convolution of `shape`, by the first variant of each step and by the direct one
+    where that is Winograd's: milliseconds of all launches of a run by the device's profile, and errors to PyTorch."""
+    import torch
+    from torch import nn
+
+    from edgec.frontend import load_model
+    from edgec.passbase import Context
+    from edgec.pipeline import Pipeline
+    from edgec.targets.device import load_device
+    from edgec.targets.gpu.runner import open_runner
+
+    if model:
+        original, program = rewritten(model, kind, device)
+        sample = images(model, original, 1)[0][:1]
+    else:
+        channels, size = shape
+        torch.manual_seed(0)
+        module = nn.Conv2d(channels, channels, 3, padding=1).eval()
+        original = program = load_model(module, input_shape=(1, channels, size, size), name="layer")
+        for step in Pipeline.parse(KINDS[kind]):
+            program = step.run(program, Context(device=load_device(device)))
+        sample = np.random.default_rng(0).standard_normal((1, channels, size, size)).astype(np.float32)
+    want = _arrays(original(torch.from_numpy(sample)))[0]
+    with tempfile.TemporaryDirectory(prefix="edgec-gpu-") as work:
+        bundle, _ = built(program, device, Path(work))
+        runner: Any = open_runner(bundle.path, load_device(device).api, profile=True)
+    launches = runner.plan["launches"]
+    counts = [sum((x["step"], x["variant"]) == (n, 0) for x in launches) for n in range(len(runner.plan["steps"]))]
+    transformed = [
+        n
+        for n, row in enumerate(runner.plan["steps"])
+        if row["op"] == "conv2d" and counts[n] == 3 and row["variants"] > 1
+    ]
+    choices = {"winograd": [0] * len(counts), "direct": [int(n in transformed) for n in range(len(counts))]}
+    results = {name: np.zeros_like(want) for name in choices}
+    times: dict[str, list[float]] = {name: [] for name in choices}
+
+    def run(name: str) -> None:
+        runner.choices = choices[name]
+        runner.run([sample], [results[name]])
+        times[name].append(sum(runner.times))
+
+    measure({name: functools.partial(run, name) for name in choices}, rounds, STOCK_BURST)
+    return {
+        "macs": sum(row["macs"] for row in runner.plan["steps"]),
+        "layers": len(transformed),
+        "ms": {name: float(np.median(t)) for name, t in times.items()},
+        "errors": {name: float(np.abs(y - want).max() / np.abs(want).max()) for name, y in results.items()},
+    }
+
+
+def ways_row(name: str, device: str, kind: str, found: Cell) -> list[str]:
+    """A line of the table of `winograd`."""
+    if "ms" not in found:
+        return [name, device, kind, short(found["error"]), *[""] * (len(WAYS) - 4)]
+    ms, errors = found["ms"], found["errors"]
+    cells = [name, device, kind, f"{found['macs'] / 1e6:,.1f}", str(found["layers"])]
+    if not found["layers"]:
+        return [*cells, "", f"{ms['direct']:.2f}", "", f"{errors['direct']:.2g}"]
+    ratio = f"{ms['direct'] / ms['winograd']:.2f}"
+    both = f"{errors['winograd']:.2g}, {errors['direct']:.2g}"
+    return [*cells, f"{ms['winograd']:.2f}", f"{ms['direct']:.2f}", ratio, both]
+
+
+@app.command()
+def winograd(
+    model: Annotated[list[str] | None, typer.Option(help="shared models with one input and one output")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="devices")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="fp32, fp16")] = None,
+    rounds: Annotated[int, typer.Option(help="turns of each way")] = 9,
+    limit: Annotated[float, typer.Option(help="seconds for a cell")] = 600,
+    layers: Annotated[bool, typer.Option(help="convolutions of ResNet-18")] = True,
+) -> None:
+    """3x3 convolutions by Winograd's way and the direct one, where the device's rates choose the former."""
+    with _explained():
+        models = _known(["sr_vdsr_x2_y224"] if model is None else model, MODELS, "--model")
+        kinds = _known(kind or ["fp32"], ("fp32", "fp16"), "--kind")
+        devices = _gpus(device or ("mali-g78", "vulkan"))
+        digest = sources()
+        warm()
+        print(markdown(WAYS, [], text=3), flush=True)
+        cells = [(None, shape) for shape in RESNET] if layers else []
+        for name, shape in [*cells, *((m, ()) for m in models)]:
+            for target in devices:
+                for each in kinds:
+                    asked = {"model": name, "shape": shape, "device": target, "kind": each, "rounds": rounds}
+                    label = name or f"{shape[0]} to {shape[0]}, {shape[1]}x{shape[1]}"
+                    row = ways_row(label, target, each, cell(both_ways, asked, limit, digest))
+                    print(f"| {' | '.join(row)} |", flush=True)
 
 
 # -- rooflines ---------------------------------------------------------------------------------------------------------

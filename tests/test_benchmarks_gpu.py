@@ -156,3 +156,16 @@ def test_row_of_a_layer() -> None:
     row = gpu.layer_row((16, 96, 10, 10), {"kernel_ms": {"edgec": 0.5, "mali": 3.0, "adreno": 2.0}})
     assert row == ["16 to 96, 10x10", "0.2", "0.500", "3.000", "2.000", "4.0"]
     assert len(gpu.layer_row((1, 1, 1, 1), {"error": "gone"})) == len(gpu.LAYER_TIMES)
+
+
+def test_row_of_both_ways() -> None:
+    found: gpu.Cell = {
+        "macs": 2_000_000,
+        "layers": 1,
+        "ms": {"winograd": 2.0, "direct": 5.0},
+        "errors": {"winograd": 1e-6, "direct": 2e-7},
+    }
+    row = gpu.ways_row("n", "vulkan", "fp32", found)
+    assert row == ["n", "vulkan", "fp32", "2.0", "1", "2.00", "5.00", "2.50", "1e-06, 2e-07"]
+    rows = [row, gpu.ways_row("n", "d", "fp32", {**found, "layers": 0}), gpu.ways_row("n", "d", "fp32", {"error": "x"})]
+    assert all(len(row) == len(gpu.WAYS) for row in rows) and rows[1][5] == ""
