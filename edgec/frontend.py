@@ -29,7 +29,7 @@ from edgec.errors import EdgecError
 from edgec.importing.names import drop_assertions, rename_taken
 from edgec.importing.recurrent import shapes_only
 from edgec.importing.rewrite import rewrite
-from edgec.importing.stored import fold_stored, stored_nodes
+from edgec.importing.stored import fold_standardised, stored_nodes
 from edgec.origin import first_line, place, source_line, user_frame
 from edgec.program import MAX_BATCH, Program, is_call
 from edgec.pt2 import load_pt2
@@ -421,7 +421,7 @@ def import_exported(exported: torch.export.ExportedProgram, name: str, *, fresh:
     _check_state(exported, name)
     # A Program's own file has been through this, and passes may have added what is to stay as it is.
     ours = any("edgec_origin" in node.meta.get("custom", {}) for node in exported.graph.nodes)
-    program = Program.from_exported(exported, name, None if ours else fold_stored, reexport=not fresh)
+    program = Program.from_exported(exported, name, None if ours else fold_standardised, reexport=not fresh)
     if program.dynamic_batch and not _keeps_batch(exported):
         raise EdgecError(
             "the batch is dynamic, but an output does not have it as dimension 0",

@@ -517,6 +517,24 @@ def test_what_cannot_be_compiled_is_refused(case: str, capfd: pytest.CaptureFixt
     assert capfd.readouterr() == ("", "")
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(input, weight, self.bias)
+
+
+@pytest.mark.parametrize("tail", [nn.ReLU(), nn.ReLU(inplace=True)])
+def test_a_batch_norm_over_a_weight_is_no_training(tail: nn.Module) -> None:
+    program = load_model(nn.Sequential(Standardised(3, 4, 3), tail), input_shape=(1, 3, 6, 6))
+    assert [n.target for n in program.graph.nodes if n.op == "call_function"] == [
+        aten.conv2d.default,
+        aten.relu.default,
+    ]
+    stored = program.weights()["0.standardised"]
+    assert torch.allclose(stored.flatten(1).mean(1), torch.zeros(4), atol=1e-6)
+
+
 def test_the_place_of_a_problem_is_the_layer_and_the_line() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:

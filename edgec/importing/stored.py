@@ -1,7 +1,6 @@
-"""Weights that a model computes from other weights every time it runs, computed once.
+"""Weights that are standardised by a batch norm in training mode (Qiao et al., "Weight standardization", 2019).
 
-Weight normalisation, weight standardisation and parametrisations derive the weight of a layer from stored tensors. No
-pass and no kernel knows such a weight; its values are all that matters when the model is not trained any more.
+Over activations such a batch norm depends on the batch and is refused; over weights its value is always the same.
 """
 
 from __future__ import annotations
@@ -11,21 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from edgec.program import add_weight, get_weight
-
-aten = torch.ops.aten
-
-# Only these are no reason to store another tensor: kernels and rules look through them.
-MOVES = frozenset(
-    getattr(aten, name)
-    for name in (
-        *("view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "flatten"),
-        *("slice", "select", "split", "split_with_sizes", "chunk", "unbind", "clone", "contiguous", "detach", "alias"),
-        *("to", "_to_copy", "numpy_T", "mT", "view_as", "expand_as", "reshape_as", "cat", "stack", "unflatten"),
-    )
-)
-# Results are not larger than what they come from, or small: tables that grow are computed when the model is compiled.
-SMALL = 4096
+from edgec.program import add_weight, get_weight, layer_of
 
 
 def stored_nodes(graph: fx.Graph, weights: set[fx.Node]) -> set[fx.Node]:
@@ -53,40 +38,27 @@ def _is_off(node: fx.Node) -> bool:
     return any(value is False for value in (*node.args, *node.kwargs.values()))
 
 
-def fold_stored(module: fx.GraphModule) -> None:
-    """Store what is computed from weights alone, in place; only values that an operator on activations reads."""
+def fold_standardised(module: fx.GraphModule) -> None:
+    """Store the weights that come out of such batch norms, in place.
+
+    What else follows from weights alone is left to the pass `fold-constants`.
+    """
     graph = module.graph
     weights = {n for n in graph.nodes if n.op == "get_attr" and isinstance(get_weight(module, n), torch.Tensor)}
-    parameters = {n for n in weights if get_weight(module, n).dtype.is_floating_point}
-    found = stored_nodes(graph, weights)
-    roots: dict[fx.Node, set[fx.Node]] = {n: {n} for n in weights}
-    computes: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node in found and node not in weights:
-            inputs = node.all_input_nodes
-            roots[node] = set().union(*[roots.get(n, set()) for n in inputs])
-            move = (
-                getattr(node.target, "overloadpacket", None) in MOVES or node.target.__class__.__name__ != "OpOverload"
-            )
-            if not move or any(n in computes for n in inputs):
-                computes.add(node)
+    stored = stored_nodes(graph, weights)
+    standardised: set[fx.Node] = set()
     values: dict[fx.Node, Any] = {}
-    for node in list(graph.nodes):
-        if node not in computes or not isinstance(node.meta.get("val"), torch.Tensor):
+    for node in graph.nodes:
+        if node not in stored or node in weights:
             continue
-        if all(user in computes for user in node.users) or not roots[node] & parameters:
-            continue
-        size = sum(get_weight(module, n).numel() for n in roots[node])
-        if int(node.meta["val"].numel()) > max(size, SMALL):
-            continue
-        value = _value(module, node, values)
-        first = max(roots[node] & parameters, key=lambda n: (get_weight(module, n).numel(), n.name))
-        owner = str(first.target).rpartition(".")[0]
-        path = add_weight(module, ".".join(p for p in (owner, "folded") if p), value)
-        with graph.inserting_before(node):
-            new = graph.get_attr(path)
-        new.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(new)
+        if "batch_norm" in str(node.target) or any(n in standardised for n in node.all_input_nodes):
+            standardised.add(node)
+        if node in standardised and any(user not in stored for user in node.users):
+            with graph.inserting_before(node):
+                path = add_weight(module, f"{layer_of(node)}.standardised", _value(module, node, values))
+                new = graph.get_attr(path)
+            new.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stored)
     graph.eliminate_dead_code()
 
 
