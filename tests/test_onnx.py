@@ -616,9 +616,10 @@ def test_integer_models_in_onnx_runtime_and_back(name: str, tmp_path: Path) -> N
     inputs = samples(program)
     model = to_onnx(program)
     assert any(n.op_type == "DequantizeLinear" for n in model.graph.node)
-    found = compare(program, inputs, run_onnx(model.SerializeToString(), inputs))
-    assert found.get("within_one_code", 1.0) == 1.0
-    assert found["sqnr_db"] is None or found["sqnr_db"] > 30
+    for fused in (False, True):
+        found = compare(program, inputs, run_onnx(model.SerializeToString(), inputs, fused=fused))
+        assert found.get("within_one_code", 1.0) == 1.0
+        assert found["sqnr_db"] is None or found["sqnr_db"] > 30
     if name not in ("residual", "squeeze_excite", "pools"):
         return
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
@@ -636,6 +637,22 @@ def test_equal_programs_give_equal_bytes(tmp_path: Path) -> None:
     again = write_onnx(dataclasses.replace(program), tmp_path, samples(program), "float")
     assert again == first
     assert (tmp_path / "model.onnx").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("passes", "tolerance"),
+    [("quantize-weights", 1e-5), ("quantize-weights{bits=4,group=8}", 1e-5), ("prune-1xn", 1e-5), ("cast-fp16", 2e-2)],
+)
+def test_other_compressed_models_in_onnx_runtime(passes: str, tolerance: float) -> None:
+    pytest.importorskip("onnxruntime")
+    program, data = zoo.program("vit_block"), zoo.calibration("vit_block")
+    device = load_device("cortex-a76")
+    context = Context(device=device, calibration=data, training=data, teacher=program, seed=0)
+    for step in Pipeline.of(passes).passes:
+        program = step.run(program, context)
+    inputs = samples(program)
+    found = compare(program, inputs, run_onnx(to_onnx(program).SerializeToString(), inputs))
+    assert found["relative_error"] < tolerance
 
 
 class Shift(nn.Module):

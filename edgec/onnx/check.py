@@ -57,13 +57,18 @@ def write_onnx(program: Program, folder: Path, inputs: Sequence[np.ndarray], kin
     return {**record, "engine": f"ONNX Runtime {onnxruntime.__version__}", "samples": len(inputs[0]), **found}
 
 
-def run_onnx(data: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What ONNX Runtime gives for a model on this machine's CPU, on one thread."""
+def run_onnx(data: bytes, inputs: Sequence[np.ndarray], *, fused: bool = False) -> list[np.ndarray]:
+    """What ONNX Runtime gives for a model on this machine's CPU, on one thread.
+
+    fused: with its own optimisations, which make QDQ layers integer, and quantise what only weights of codes multiply.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = options.inter_op_num_threads = 1
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     feed = {spec.name: x for spec, x in zip(session.get_inputs(), inputs, strict=True)}
     return [np.asarray(y) for y in session.run(None, feed)]
