@@ -209,7 +209,7 @@ def _einsum(run: Any, equation: str, operands: Sequence[Any], path: Any = None) 
         return operands[0].map(lambda part: torch.einsum(equation, part))
     if len(operands) != 2:
         raise run.error("einsum of more than two complex tensors has no rule", "multiply two at a time")
-    return _times(*operands, lambda a, b: torch.einsum(equation, a, b))
+    return _times(operands[0], operands[1], lambda a, b: torch.einsum(equation, a, b))
 
 
 def _where(run: Any, condition: Any, a: Any, b: Any) -> Pair:

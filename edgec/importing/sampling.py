@@ -36,7 +36,7 @@ def _max_pool(rank: int) -> Callable[..., Any]:
         for i in reversed(range(rank)):
             reach = (counts[i] - 1) * stride[i] + dilation[i] * (kernel[i] - 1) + 1
             pads += [padding[i], max(reach - sizes[i] - padding[i], 0)]
-        padded = F.pad(x, pads, value=-math.inf)
+        padded = F.pad(x, pads, value=-math.inf) if any(pads) else x
         taps = []
         for offsets in itertools.product(*[range(k) for k in kernel]):
             part = padded
