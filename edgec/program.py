@@ -350,25 +350,30 @@ def add_weight(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> str:
 
     Floating-point tensors become parameters (so that training passes find them), others buffers.
     """
-    taken = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
-    path, count = name, 0
-    while path in taken:
-        count += 1
-        path = f"{name}_{count}"
     owner: torch.nn.Module = module
-    *parents, leaf = path.split(".")
+    *parents, leaf = name.split(".")
+    path = []
     for part in parents:
-        child = getattr(owner, part, None)
-        if not isinstance(child, torch.nn.Module):
-            child = torch.nn.Module()
-            owner.add_module(part, child)
-        owner = child
+        # A weight in the way of a module gets out of it by the same suffix.
+        free, count = part, 0
+        while hasattr(owner, free) and not isinstance(getattr(owner, free), torch.nn.Module):
+            count += 1
+            free = f"{part}_{count}"
+        if not hasattr(owner, free):
+            owner.add_module(free, torch.nn.Module())
+        owner = getattr(owner, free)
+        path.append(free)
+    part, count = leaf, 0
+    while hasattr(owner, leaf):
+        count += 1
+        leaf = f"{part}_{count}"
+    path.append(leaf)
     tensor = tensor.detach().clone()
     if tensor.dtype.is_floating_point:
         owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
     else:
         owner.register_buffer(leaf, tensor)
-    return path
+    return ".".join(path)
 
 
 def weight_node(module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:

@@ -325,3 +325,12 @@ def test_the_inputs_are_the_placeholders_in_order() -> None:
     assert [n.name for n in placeholders(program.module)] == [s.name for s in program.inputs] == ["left", "right"]
     a, b = torch.rand(2, 3), torch.rand(2, 3)
     torch.testing.assert_close(program(a, b)[0], a + 2 * b)
+
+
+def test_names_of_weights_give_way() -> None:
+    """To weights where a module should be, to modules, and to attributes of the graph itself."""
+    module = fx.GraphModule(torch.nn.Module(), fx.Graph())
+    names = ("folded", "folded.weight", "folded.weight", "graph", "a.b", "a")
+    paths = [add_weight(module, name, torch.full((1,), float(i))) for i, name in enumerate(names)]
+    assert paths == ["folded", "folded_1.weight", "folded_1.weight_1", "graph_1", "a.b", "a_1"]
+    assert [module.get_parameter(path).item() for path in paths] == list(range(6))
