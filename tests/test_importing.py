@@ -326,11 +326,10 @@ def test_what_cannot_be_rewritten_is_refused_in_one_line(name: str) -> None:
 
 
 @pytest.mark.pure
-def test_weights_from_weights_become_weights() -> None:
-    norm = nn.utils.parametrizations.weight_norm
-    model = nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.ReLU(), norm(nn.Linear(4, 4))).eval()
-    program = load_model(model, input_shape=(1, 3, 6, 6))
-    assert operators(program) == {"aten.conv2d.default": 1, "aten.relu.default": 1, "aten.linear.default": 1}
+def test_standardised_weights_are_computed_once() -> None:
+    function, shape, weight = CASES["standardised weight"]
+    program = load_model(Function(function, weight), input_shape=shape)
+    assert not [n for n in program.graph.nodes if "batch_norm" in str(n.target)]
     # A transposed weight is read as it is.
     plain = load_model(Function(lambda x, w: x @ w.t(), rand(5, 4)), input_shape=(1, 4))
     assert list(plain.weights()) == ["weight"]
