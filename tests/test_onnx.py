@@ -385,6 +385,15 @@ def test_an_if_with_a_known_condition_is_its_branch(tmp_path: Path) -> None:
     check(save(tmp_path / "m.onnx", [node], {"x": x}, {"c": np.array(False)}), {"x": x})
 
 
+def test_infinite_masks_are_not_weights(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["x", "mask"], ["s"]), helper.make_node("Softmax", ["s"], ["y"])]
+    mask = np.where(np.tri(4) > 0, 0, -np.inf).astype(np.float32)
+    x = values(1, 4, 4)
+    check(save(tmp_path / "masked.onnx", nodes, {"x": x}, {"mask": mask}), {"x": x})
+    compiled = compile_model(str(tmp_path / "masked.onnx"), stop_after="plan")
+    assert compiled.ledger.stages[-1].name == "import"
+
+
 def test_local_functions_are_inlined(tmp_path: Path) -> None:
     body = [helper.make_node("Mul", ["a", "a"], ["s"]), helper.make_node("Add", ["s", "a"], ["b"])]
     function = helper.make_function("mine", "Poly", ["a"], ["b"], body, [helper.make_opsetid("", 17)])

@@ -375,6 +375,8 @@ class OnnxModule(nn.Module):
     def constant(self, value: Static, path: str, role: str) -> torch.Tensor:
         """The weight for a constant, registered when it is met first: in the run before the export."""
         array = value.array
+        if array.dtype.kind == "f" and not np.isfinite(array).all() and not np.isnan(array).any():
+            return self._infinite(value, path, role)
         content = (array.shape, array.dtype.str, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest())
         key = (value.path, *(() if value.path else (path, role)), *content)
         place = self.places.get(key)
@@ -387,6 +389,18 @@ class OnnxModule(nn.Module):
         for part in place.split("."):
             owner = getattr(owner, part)
         return owner
+
+    def _infinite(self, value: Static, path: str, role: str) -> torch.Tensor:
+        """A constant with infinities, as masks have them: weights are finite, so they are put in by the graph."""
+        array = value.array
+        result = self.constant(
+            Static(np.where(np.isfinite(array), array, 0).astype(array.dtype), value.path), path, role
+        )
+        for sign, name in ((-np.inf, "below"), (np.inf, "above")):
+            places = array == sign
+            if places.any():
+                result = result.masked_fill(self.constant(Static(places), path, f"{role}_{name}"), float(sign))
+        return result
 
     def _register(self, wanted: str, array: np.ndarray) -> str:
         *parents, leaf = [_attribute(part) for part in wanted.split(".")]
