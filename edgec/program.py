@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import keyword
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -435,7 +436,7 @@ def _weights_of(node: fx.Node) -> list[tuple[str, fx.Node]]:
 def output_names(spec: Any) -> tuple[str, ...]:
     """Names for the leaves of what a model returns: the keys of dictionaries and fields of data classes on the way.
 
-    Empty where there are none, as in a tuple. Characters that no identifier has become underscores.
+    Empty where there are none, as in a tuple.
     """
     if spec is None:
         return ()
@@ -449,11 +450,23 @@ def output_names(spec: Any) -> tuple[str, ...]:
         for key in path:
             value = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
             named = named or isinstance(value, str)
-            parts.append(re.sub(r"\W", "_", str(value)))
-        name = "_".join(parts)
-        found.append(name if name[:1].isalpha() else f"y{name}")
-    unique = [name if found.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(found)]
-    return tuple(unique) if named else ()
+            parts.append(str(value))
+        found.append("_".join(parts))
+    taken: set[str] = set()
+    return tuple(identify(name, taken) for name in found) if named else ()
+
+
+def identify(name: str, taken: set[str]) -> str:
+    """`name` as a Python identifier that is not in `taken`, to which it is added; targets make theirs of it."""
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "x"
+    plain = f"x_{plain}" if plain[0].isdigit() else plain
+    plain = f"{plain}_" if keyword.iskeyword(plain) else plain
+    unique, count = plain, 1
+    while unique.lower() in taken:
+        count += 1
+        unique = f"{plain}_{count}"
+    taken.add(unique.lower())
+    return unique
 
 
 def _stored_names(module: fx.GraphModule) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from edgec.errors import EdgecError
 from edgec.onnx.module import OnnxModule
 from edgec.onnx.reader import OnnxModel, read_onnx
 from edgec.origin import first_line
-from edgec.program import Program, placeholders
+from edgec.program import Program, identify, placeholders
 from edgec.quiet import quiet
 
 # Largest |difference| / largest |value| between the Program and ONNX Runtime: float32 sums in another order.
@@ -115,8 +115,6 @@ def _sample_by_sample(module: OnnxModule) -> Callable[..., Any]:
 
 def _named(program: Program, model: OnnxModel) -> Program:
     """The Program with the inputs' and outputs' names of the file, as identifiers."""
-    from edgec.onnx.reader import identify
-
     # torch.export takes the names of the module's parameters, unless they are taken.
     module = program.edit()
     for node, spec in zip(placeholders(module), model.inputs, strict=True):

@@ -6,7 +6,6 @@ Nothing in the file is run, and no file outside its folder is read.
 from __future__ import annotations
 
 import contextlib
-import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,16 +20,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgec.errors import EdgecError
 from edgec.origin import first_line
+from edgec.program import identify
 from edgec.quiet import quiet
 
 OLDEST_OPSET = 7
 # A protocol buffer holds no more.
 LARGEST_FILE = 2**31 - 1
 QUANTIZED = re.compile(r"Quantize|^QLinear|Integer$|^QGemm")
-C_WORDS = (
-    "auto break case char const continue default do double else enum extern float for goto if inline int long register "
-    "restrict return short signed sizeof static struct switch typedef union unsigned void volatile while arena"
-)
 OLDER_CONTAINER = 10
 EXPORTS_BATCH = "batch"
 
@@ -278,21 +274,6 @@ def _numpy_type(code: int, where: str) -> np.dtype[Any]:
             hint="take float32, integers or booleans",
         )
     return dtype
-
-
-def identify(name: str, taken: set[str]) -> str:
-    """`name` as an identifier of C and of Python that is not in `taken`, to which it is added."""
-    plain = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "x"
-    if plain[0].isdigit():
-        plain = f"x_{plain}"
-    if plain in C_WORDS.split() or keyword.iskeyword(plain):
-        plain = f"{plain}_"
-    unique, count = plain, 1
-    while unique.lower() in taken:
-        count += 1
-        unique = f"{plain}_{count}"
-    taken.add(unique.lower())
-    return unique
 
 
 def _fix_shapes(proto: onnx.ModelProto, inputs: Sequence[OnnxInput]) -> None:
