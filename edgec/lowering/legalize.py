@@ -63,11 +63,6 @@ UNLOWERED = frozenset(
 )
 
 SUGGESTIONS = {
-    "_fft_r2c": "write the transform as a product with the matrix of sines and cosines",
-    "_fft_c2r": "write the transform as a product with the matrix of sines and cosines",
-    "_fft_c2c": "write the transform as a product with the matrix of sines and cosines",
-    "view_as_complex": "keep real and imaginary parts in two tensors",
-    "complex": "keep real and imaginary parts in two tensors",
     "cumprod": "it is written out up to 64 factors; take the exponential of a cumulative sum of logarithms",
     "median": "give it an axis",
     "nonzero": "use a mask and torch.where, which keep shapes",
