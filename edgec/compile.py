@@ -373,7 +373,7 @@ def _datasets(
         return load_data(eval, program.inputs, preprocess), training
     if training is not None:
         return training.limit(CHECK_SAMPLES, seed), training
-    return random_data(program.inputs, RANDOM_SAMPLES, seed), None
+    return random_data(program.inputs, RANDOM_SAMPLES, seed, program.example_inputs), None
 
 
 def _start(

@@ -305,14 +305,23 @@ def load_data(
     return Dataset(name, read_object(spec, name, specs, seed), specs, preprocess)
 
 
-def random_data(input_specs: Sequence[TensorSpec], n: int, seed: int = 0) -> Dataset:
-    """`n` samples of noise: uniform in 0..1 for floating-point inputs, 0 or 1 for integer inputs."""
+def random_data(
+    input_specs: Sequence[TensorSpec], n: int, seed: int = 0, examples: Sequence[np.ndarray | Any] | None = None
+) -> Dataset:
+    """`n` samples of noise: uniform in 0..1 for floating-point inputs, 0 or 1 for integer inputs.
+
+    examples: one for each input; integers are drawn from those in it, where any is not zero: a model takes no others
+    for granted.
+    """
     generator = np.random.default_rng(seed)
     arrays = []
-    for spec in input_specs:
+    for position, spec in enumerate(input_specs):
         shape = (n, *sample_shape(spec))
+        known = np.asarray([] if examples is None else examples[position])
         if numpy_dtype(spec).kind == "f":
             arrays.append(generator.random(shape, dtype=np.float32))
+        elif known.any():
+            arrays.append(generator.choice(known.reshape(-1), shape).astype(numpy_dtype(spec)))
         else:
             arrays.append(generator.integers(0, 2, shape).astype(numpy_dtype(spec)))
     layouts = tuple(Layout(sample_shape(spec)) for spec in input_specs)

@@ -46,7 +46,11 @@ def diff(
             hint="compare stages of one model",
         )
     specs = left.program.inputs
-    dataset: Dataset = random_data(specs, samples) if data is None else load_data(data, specs, preprocess)
+    dataset: Dataset = (
+        random_data(specs, samples, examples=left.program.example_inputs)
+        if data is None
+        else load_data(data, specs, preprocess)
+    )
     inputs = sample_inputs(left.program, dataset, min(samples, len(dataset)))
     rows = compare_outputs(left.outputs(inputs), right.outputs(inputs))
     if not rows:

@@ -292,7 +292,14 @@ def import_check(program: Program, original: TensorFunction, *, seed: int = 0) -
         torch.rand(x.shape, generator=generator) if x.is_floating_point() else x for x in program.batch_inputs(2)
     )
     with quiet(), torch.no_grad():
-        want = tree_leaves(original(*[x.clone() for x in inputs]))
+        try:
+            want = tree_leaves(original(*[x.clone() for x in inputs]))
+        except Exception as error:
+            raise EdgecError(
+                f"does not run on its example inputs: {type(error).__name__}: {first_line(error)}",
+                where=program.name,
+                hint="integers are zeros for a .pt2 file, which is read without its examples: give file.py:factory instead",
+            ) from error
         got = program(*[x.clone() for x in inputs])
         alone = program(*[x[:1].clone() for x in inputs]) if program.dynamic_batch else got
     for spec, a, b, c in zip(program.outputs, got, want, alone, strict=True):

@@ -14,7 +14,7 @@ import hashlib
 import keyword
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -89,7 +89,7 @@ class Program:
         dynamic = False
         examples = []
         generator = torch.Generator().manual_seed(0)
-        for node in placeholders(module):
+        for position, node in enumerate(placeholders(module)):
             value = node.meta["val"]
             if not isinstance(value, torch.Tensor):
                 raise EdgecError(
@@ -113,7 +113,7 @@ class Program:
             if value.dtype.is_floating_point:
                 examples.append(torch.rand(shape, generator=generator, dtype=value.dtype))
             else:
-                examples.append(torch.zeros(shape, dtype=value.dtype))
+                examples.append(integer_example(exported, position, shape, value.dtype))
         for node in module.graph.nodes:
             if node.op not in ("placeholder", "output", "get_attr"):
                 node.meta["edgec_layer"] = node.meta.get("custom", {}).get("edgec_layer") or _layer_from_origin(node)
@@ -294,6 +294,17 @@ def output_nodes(module: fx.GraphModule) -> list[fx.Node]:
                 f"graph returns the constant {value!r}", where="output", hint="return tensors that depend on the input"
             )
     return flat
+
+
+def integer_example(
+    exported: torch.export.ExportedProgram, position: int, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """What a model was exported with: indices and lengths that it can take. Zeros where that is not stored."""
+    given = torch.utils._pytree.tree_leaves(exported.example_inputs or ())
+    found = given[position] if position < len(given) else None
+    if not isinstance(found, torch.Tensor) or found.dtype != dtype or found.shape[1:] != torch.Size(shape)[1:]:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return (found if found.shape == torch.Size(shape) else found[:1].expand(tuple(shape))).clone()
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -398,7 +398,7 @@ def _transformed(
         means, stds = (None if v is None else tuple(v) for v in (mean, std))
         calibration = load_data(data, program.inputs, Preprocess(means, stds, scale)).limit(NOISE_SAMPLES, seed)
     elif any(Needs.CALIBRATION in step.needs for step in pipeline):
-        calibration = random_data(program.inputs, NOISE_SAMPLES, seed)
+        calibration = random_data(program.inputs, NOISE_SAMPLES, seed, program.example_inputs)
     context = Context(device=device, calibration=calibration, seed=seed)
     for step in pipeline:
         program = step.run(program, context)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgec.data import random_data
 from edgec.errors import EdgecError
 from edgec.frontend import export_module, import_check, import_exported, load_model
 from edgec.program import Program, is_call, layer_of
@@ -581,6 +582,25 @@ def test_integer_inputs_are_fine_and_half_inputs_are_not() -> None:
     assert program.inputs[0].dtype == "int64" and program.dynamic_batch
     plain = torch.export.export(Returns(lambda x: x * 2), (torch.rand(1, 4, dtype=torch.float64),))
     assert "input 'x' of net: is torch.float64, kernels compute in torch.float32" in refused(plain, name="net")
+
+
+class Last(nn.Module):
+    """The last of `length` steps: a length of zero has none."""
+
+    def forward(self, x: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        return x.gather(1, (length - 1).view(-1, 1)) * 2
+
+
+def test_integers_of_the_example_are_kept(tmp_path: Path) -> None:
+    example = (torch.rand(1, 5), torch.tensor([4]))
+    exported = torch.export.export(Last(), example)
+    program = load_model(exported, name="last")
+    assert program.example_inputs[1].tolist() == [4]
+    noise = random_data(program.inputs, 8, examples=program.example_inputs).read()[0]
+    assert noise[1].tolist() == [4] * 8
+    torch.export.save(exported, tmp_path / "last.pt2")
+    message = refused(tmp_path / "last.pt2")
+    assert "last: does not run on its example inputs: RuntimeError: index -1 is out of bounds" in message
 
 
 PATHS: dict[str, str] = {

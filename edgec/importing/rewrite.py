@@ -21,7 +21,7 @@ from edgec.errors import EdgecError
 from edgec.importing import control_flow, recurrent, sampling
 from edgec.importing.pairs import TRANSFORMS, Pair, call_pairs, has_pairs, makes_pairs
 from edgec.origin import first_line, layer_name, place, source_line
-from edgec.program import MAX_BATCH
+from edgec.program import MAX_BATCH, integer_example, placeholders
 
 Rule = Callable[..., Any]
 RULES: Mapping[Any, Rule] = {**recurrent.RULES, **control_flow.RULES, **sampling.RULES}
@@ -40,7 +40,7 @@ def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.E
     (out,) = [n for n in module.graph.nodes if n.op == "output"]
     out.args = (tuple(tree_leaves(out.args[0])),)
     trips = control_flow.trip_counts(module, name)
-    inputs, shapes = _examples(module, name)
+    inputs, shapes = _examples(exported, module, name)
     wrapper = _Rewritten(module, exported.call_spec.out_spec, trips, name)
     with torch.no_grad():
         # The first run makes the constants that rules need; export then finds them registered.
@@ -72,13 +72,13 @@ def _needs_rule(node: fx.Node) -> bool:
     return node.op == "call_function" and any(node.target in table for table in (RULES, TRANSFORMS, recurrent.REFUSED))
 
 
-def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ...], Any]:
+def _examples(
+    exported: torch.export.ExportedProgram, module: fx.GraphModule, name: str
+) -> tuple[tuple[torch.Tensor, ...], Any]:
     """(inputs of the shapes that the graph was exported with, their dynamic shapes)."""
     inputs, shapes = [], []
     dim = torch.export.Dim("batch", min=1, max=MAX_BATCH)
-    for node in module.graph.nodes:
-        if node.op != "placeholder":
-            continue
+    for position, node in enumerate(placeholders(module)):
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             raise EdgecError(
@@ -95,7 +95,8 @@ def _examples(module: fx.GraphModule, name: str) -> tuple[tuple[torch.Tensor, ..
         dynamic = [axis for axis, size in enumerate(value.shape) if not isinstance(size, int)]
         sizes = [2 if axis in dynamic else int(size) for axis, size in enumerate(value.shape)]
         real = value.dtype.is_floating_point
-        inputs.append(torch.rand(sizes, dtype=value.dtype) if real else torch.zeros(sizes, dtype=value.dtype))
+        whole = integer_example(exported, position, sizes, value.dtype)
+        inputs.append(torch.rand(sizes, dtype=value.dtype) if real else whole)
         shapes.append({0: dim} if dynamic == [0] else dict.fromkeys(dynamic, torch.export.Dim.AUTO))
     return tuple(inputs), tuple(shapes) if any(shapes) else None
 
