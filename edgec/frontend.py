@@ -298,7 +298,7 @@ def import_check(program: Program, original: TensorFunction, *, seed: int = 0) -
             raise EdgecError(
                 f"does not run on its example inputs: {type(error).__name__}: {first_line(error)}",
                 where=program.name,
-                hint="integers are zeros for a .pt2 file, which is read without its examples: give file.py:factory instead",
+                hint="a .pt2 file is read without its examples, integers are zeros then: give file.py:factory",
             ) from error
         got = program(*[x.clone() for x in inputs])
         alone = program(*[x[:1].clone() for x in inputs]) if program.dynamic_batch else got
