@@ -8,6 +8,7 @@ verifier) and its inputs and outputs are compared with those of the Program it c
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dataclasses
 import hashlib
@@ -471,7 +472,8 @@ def identify(name: str, taken: set[str]) -> str:
     """`name` as a Python identifier that is not in `taken`, to which it is added; targets make theirs of it."""
     plain = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_") or "x"
     plain = f"x_{plain}" if plain[0].isdigit() else plain
-    plain = f"{plain}_" if keyword.iskeyword(plain) else plain
+    # FX gives other names to nodes that are called like something built in.
+    plain = f"{plain}_" if keyword.iskeyword(plain) or hasattr(builtins, plain) else plain
     unique, count = plain, 1
     while unique.lower() in taken:
         count += 1
