@@ -29,7 +29,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -46,9 +45,10 @@ import numpy as np  # noqa: E402
 import typer  # noqa: E402
 
 from benchmarks.models import CASES, ROOT, shared_folder  # noqa: E402
-from benchmarks.peers import Absent, add_peers_to_path, default_cache, engine_version, hushed  # noqa: E402
+from benchmarks.peers import Absent, add_peers_to_path, default_cache, engine_version, hushed, place_of_stack  # noqa: E402
 from benchmarks.timing import Timing, markdown, measure  # noqa: E402
 from edgec.errors import EdgecError  # noqa: E402
+from edgec.stats import sqnr_db  # noqa: E402
 
 if TYPE_CHECKING:
     from edgec.bundle import Bundle
@@ -124,7 +124,7 @@ def cell(measured: Callable[..., Cell], arguments: Mapping[str, Any], limit: flo
         if process.is_alive():
             process.kill()
             process.join()
-            return {"error": f"not done after {limit:.0f} s{_place(result.with_suffix('.stack'))}"}
+            return {"error": f"not done after {limit:.0f} s{place_of_stack(result.with_suffix('.stack'))}"}
         if not result.is_file():
             return {"error": f"ended with status {process.exitcode}"}
         found = json.loads(result.read_text())
@@ -132,15 +132,6 @@ def cell(measured: Callable[..., Cell], arguments: Mapping[str, Any], limit: flo
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"asked": json.loads(asked), "cell": found}))
     return found
-
-
-def _place(stack: Path) -> str:
-    """ ", in FUNCTION of FILE" for the innermost call of ours in a stack that was dumped; empty where there is none."""
-    if stack.is_file():
-        for file, function in re.findall(r'File "(.*)", line \d+ in (\w+)', stack.read_text()):
-            if file.startswith(str(ROOT)):
-                return f", in {function} of {Path(file).name}"
-    return ""
 
 
 def _child(measured: Callable[..., Cell], arguments: Mapping[str, Any], result: Path, limit: float) -> None:
@@ -294,8 +285,7 @@ def correctness(model: str, device: str, kind: str, samples: int) -> Cell:
 
 def _sqnr(got: np.ndarray, want: np.ndarray) -> float:
     """Signal by error in dB; 999 without any error. NaN where the result has one."""
-    noise = float(np.square(got.astype(np.float64) - want).sum())
-    return 10 * float(np.log10(np.square(want.astype(np.float64)).sum() / noise)) if noise else 999.0
+    return min(sqnr_db(got, want), 999.0)
 
 
 def correct_row(model: str, device: str, kind: str, found: Cell) -> list[str]:

@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -124,6 +125,15 @@ def hushed() -> Iterator[None]:
             os.dup2(original, number)
         for descriptor in (*kept, sink):
             os.close(descriptor)
+
+
+def place_of_stack(stack: Path) -> str:
+    """ ", in FUNCTION of FILE" for the innermost call of ours in a stack that was dumped; empty where there is none."""
+    if stack.is_file():
+        for file, function in re.findall(r'File "(.*)", line \d+ in (\w+)', stack.read_text()):
+            if file.startswith(str(ROOT)):
+                return f", in {function} of {Path(file).name}"
+    return ""
 
 
 def engine_version(package: str, module: str) -> str:

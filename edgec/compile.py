@@ -21,6 +21,7 @@ from edgec.errors import EdgecError, GateFailed
 from edgec.lowering import STEPS
 from edgec.passbase import Context, Needs, Pass, Skip
 from edgec.pipeline import Pipeline
+from edgec.stats import sqnr_db
 
 if TYPE_CHECKING:
     from edgec.bundle import Bundle
@@ -427,7 +428,7 @@ def _import_check(run: _Run, program: Program) -> None:
     needed = FOLLOWS.get(arithmetic(program))
     for spec, a, b in zip(program.outputs, got, want, strict=True):
         error = relative_error(a, b)
-        if not error <= FLOAT_TOLERANCE and (needed is None or not _sqnr_db(a, b) >= needed):
+        if not error <= FLOAT_TOLERANCE and (needed is None or not sqnr_db(a, b) >= needed):
             raise EdgecError(
                 f"imported graph differs from PyTorch in output '{spec.name}' (relative error {error:.2g}, "
                 f"allowed {FLOAT_TOLERANCE:g})",
@@ -441,12 +442,6 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """max |got - want| / max |want|; NaN when either has one."""
     scale = float(np.abs(want).max(initial=0.0))
     return float(np.abs(got.astype(np.float64) - want).max(initial=0.0)) / (scale or 1.0)
-
-
-def _sqnr_db(got: np.ndarray, want: np.ndarray) -> float:
-    """Signal over error energy in dB; not a number when either holds one."""
-    signal, error = (float((x.astype(np.float64) ** 2).sum()) for x in (want, got.astype(np.float64) - want))
-    return 10 * float(np.log10(max(signal, 1e-300) / error)) if error else float("inf")
 
 
 def _cross_check(run: _Run, model: Any, program: Program, input_shape: Sequence[int] | None) -> None:

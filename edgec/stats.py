@@ -107,3 +107,9 @@ def decibel(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
         ratio = np.where(noise == 0, limit, signal / noise)
     ratio = np.where(np.isnan(signal) | np.isnan(noise), np.nan, np.clip(ratio, 1 / limit, limit))
     return 10 * np.log10(ratio)
+
+
+def sqnr_db(got: np.ndarray, want: np.ndarray) -> float:
+    """10 log10 of signal over error energy of whole arrays, not cut: infinity for equal ones, NaN where one has any."""
+    signal, error = (float((x.astype(np.float64) ** 2).sum()) for x in (want, got.astype(np.float64) - want))
+    return 10 * float(np.log10(max(signal, 1e-300) / error)) if error else math.inf

@@ -35,9 +35,10 @@ import torch
 from torch import nn
 
 from benchmarks.models import ROOT
-from benchmarks.peers import default_cache, hushed
+from benchmarks.peers import default_cache, hushed, place_of_stack
 from benchmarks.zoo.registry import Entry, build, entries
 from edgec.errors import EdgecError
+from edgec.stats import sqnr_db
 
 if TYPE_CHECKING:
     from edgec.program import Program
@@ -168,7 +169,7 @@ def _forked(entry: Entry, stage: str, limit: float) -> Record:
             found.update(json.loads(notes.read_text()))
         found["wall"] = round(time.monotonic() - start, 2)
         if "outcome" not in found:
-            stack = _place(Path(folder) / "stack")
+            stack = place_of_stack(Path(folder) / "stack")
             if alive:
                 found.update(outcome="timeout", reason=f"not done after {limit:.0f} s, at step {found['step']}{stack}")
             else:
@@ -176,15 +177,6 @@ def _forked(entry: Entry, stage: str, limit: float) -> Record:
                 what = signal.Signals(-code).name if code < 0 else f"status {code}"
                 found.update(outcome="crashed", reason=f"{what} at step {found['step']}{stack}")
         return found
-
-
-def _place(stack: Path) -> str:
-    """ ", in FUNCTION of FILE" for the innermost call of ours in a stack that was dumped; empty where there is none."""
-    if stack.is_file():
-        for file, function in re.findall(r'File "(.*)", line \d+ in (\w+)', stack.read_text()):
-            if file.startswith(str(ROOT)):
-                return f", in {function} of {Path(file).name}"
-    return ""
 
 
 class Notes:
@@ -388,8 +380,7 @@ def sqnr(got: np.ndarray, wanted: np.ndarray) -> float:
     """Signal by error in dB, 999 without any error."""
     if got.shape != wanted.shape:
         return 0.0
-    noise = float(np.square(got.astype(np.float64) - wanted).sum())
-    return 10 * float(np.log10(np.square(wanted.astype(np.float64)).sum() / noise)) if noise else 999.0
+    return min(sqnr_db(got, wanted), 999.0)
 
 
 def _number(value: float) -> float | None:

@@ -14,6 +14,7 @@ from edgec.onnx.writer import OPSET, to_onnx
 from edgec.origin import first_line
 from edgec.program import Program, is_call, output_nodes
 from edgec.quiet import quiet
+from edgec.stats import sqnr_db
 
 FILE = "model.onnx"
 # Largest |difference| / largest |value| of float32 models.
@@ -62,6 +63,13 @@ def run_onnx(data: bytes, inputs: Sequence[np.ndarray], *, fused: bool = False) 
 
     fused: with its own optimisations, which make QDQ layers integer, and quantise what only weights of codes multiply.
     """
+    session = session_of(data, fused=fused)
+    feed = {spec.name: x for spec, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [np.asarray(y) for y in session.run(None, feed)]
+
+
+def session_of(data: bytes, *, fused: bool = False) -> Any:
+    """ONNX Runtime with a model; see `run_onnx`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -69,9 +77,7 @@ def run_onnx(data: bytes, inputs: Sequence[np.ndarray], *, fused: bool = False) 
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    feed = {spec.name: x for spec, x in zip(session.get_inputs(), inputs, strict=True)}
-    return [np.asarray(y) for y in session.run(None, feed)]
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 def compare(program: Program, inputs: Sequence[np.ndarray], got: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -87,9 +93,8 @@ def compare(program: Program, inputs: Sequence[np.ndarray], got: Sequence[np.nda
             raise ValueError(f"an output is {a.dtype}{list(a.shape)}, not {b.dtype}{list(b.shape)}")
         wanted, difference = b.astype(np.float64), np.abs(a.astype(np.float64) - b)
         errors.append(float(difference.max(initial=0.0)) / (float(np.abs(wanted).max(initial=0.0)) or 1.0))
-        noise = float((difference**2).sum())
-        if noise:
-            ratios.append(10 * float(np.log10(max(float((wanted**2).sum()), 1e-300) / noise)))
+        if difference.any():
+            ratios.append(sqnr_db(a, b))
         if is_call(node, torch.ops.edgec.dequantize.default):
             steps = np.rint(difference / float(node.args[1]))  # type: ignore[arg-type]
             equal.append(float((steps == 0).mean()))

@@ -12,11 +12,13 @@ import onnx
 import torch
 
 from edgec.errors import EdgecError
+from edgec.onnx.check import session_of
 from edgec.onnx.module import OnnxModule
 from edgec.onnx.reader import OnnxModel, read_onnx
 from edgec.origin import first_line
 from edgec.program import Program, identify, placeholders
 from edgec.quiet import quiet
+from edgec.stats import sqnr_db
 
 # Largest |difference| / largest |value| between the Program and ONNX Runtime: float32 sums in another order.
 RUNTIME_TOLERANCE = 1e-4
@@ -162,7 +164,7 @@ def _reference(
     types = {v.name: v.type.tensor_type.elem_type for v in model.proto.graph.input}
     feed = {n: _as_type(x, types.get(n)) for n, x in {**fixed, **inputs}.items()}
     try:
-        import onnxruntime
+        import onnxruntime as onnxruntime  # whether it is there
     except ImportError:
         if len(model.proto.graph.node) > REFERENCE_NODES:
             return "not compared with another engine: ONNX Runtime is not installed", None
@@ -175,12 +177,8 @@ def _reference(
         except Exception as error:
             return f"not compared: ONNX's reference evaluator failed ({first_line(error)})", None
     try:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = 1
         # Without fusions: those of quantised models round otherwise.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(model.original, options, providers=["CPUExecutionProvider"])
+        session = session_of(model.original)
         feed = {i.name: feed[i.name] for i in session.get_inputs()}
         return "ONNX Runtime", [np.asarray(y) for y in session.run(None, feed)]
     except Exception as error:
@@ -208,7 +206,7 @@ def _compare(name: str, got: np.ndarray, want: Any, model: OnnxModel, engine: st
             relative = float(error.max(initial=0.0)) / (float(scale.max(initial=0.0)) or 1.0)
             limit = HALF_TOLERANCE if model.half else RUNTIME_TOLERANCE
             if model.quantized and relative > limit:
-                sqnr = 10 * np.log10(max((scale**2).sum(), 1e-300) / max((error**2).sum(), 1e-300))
+                sqnr = sqnr_db(a[finite], b[finite])
                 if sqnr < QUANTIZED_SQNR_DB:
                     what = f"follows {engine} with {sqnr:.1f} dB only ({QUANTIZED_SQNR_DB:g} dB needed)"
             elif not relative <= limit:
