@@ -29,6 +29,7 @@ from edgec.errors import EdgecError
 from edgec.importing.names import drop_assertions, rename_taken
 from edgec.importing.recurrent import shapes_only
 from edgec.importing.rewrite import rewrite
+from edgec.importing.standin import StandIn
 from edgec.importing.stored import fold_standardised, stored_nodes
 from edgec.origin import first_line, place, source_line, user_frame
 from edgec.program import MAX_BATCH, Program, is_call
@@ -155,29 +156,6 @@ def _made(text: str, input_shape: Sequence[int] | None) -> tuple[nn.Module, tupl
     return made, tuple(examples)
 
 
-class _ByName(nn.Module):
-    """A module whose inputs are given by position instead of by name; it has the same parts under the same names."""
-
-    run: TensorFunction
-    names: list[str]
-
-    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
-        self._non_persistent_buffers_set = module._non_persistent_buffers_set
-        self.training = module.training
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        # A method of the original is no part of this module.
-        self.__dict__.update(run=module.forward, names=list(names))
-        self.__dict__["forward"] = self._call
-        self._call.__func__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter("self", kind), *[inspect.Parameter(n, kind) for n in names]]
-        )
-
-    def _call(self, *inputs: torch.Tensor) -> Any:
-        return self.run(**dict(zip(self.names, inputs, strict=True)))
-
-
 def _by_name(module: nn.Module, examples: dict[str, torch.Tensor], text: str) -> nn.Module:
     parameters = inspect.signature(module.forward).parameters
     anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -188,7 +166,8 @@ def _by_name(module: nn.Module, examples: dict[str, torch.Tensor], text: str) ->
             where=text,
             hint=f"it takes {', '.join(parameters)}",
         )
-    return _ByName(module, list(examples))
+    names, forward = list(examples), module.forward
+    return StandIn(module, names, lambda *inputs: forward(**dict(zip(names, inputs, strict=True))))
 
 
 def _unguarded(exported: torch.export.ExportedProgram) -> nn.Module:

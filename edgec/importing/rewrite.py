@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from edgec.errors import EdgecError
 from edgec.importing import control_flow, recurrent, sampling
 from edgec.importing.pairs import TRANSFORMS, Pair, call_pairs, has_pairs, makes_pairs
+from edgec.importing.standin import StandIn
 from edgec.origin import first_line, layer_name, place, source_line
 from edgec.program import MAX_BATCH, integer_example, placeholders
 
@@ -41,7 +41,7 @@ def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.E
     out.args = (tuple(tree_leaves(out.args[0])),)
     trips = control_flow.trip_counts(module, name)
     inputs, shapes = _examples(exported, module, name)
-    wrapper = _Rewritten(module, exported.call_spec.out_spec, trips, name)
+    wrapper = _stand_in(module, exported.call_spec.out_spec, trips, name)
     with torch.no_grad():
         # The first run makes the constants that rules need; export then finds them registered.
         wrapper(*inputs)
@@ -52,6 +52,21 @@ def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.E
         except Exception as error:
             hint = "export it with a static batch of one" if shapes else "report this as an error of edgec"
             raise EdgecError(f"does not export: {first_line(error)}", where=name, hint=hint) from error
+
+
+def _stand_in(module: fx.GraphModule, out: Any, trips: Mapping[fx.Node, int], name: str) -> nn.Module:
+    """The module of a graph, run by rules. It has the same weights under the same names."""
+    parts = copy.copy(module)
+    # Graphs of loops and branches are written out by the rules.
+    parts._modules = {n: m for n, m in module._modules.items() if not isinstance(m, fx.GraphModule)}
+
+    def run(*inputs: torch.Tensor) -> Any:
+        with fx_traceback.preserve_node_meta():
+            results = Rewriter(module, wrapper, trips, name).run(*inputs)
+        return tree_unflatten(list(results), out)
+
+    wrapper = StandIn(parts, [n.name for n in placeholders(module)], run)
+    return wrapper
 
 
 def graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
@@ -101,53 +116,22 @@ def _examples(
     return tuple(inputs), tuple(shapes) if any(shapes) else None
 
 
-class _Rewritten(nn.Module):
-    """The module of a graph, run by rules. It has the same weights under the same names."""
-
-    _graph: fx.GraphModule
-    _out: Any
-    _trips: Mapping[fx.Node, int]
-    _model: str
-
-    def __init__(self, module: fx.GraphModule, out: Any, trips: Mapping[fx.Node, int], name: str) -> None:
-        super().__init__()
-        self.__dict__.update(_graph=module, _out=out, _trips=trips, _model=name)
-        taken = copy.copy(module)
-        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            setattr(self, table, getattr(taken, table))
-        self._modules = {n: m for n, m in module._modules.items() if not isinstance(m, fx.GraphModule)}
-        names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        self.forward.__func__.__signature__ = inspect.Signature(  # type: ignore[union-attr]
-            [inspect.Parameter("self", kind), *[inspect.Parameter(n, kind) for n in names]]
-        )
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        with fx_traceback.preserve_node_meta():
-            results = Rewriter(self._graph, self).run(*inputs)
-        return tree_unflatten(list(results), self._out)
-
-
 class Rewriter(fx.Interpreter):
-    """Runs a graph by rules; `owner` keeps the constants that they make."""
+    """Runs a graph by rules; `owner` keeps the constants that they make. trips: the counts of the loops in it."""
 
-    def __init__(self, module: fx.GraphModule, owner: _Rewritten) -> None:
+    def __init__(self, module: fx.GraphModule, owner: nn.Module, trips: Mapping[fx.Node, int], model: str) -> None:
         super().__init__(module, garbage_collect_values=True)
         # An error is one line; the interpreter would add the node and its traceback.
         self.extra_traceback = False
-        self.owner = owner
+        self.owner, self.trips, self.model = owner, trips, model
         self.node: Any = None
 
-    @property
-    def trips(self) -> Mapping[fx.Node, int]:
-        return self.owner._trips
-
     def error(self, what: str, hint: str) -> EdgecError:
-        return EdgecError(what, where=f"{self.owner._model} ({place(self.node)})", hint=hint)
+        return EdgecError(what, where=f"{self.model} ({place(self.node)})", hint=hint)
 
     def inner(self, module: fx.GraphModule, *operands: Any) -> Any:
         """The results of the graph of a loop or branch, by the same rules."""
-        return Rewriter(module, self.owner).run(*operands)
+        return Rewriter(module, self.owner, self.trips, self.model).run(*operands)
 
     def constant(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A tensor that is computed once and stored with the model."""
