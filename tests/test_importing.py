@@ -263,6 +263,10 @@ CASES: dict[str, tuple[Any, ...]] = {
     "unpooled": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), (1, 3, 6, 6)),
     "antialias": (lambda x: F.interpolate(x, size=(4, 3), mode="bilinear", antialias=True), MAP),
     "antialias, cubic": (lambda x: F.interpolate(x, size=(9, 3), mode="bicubic", antialias=True), MAP),
+    "triangles": (
+        lambda x: (x[:, *torch.tril_indices(5, 6, -1)], x[:, *torch.triu_indices(5, 6, 2)]),
+        (1, 5, 6),
+    ),
     "a row of functions": (lambda x: x.tanh().tanh().tanh().tanh().tanh().tanh(), (1, 8)),
 }
 

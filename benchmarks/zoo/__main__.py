@@ -113,7 +113,7 @@ def _warm(sources: Iterable[str]) -> None:
         importlib.import_module(name)
     _go_through()
     found = set(sources)
-    if "benchmarks.zoo.timm_nets" in found:
+    if found & {"benchmarks.zoo.timm_nets", "benchmarks.zoo.torchvision_nets"}:
         from benchmarks.timm_models import import_timm
 
         import_timm()

@@ -23,7 +23,7 @@ from edgec.errors import EdgecError
 # Modules of this package that register models when they are imported.
 HAND = ("dense", "detection", "classify", "audio", "recurrent", "sequence", "graphs", "sampling", "loops")
 # Likewise, with the package that the models come from.
-LIBRARIES = {"timm_nets": "timm", "hf": "transformers"}
+LIBRARIES = {"timm_nets": "timm", "torchvision_nets": "torchvision", "hf": "transformers"}
 SEED = 0
 
 # Draws one input; a plain shape stands for normal floats.

@@ -21,6 +21,10 @@ regnety_002:64 densenet121:64 hgnetv2_b0:64 repvgg_a0:64 mobileone_s0:64 repvit_
 starnet_s1:64 convnext_atto:64 convnextv2_atto:64 inception_next_atto:64 mambaout_femto:64 convmixer_768_32:64
 shvit_s1:64 poolformer_s12:64 lambda_resnet26t:128 eca_resnet33ts:64 nf_regnet_b0:64 vgg11:64 inception_v3:96
 xception41:64 tresnet_m:64 hrnet_w18_small:64 test_resnet:64 test_efficientnet:64 nfnet_l0:64 csatv2:64
+resnest14d:64 legacy_seresnet18:64 legacy_xception:96 inception_v4:96 inception_resnet_v2:96 cspnext_tiny:64 dpn68b:64
+rdnet_tiny:64 resnetv2_18:64 resnetv2_50d_evos:64 resnetv2_50d_frn:64 resnetv2_50x1_bit:64 res2net50_26w_4s:64
+res2next50:64 hgnet_tiny:64 lcnetv2_small:64 cpubone_nano:64 convnext_atto_rms:64 tf_efficientnet_lite0:64
+tf_mobilenetv3_large_minimal_100:64 efficientnet_es:64 tf_efficientnetv2_b0:64 mobilenet_edgetpu_100:64 nasnetalarge:96
 """
 ATTENTION = """
 mobilenetv4_hybrid_medium:128 edgenext_xx_small:64 mobilevit_xxs:64 mobilevitv2_050:64 efficientformer_l1:224
@@ -32,6 +36,10 @@ tnt_s_patch16_224:64* volo_d1_224:64* convit_tiny:64* hiera_tiny_224:224 nextvit
 swiftformer_xs:64 halonet26t:256 botnet26t_256:256 mvitv2_tiny:224 twins_svt_small:224 cait_xxs24_224:64*
 pit_ti_224:224 sequencer2d_s:64* nest_tiny:224 coatnet_nano_rw_224:224 davit_tiny:224 focalnet_tiny_srf:64
 gcvit_xxtiny:224 beit_base_patch16_224:64* vit_relpos_small_patch16_224:64* flexivit_small:64* test_vit:64*
+efficientvim_m1:224 iformer_t:224 lowformer_b0:224 coat_tiny:224 vitamin_small_224:224 samvit_base_patch16_224:224
+sam2_hiera_tiny:224 vit_tiny_r_s16_p8_224:64* swinv2_tiny_window8_256:256 naflexvit_base_patch16_gap:64
+deit_tiny_distilled_patch16_224:64* halo2botnet50ts_256:256 vit_small_patch16_dinov3:64 test_vit_relpos:64*
+qwen3_vit_88m:64 gemma4_vit_167m:64 mobilenetv5_base:128
 """
 
 

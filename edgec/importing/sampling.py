@@ -1,4 +1,4 @@
-"""Positions of maxima, and resizing with antialiasing: what import writes with ordinary operators."""
+"""Positions of maxima, resizing with antialiasing, places in triangles: what import writes with ordinary operators."""
 
 from __future__ import annotations
 
@@ -121,6 +121,17 @@ def _filter(x: float, cubic: bool) -> float:
     return (((x - 5.0) * x + 8.0) * x - 4.0) * a if x < 2.0 else 0.0
 
 
+def _triangle(lower: bool) -> Callable[..., Any]:
+    """[2, count]: the places on and below (above) a diagonal, in the order of rows."""
+    indices = torch.tril_indices if lower else torch.triu_indices
+
+    def rule(run: Any, rows: int, columns: int, offset: int = 0, **_: Any) -> Any:
+        name = f"{indices.__name__}_{rows}_{columns}_{offset}".replace("-", "minus_")
+        return run.constant(name, lambda: indices(rows, columns, offset=offset))
+
+    return rule
+
+
 def _operators(names: Sequence[str]) -> list[Any]:
     found = []
     for name in names:
@@ -132,6 +143,8 @@ def _operators(names: Sequence[str]) -> list[Any]:
 RULES: dict[Any, Callable[..., Any]] = {
     aten.max_pool2d_with_indices.default: _max_pool(2),
     aten.max_pool3d_with_indices.default: _max_pool(3),
+    aten.tril_indices.default: _triangle(True),
+    aten.triu_indices.default: _triangle(False),
     **dict.fromkeys(
         _operators(["_upsample_bilinear2d_aa.default", "_upsample_bilinear2d_aa.vec"]), _antialiased(False)
     ),

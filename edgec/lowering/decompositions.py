@@ -640,14 +640,21 @@ def _upsample_nearest(x: torch.Tensor, size: Any, factors: Any) -> torch.Tensor:
 
 
 def _upsample_bilinear(x: torch.Tensor, size: Any, corners: bool, factors: Any) -> torch.Tensor:
-    """TVM takes the ratio of the sizes; PyTorch the factor that was given, which differs when sizes are rounded."""
+    """TVM takes the ratio of the sizes; PyTorch the factor that was given, which differs when sizes are rounded.
+
+    With aligned corners TVM divides by the size less one.
+    """
     height, width = size or [math.floor(x.shape[2 + i] * factors[i]) for i in range(2)]
     rounded = factors and (x.shape[2] * factors[0] != height or x.shape[3] * factors[1] != width)
-    if corners or not rounded:
+    if not (1 in (height, width) if corners else rounded):
         return NotImplemented
     for axis, count in ((2, height), (3, width)):
         n = x.shape[axis]
-        place = ((torch.arange(count, dtype=torch.float32) + 0.5) * (1 / factors[axis - 2]) - 0.5).clamp(min=0.0)
+        place = torch.arange(count, dtype=torch.float32)
+        if corners:
+            place = place * ((n - 1) / max(count - 1, 1))
+        else:
+            place = ((place + 0.5) * (1 / factors[axis - 2]) - 0.5).clamp(min=0.0)
         low = place.to(torch.int64).clamp(max=n - 1)
         weight = (place - low).reshape(-1, *[1] * (3 - axis))
         first, second = (torch.index_select(x, axis, i) for i in (low, (low + 1).clamp(max=n - 1)))

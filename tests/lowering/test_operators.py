@@ -373,6 +373,10 @@ OPERATORS: dict[str, dict[str, Case]] = {
         "up exact": (lambda x: F.interpolate(x, size=(9, 7), mode="nearest-exact"), IMAGE),
         "up bil": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"), IMAGE),
         "up bil ac": (lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True), IMAGE),
+        "up bil ac one": (
+            lambda x: F.interpolate(x, size=(1, 5), mode="bilinear", align_corners=True),
+            IMAGE,
+        ),
         "up bil size": (lambda x: F.interpolate(x, size=(9, 7), mode="bilinear"), IMAGE),
         "up bil 1.5": (lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear"), IMAGE),
         "up bil 1.7 recompute": (
