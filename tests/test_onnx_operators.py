@@ -164,3 +164,22 @@ def test_results_that_follow_from_constants_are_stored(tmp_path: Path) -> None:
     size, y = compiled.bundle.run(ROW)
     np.testing.assert_array_equal(size, ROW.shape)
     np.testing.assert_array_equal(y, np.maximum(ROW, 0))
+
+
+def test_recurrent_layers_that_pytorch_does_not_have(tmp_path: Path) -> None:
+    """Peepholes, clipping, other activations, and sequences of several lengths, known or not."""
+    x, lengths = values(5, 2, 3), np.array([5, 2], np.int32)
+    layers: dict[str, tuple[int, dict[str, Any]]] = {
+        "LSTM": (4, {"direction": "bidirectional", "clip": 0.5}),
+        "GRU": (3, {"direction": "reverse", "activations": ["HardSigmoid", "Softsign"], "activation_alpha": [0.3]}),
+        "RNN": (1, {"activations": ["LeakyRelu"], "activation_alpha": [0.2]}),
+    }
+    for op, (gates, attributes) in layers.items():
+        d = 1 + (attributes.get("direction") == "bidirectional")
+        held = {"w": values(d, gates * 4, 3), "r": values(d, gates * 4, 4, seed=1), "b": values(d, gates * 8, seed=2)}
+        names = ["x", *held, "n"] + (["", "", "p"] if op == "LSTM" else [])
+        held |= {"p": values(d, 12, seed=3)} if op == "LSTM" else {}
+        node = helper.make_node(op, names, ["y", "h"], name="rnn", hidden_size=4, **attributes)
+        check(save(tmp_path / f"{op}.onnx", [node], {"x": x}, {**held, "n": lengths}, ["y", "h"]), {"x": x})
+        feed = {"x": x, "n": lengths}
+        check(save(tmp_path / f"{op}_n.onnx", [node], feed, held, ["y", "h"]), feed)
