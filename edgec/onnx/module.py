@@ -232,9 +232,8 @@ class OnnxModule(nn.Module):
             value = values[name]
             value = value.plain() if isinstance(value, Codes) else value
             if isinstance(value, Static):
-                raise EdgecError(
-                    f"output '{name}' does not depend on the inputs", where=self.file, hint="remove the output"
-                )
+                # Stored with the model, and returned as a value of its own.
+                value = self.tensor(value, "constants", name).clone()
             if not isinstance(value, torch.Tensor):
                 raise EdgecError(f"output '{name}' is a sequence", where=self.file, hint="return tensors only")
             # An output that is an input, or another output, is a copy: torch.export wants values of its own.
@@ -279,14 +278,17 @@ class OnnxModule(nn.Module):
         return scope_of(proto, name)
 
     def _results(self, node: Node, values: dict[str, Value], prefix: str, depth: int) -> Sequence[Value]:
+        from edgec.onnx import control, sequences
         from edgec.onnx.operators import handler_of
 
         proto = node.proto
-        if proto.op_type == "If" and proto.domain in ("", "ai.onnx"):
-            return self._if(node, values, depth)
+        inner = control.results_of(node, values, depth)
+        if inner is not None:
+            return inner
         handler = handler_of(proto.domain, proto.op_type)
         given = [v for v in node.inputs if v is not None]
         static = all(isinstance(v, Static) for v in given) and proto.op_type not in ("Shape", "Size")
+        static = static and proto.op_type not in sequences.NAMES
         if static and any(not v.concrete for v in given):
             computed = symbolic.compute(node)
             if computed is not None:
@@ -326,18 +328,11 @@ class OnnxModule(nn.Module):
             results = as_results(handler(plain))
         return [Static(r.numpy(), path) if isinstance(r, torch.Tensor) else r for r in results]
 
-    def _if(self, node: Node, values: dict[str, Value], depth: int) -> list[Value]:
-        condition = node.static(0, "condition")
-        branch = node.attr("then_branch" if bool(condition.reshape(-1)[0]) else "else_branch")
-        inner = {**values, **{t.name: Static(array_of(t), t.name) for t in branch.initializer}}
-        self.run_graph(branch, inner, f"{node.path}/", depth + 1)
-        return [inner[output.name] for output in branch.output]
-
     def _function(self, node: Node, body: Any, depth: int) -> list[Value]:
         """Run the body by which ONNX defines an operator."""
         names = dict(zip(body.input, node.inputs))
         values: dict[str, Value] = {name: names.get(name) for name in body.input}
-        attributes = {a.name: a for a in body.attribute_proto}
+        attributes = {**_defaults(node), **{a.name: a for a in body.attribute_proto}}
         attributes.update(node.attributes)
         outer, self.opset = self.opset, next((o.version for o in body.opset_import if o.domain == ""), self.opset)
         try:
@@ -523,20 +518,34 @@ def unsupported(node: Node) -> EdgecError:
     )
 
 
+def _schema(node: Node) -> tuple[Any, int]:
+    """(definition of the operator in ONNX, version of its operator set), or (None, 0)."""
+    domain = "" if node.proto.domain == "ai.onnx" else node.proto.domain
+    version = node.opset if not domain else node.graph.model.opsets.get(domain, 1)
+    try:
+        return onnx.defs.get_schema(node.op, version, domain), version
+    except Exception:
+        return None, 0
+
+
+def _defaults(node: Node) -> dict[str, AttributeProto]:
+    """What attributes are that the node does not give."""
+    schema, _ = _schema(node)
+    attributes = {} if schema is None else schema.attributes
+    return {n: a.default_value for n, a in attributes.items() if a.default_value.type != AttributeProto.UNDEFINED}
+
+
 def _body(node: Node) -> Any:
     """The FunctionProto by which ONNX defines the node's operator, for the types of its inputs; None without one."""
     proto = node.proto
-    if proto.domain not in ("", "ai.onnx"):
-        return None
-    try:
-        schema = onnx.defs.get_schema(proto.op_type, node.opset, "")
-    except Exception:
+    schema, version = _schema(node)
+    if schema is None:
         return None
     if schema.has_function:
-        versions = [v for v in schema.function_opset_versions if v <= node.opset]
+        versions = [v for v in schema.function_opset_versions if v <= version]
         text = schema.get_function_with_opset_version(max(versions)) if versions else None
     elif schema.has_context_dependent_function:
-        versions = [v for v in schema.context_dependent_function_opset_versions if v <= node.opset]
+        versions = [v for v in schema.context_dependent_function_opset_versions if v <= version]
         types = [_type_of(v) for v in node.inputs]
         text = None
         if versions:

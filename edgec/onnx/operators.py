@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
 from onnx import TensorProto
 
+from edgec.importing.vision import deform_conv2d, roi_align
 from edgec.onnx.module import Handler, Many, Node
 from edgec.onnx.reader import array_of
 
@@ -326,7 +328,9 @@ def _to(node: Node, x: torch.Tensor, code: Any) -> torch.Tensor:
 @_op("Dropout")
 def _dropout(node: Node) -> Any:
     if node.opset >= 12 and node.has(2) and bool(node.static(2, "training mode").reshape(-1)[0]):
-        raise node.refuse("is in training mode", "export the model in evaluation mode")
+        share = float(node.static(1, "ratio").reshape(-1)[0]) if node.has(1) else 0.5
+        if share != 0.0:
+            raise node.refuse("is in training mode", "export the model in evaluation mode")
     x = node.value(0)
     if not node.wants(1):
         return x
@@ -1247,13 +1251,24 @@ def _affine_grid(node: Node) -> Any:
 @_op("Col2Im")
 def _col2im(node: Node) -> Any:
     x, image, block = node.x(0), node.ints(1, "image shape"), node.ints(2, "block shape")
-    if len(image) != 2:
-        raise node.refuse("of other than two dimensions")
-    stride, dilation = node.attr("strides") or [1, 1], node.attr("dilations") or [1, 1]
-    pads = node.attr("pads") or [0] * 4
-    if pads[:2] != pads[2:]:
-        raise node.refuse("with uneven pads")
-    return F.fold(x, *(tuple(v) for v in (image, block, dilation, pads[:2], stride)))
+    rank = len(image)
+    stride, dilation = node.attr("strides") or [1] * rank, node.attr("dilations") or [1] * rank
+    pads = node.attr("pads") or [0] * (2 * rank)
+    before, after = pads[:rank], pads[rank:]
+    if rank == 2 and before == after:
+        return F.fold(x, *(tuple(v) for v in (image, block, dilation, before, stride)))
+    if not 1 <= rank <= 3:
+        raise node.refuse(f"of {rank} dimensions", "use one, two or three")
+    # A transposed convolution that puts every element at its place in the window, then the pads cut off.
+    taps, wide = math.prod(block), [n + b + a for n, b, a in zip(image, before, after)]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, block)]
+    grid = [(w - r) // s + 1 for w, r, s in zip(wide, reach, stride)]
+    rest = [w - r - (g - 1) * s for w, r, g, s in zip(wide, reach, grid, stride)]
+    channels = x.shape[1] // taps
+    weight = torch.eye(taps).reshape(taps, 1, *block).repeat(channels, *[1] * (rank + 1))
+    maps = x.reshape(-1, channels * taps, *grid)
+    y = TRANSPOSED[rank - 1](maps, weight, None, stride, 0, 0, channels, dilation)
+    return _padded(y, [-b for b in before], [r - a for r, a in zip(rest, after)])
 
 
 @_op("Upsample")
@@ -1290,4 +1305,129 @@ def _center_crop_pad(node: Node) -> Any:
     return x
 
 
-from edgec.onnx import quantized, recurrent  # noqa: E402, F401  they register their operators
+@_op("DeformConv")
+def _deform_conv(node: Node) -> Any:
+    x, w, offset = node.x(0), node.x(1), node.x(2)
+    if x.dim() != 4:
+        raise node.refuse(f"of {x.dim() - 2} spatial dimensions", "use two")
+    pads = node.attr("pads") or [0] * 4
+    stride, dilation = node.attr("strides") or [1, 1], node.attr("dilations") or [1, 1]
+    groups = (node.attr("group", 1), node.attr("offset_group", 1))
+    return deform_conv2d(x, w, offset, node.optional(4), node.optional(3), stride, pads[:2], dilation, *groups)
+
+
+@_op("RoiAlign")
+def _roi_align(node: Node) -> Any:
+    if node.attr("mode", "avg") != "avg":
+        raise node.refuse("takes maxima", "use mode avg")
+    samples = node.attr("sampling_ratio", 0)
+    if samples < 1:
+        raise node.refuse("takes as many samples as a box is large", "set sampling_ratio, to 2 for example")
+    # Before operator set 16 there was no other mode.
+    mode = node.attr("coordinate_transformation_mode", "half_pixel" if node.opset >= 16 else "output_half_pixel")
+    size = (node.attr("output_height", 1), node.attr("output_width", 1))
+    image = as_type(node.x(2), torch.int64)
+    return roi_align(node.x(0), node.x(1), image, node.attr("spatial_scale", 1.0), size, samples, mode == "half_pixel")
+
+
+@_op("MaxUnpool")
+def _max_unpool(node: Node) -> Any:
+    x, index, kernel = node.x(0), node.x(1), node.attr("kernel_shape")
+    rank = len(kernel)
+    stride, pads = node.attr("strides") or [1] * rank, node.attr("pads") or [0] * (2 * rank)
+    # The indices count in the map that a pool with these windows had; another size that is asked for is around it.
+    sizes = [(x.shape[2 + i] - 1) * stride[i] - pads[i] - pads[rank + i] + kernel[i] for i in range(rank)]
+    area = math.prod(sizes)
+    index = as_type(index, torch.int64)
+    if stride == list(kernel) and not any(pads) and _of_such_a_pool(node, kernel):
+        # Windows side by side: each place asks its own window, where one scatter would ask all.
+        place = torch.arange(area).reshape(sizes)
+        for axis, factor in enumerate(kernel, 2):
+            x, index = (t.repeat_interleave(factor, axis) for t in (x, index))
+        y = torch.where(index % area == place, x, torch.zeros((), dtype=x.dtype))
+    else:
+        flat, places = (t.reshape(*x.shape[:2], -1) for t in (x, index % area))
+        empty = torch.zeros((*x.shape[:2], area), dtype=x.dtype)
+        y = torch.scatter(empty, 2, places, flat).reshape(*x.shape[:2], *sizes)
+    if not node.has(2):
+        return y
+    wanted = node.ints(2, "shape")[2:]
+    return _padded(y, [0] * rank, [n - own for n, own in zip(wanted, sizes)])
+
+
+def _of_such_a_pool(node: Node, kernel: list[int]) -> bool:
+    """Whether the indices are those of a MaxPool with these windows, side by side."""
+    name = node.proto.input[1]
+    maker = next((n for n in node.graph.root.node if name in n.output), None)
+    if maker is None or maker.op_type != "MaxPool":
+        return False
+    found = {a.name: onnx.helper.get_attribute_value(a) for a in maker.attribute}
+    plain = not any(found.get("pads", ())) and not found.get("ceil_mode", 0) and not found.get("storage_order", 0)
+    plain = plain and found.get("auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
+    windows = list(found["kernel_shape"]) == list(kernel) == list(found.get("strides", ()))
+    return plain and windows and set(found.get("dilations", (1,))) == {1}
+
+
+# -- states of models that are run step by step ------------------------------------------------------------------------
+
+
+@_op("CausalConvWithState")
+def _causal_conv(node: Node) -> Any:
+    x, w = node.x(0), node.x(1)
+    reach = w.shape[2] - 1
+    past = node.x(3) if node.has(3) else None
+    wide = F.pad(x, (reach, 0)) if past is None else torch.cat([past, x], 2)
+    y = F.conv1d(wide, w, node.optional(2), groups=w.shape[0])
+    y = F.silu(y) if node.attr("activation", "none") in ("silu", "swish") else y
+    return Many([y, wide.narrow(2, wide.shape[2] - reach, reach)])
+
+
+@_op("TensorScatter")
+def _tensor_scatter(node: Node) -> Any:
+    """A cache with new rows from a place on that each sample has for itself."""
+    cache, update, axis = node.x(0), node.x(1), node.attr("axis", -2)
+    axis = axis % cache.dim()
+    size, count = cache.shape[axis], update.shape[axis]
+    shape = [1] * cache.dim()
+    shape[axis] = size
+    place = torch.arange(size).reshape(shape)
+    if node.has(2):
+        place = place - as_type(node.x(2), torch.int64).reshape(-1, *[1] * (cache.dim() - 1))
+    place = torch.remainder(place, size) if node.attr("mode", "linear") == "circular" else place
+    new = (place >= 0) & (place < count)
+    wanted = [*cache.shape]
+    row = torch.clamp(place, 0, count - 1).expand(wanted)
+    return torch.where(new, torch.gather(update, axis, row), cache)
+
+
+@_op("BitCast")
+def _bit_cast(node: Node) -> Any:
+    x, code = node.x(0), node.attr("to")
+    kind = TYPES.get(code)
+    if kind == x.dtype:
+        return x
+    if node.folding and kind is not None and kind.itemsize == x.dtype.itemsize:
+        return x.view(kind)
+    if x.dtype == torch.int8 and kind == torch.uint8:
+        return (x.to(torch.int16) & 255).to(torch.uint8)
+    if x.dtype == torch.uint8 and kind == torch.int8:
+        wide = x.to(torch.int16)
+        return torch.where(wide > 127, wide - 256, wide).to(torch.int8)
+    if x.dtype == torch.bool and kind == torch.uint8:
+        return x.to(torch.uint8)
+    raise node.refuse("of other than bytes is not supported", "cast the values, or leave the bits as they are")
+
+
+@_op("Binarizer", domain="ai.onnx.ml")
+def _binarizer(node: Node) -> Any:
+    x = node.x(0)
+    return (x > node.attr("threshold", 0.0)).to(x.dtype)
+
+
+@_op("ArrayFeatureExtractor", domain="ai.onnx.ml")
+def _features(node: Node) -> Any:
+    x = node.x(0)
+    return torch.index_select(x, x.dim() - 1, node.x(1).reshape(-1))
+
+
+from edgec.onnx import quantized, recurrent, sequences, signals  # noqa: E402, F401  they register their operators

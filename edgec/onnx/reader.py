@@ -88,7 +88,9 @@ def read_onnx(
             proto = onnx.inliner.inline_local_functions(proto)
     notes: list[str] = []
     for name, value in (fixed or {}).items():
-        proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        proto.graph.initializer.append(
+            numpy_helper.from_array(np.ascontiguousarray(value).reshape(np.shape(value)), name)
+        )
     inputs = _inputs(proto, path, input_shape)
     half = _uses_half(proto)
     if half:
