@@ -56,6 +56,9 @@ EMULATED_SAMPLES = 64
 # Of a microcontroller's code, which runs on all of them compiled for this machine, as many also run on QEMU's board.
 BOARD_SAMPLES = 32
 BISECTION_STEPS = 4
+# The pass that a model which comes quantised goes through first, and the passes that choose scales.
+ADOPTS = "adopt-qdq"
+QUANTISERS = "edgec.passes.quantization."
 # Samples on which the ONNX model is compared with the Program.
 ONNX_SAMPLES = 4
 # Samples of the training data that the checks use when there is no evaluation data.
@@ -245,7 +248,8 @@ def compile_model(
     if threads < 1:
         raise EdgecError(f"{threads} is less than 1", where="--threads")
     pipeline = Pipeline.of(passes)
-    _known_stage(stop_after, pipeline)
+    if stop_after != ADOPTS:
+        _known_stage(stop_after, pipeline)
     device = tuned_device(get_device(target), tuning)
     if threads > 1 and (device.is_mcu or device.is_gpu):
         what = "has one thread" if device.is_mcu else "is no CPU, whose threads could share the work"
@@ -258,6 +262,8 @@ def compile_model(
     started = time.perf_counter()
     tell("load", 0.0)
     program = load_model(model, input_shape=input_shape, name=name)
+    pipeline = _adopting(pipeline, program)
+    _known_stage(stop_after, pipeline)
     preprocess = Preprocess(
         mean=None if mean is None else tuple(mean), std=None if std is None else tuple(std), scale=input_scale
     )
@@ -292,6 +298,8 @@ def compile_model(
     original = program
     for number, step in enumerate(pipeline.passes, start=1):
         program = run.apply(step, program)
+        if step.name == ADOPTS and ADOPTS in program.annotations:
+            run.ledger.meta["quantised"] = str(program.annotations[ADOPTS])
         writer(f"{number}-{step.name}", program)
         if stop_after == step.name:
             return CompileResult(run.ledger, None, program)
@@ -342,6 +350,26 @@ def _require(device: Device) -> None:
         from edgec.targets.cpu.toolchain import require_toolchain
 
         require_toolchain(device)
+
+
+def _adopting(pipeline: Pipeline, program: Program) -> Pipeline:
+    """The pipeline for a model that may come quantised: such a model keeps its scales.
+
+    Raises EdgecError where a pass would quantise once more what is quantised.
+    """
+    from edgec.importing.quantized import comes_quantised
+    from edgec.registry import load_pass
+
+    if not comes_quantised(program) or any(step.name == ADOPTS for step in pipeline):
+        return pipeline
+    again = next((step for step in pipeline if type(step).__module__.startswith(QUANTISERS)), None)
+    if again is not None:
+        raise EdgecError(
+            f"{program.name} comes quantised, with scales of its own",
+            where=f"pass {again.name}",
+            hint=f"leave {again.name} out: {ADOPTS} makes it integer with those scales; or give the float model",
+        )
+    return Pipeline((load_pass(ADOPTS)(), *pipeline))
 
 
 def _known_stage(stop_after: str | None, pipeline: Pipeline) -> None:

@@ -96,6 +96,8 @@ def print_ledger(ledger: Ledger) -> None:
     print_table(header, ledger.ladder(), expendable=LADDER_EXPENDABLE)
     if ledger.stages:
         print_line(f"metric  {metric} on {ledger.stages[0].metric.n:,} samples")
+    if "quantised" in ledger.meta:
+        print_line(f"model   {ledger.meta['quantised']}")
     groups: dict[tuple[str, str], list[str]] = {}
     for skip in ledger.skipped:
         groups.setdefault((skip.what, skip.reason), []).append(skip.layer)

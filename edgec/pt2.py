@@ -13,6 +13,7 @@ such a file can call `torch.export.load` in Python and give the result to `edgec
 from __future__ import annotations
 
 import ast
+import importlib
 import io
 import json
 import re
@@ -42,7 +43,8 @@ KEPT = re.compile(r"archive_format|archive_version|byteorder|\.data/version|data
 # Written by torch.export.save, of no use here.
 DROPPED = re.compile(r"\.data/serialization_id|extra/.*|" + re.escape(SAMPLE_INPUTS))
 
-NAMESPACES = ("aten", "edgec", "quantized_decomposed", "torchvision")
+QUANTIZED = "quantized_decomposed"
+NAMESPACES = ("aten", "edgec", QUANTIZED, "torchvision")
 HIGHER_ORDER = ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast")
 # Arithmetic on sizes, and choosing one of several results.
 SCALAR_FUNCTIONS = re.compile(
@@ -87,6 +89,9 @@ def load_pt2(path: str | Path) -> torch.export.ExportedProgram:
         kept[name] = _checked_config(_json(entries, name, where), pattern, kept, where)
     model = _json(entries, MODEL, where)
     _check_version(model, where)
+    if QUANTIZED.encode() in entries[MODEL]:
+        # Registers them; nothing that torch itself imports does.
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
     _check(model, "", where)
     kept[MODEL] = json.dumps({**model, "guards_code": []}).encode()
     kept[SAMPLE_INPUTS] = b""

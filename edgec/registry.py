@@ -112,6 +112,11 @@ BUILTIN = (
         "edgec.passes.quantization.quantize_int8:QuantizeInt8",
     ),
     PassEntry(
+        "adopt-qdq",
+        "integers with the scales that a quantised model comes with",
+        "edgec.passes.quantization.adopt_qdq:AdoptQdq",
+    ),
+    PassEntry(
         "reconstruct",
         "few-bit quantisation with learned rounding, block by block",
         "edgec.passes.quantization.reconstruct:Reconstruct",

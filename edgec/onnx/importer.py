@@ -12,6 +12,7 @@ import onnx
 import torch
 
 from edgec.errors import EdgecError
+from edgec.importing.quantized import QUANTIZED_SQNR_DB, remember
 from edgec.onnx.check import session_of
 from edgec.onnx.module import OnnxModule
 from edgec.onnx.reader import OnnxModel, read_onnx
@@ -24,8 +25,6 @@ from edgec.stats import sqnr_db
 RUNTIME_TOLERANCE = 1e-4
 # Of models that hold float16 numbers the runtime rounds every value to ten bits.
 HALF_TOLERANCE = 2e-2
-# Codes next to a rounding boundary fall on either side of it; a mistake leaves next to no signal.
-QUANTIZED_SQNR_DB = 30.0
 # Nodes of a model that ONNX's own evaluator, which is slow, runs in seconds.
 REFERENCE_NODES = 200
 
@@ -59,7 +58,7 @@ def import_model(
         module(*examples)
     module.recording = False
     program = _exported(module, examples, name)
-    program = _named(program, model)
+    program = remember(_named(program, model), module.stored)
     notes = list(model.notes)
     if check:
         notes.append(_check(program, model, fixed or {}))

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from edgec.errors import EdgecError
+from edgec.importing.quantized import UNSIGNED, StoredCodes
 from edgec.onnx import symbolic
 from edgec.onnx.reader import OnnxModel, array_of
 
@@ -34,6 +35,9 @@ ROLES: Mapping[str, tuple[str, ...]] = {
     "Gemm": ("", "weight", "bias"),
     "MatMul": ("weight", "weight"),
     "Linear": ("", "weight", "bias"),
+    "QLinearConv": ("", "", "", "weight", "", "", "", "", "bias"),
+    "QLinearMatMul": ("", "", "", "weight"),
+    "QGemm": ("", "", "", "weight", "", "", "bias"),
     "PRelu": ("", "weight"),
     "BatchNormalization": ("", "weight", "bias", "running_mean", "running_var"),
     "LayerNormalization": ("", "weight", "bias"),
@@ -45,8 +49,11 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 # Bytes of constants that are compared by their contents.
 LARGE = 4096
 PLAIN_NAME = re.compile(r"[A-Za-z_][\w]*(\.\w+)+", re.ASCII)
-# What uint8 codes are more than the int8 codes that stand for them.
-UNSIGNED = 128
+# Operators that move elements, or choose among them: on codes they do the same as on the numbers they stand for.
+MOVES = {
+    *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Expand", "Tile"),
+    *("DepthToSpace", "SpaceToDepth", "MaxPool", "Concat", "Split"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +218,8 @@ class OnnxModule(nn.Module):
         self.free_batch = False
         self.folded: dict[tuple[Any, ...], list[Value]] = {}
         self.kept: list[Value] = []
+        # The codes of weights that were met as such.
+        self.stored: list[StoredCodes] = []
         self.places: dict[tuple[Any, ...], str] = {}
         self.scopes: dict[str, list[str]] = {}
         self.weights = {t.name: Static(array_of(t), t.name) for t in self.root.initializer}
@@ -302,7 +311,15 @@ class OnnxModule(nn.Module):
             return self._function(node, body, depth)
         if static and given and all(v.concrete for v in given):
             return self._folded(node, handler)
-        return as_results(self._scope(node.path)(handler, node) if node.path else handler(node))
+        coded = proto.op_type in MOVES and proto.domain in ("", "ai.onnx") and _codes_only(node)
+        if coded:
+            node.inputs = [v.tensor if isinstance(v, Codes) else v for v in node.inputs]
+        results = as_results(self._scope(node.path)(handler, node) if node.path else handler(node))
+        return (
+            [Codes(r) if isinstance(r, torch.Tensor) and r.dtype == torch.int8 else r for r in results]
+            if coded
+            else results
+        )
 
     def _folded(self, node: Node, handler: Handler) -> list[Value]:
         """The results of a node on constants, computed at once and outside of any tracing."""
@@ -440,6 +457,12 @@ class OnnxModule(nn.Module):
                     self.add_module("main", Scope())
             self.scopes[path] = known
         return self._at(known)
+
+
+def _codes_only(node: Node) -> bool:
+    """Whether what a node moves are uint8 codes, all of them held as int8."""
+    moved = node.inputs if node.op == "Concat" else node.inputs[:1]
+    return bool(moved) and all(isinstance(v, Codes) for v in moved)
 
 
 def _content(array: np.ndarray) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto
 
+from edgec import qops as qops  # registers edgec::qmax_pool2d
 from edgec.importing.vision import deform_conv2d, roi_align
 from edgec.onnx.module import Handler, Many, Node
 from edgec.onnx.reader import array_of
@@ -1013,6 +1014,11 @@ def _max_pool(node: Node) -> Any:
     x = node.x(0)
     kernel, stride, dilation, before, after, counts = _pool_windows(node, x)
     kind, rank, pool = x.dtype, len(kernel), MAX_POOLS[len(kernel) - 1]
+    if kind == torch.int8 and rank == 2 and not node.wants(1) and not node.folding:
+        reach = [(c - 1) * s + d * (k - 1) + 1 for c, s, d, k in zip(counts, stride, dilation, kernel)]
+        ends = [r - n - b for r, n, b in zip(reach, x.shape[2:], before)]
+        pads = [before[0], max(ends[0], 0), before[1], max(ends[1], 0)]
+        return torch.ops.edgec.qmax_pool2d(x, kernel, stride, pads, dilation, False)
     wide = x if kind.is_floating_point else x.to(torch.float32)
     plain = before == after and all(2 * b <= k for b, k in zip(before, kernel)) and not node.attr("ceil_mode", 0)
     if plain and not node.wants(1):

@@ -1,6 +1,10 @@
-"""Quantised operators of ONNX, in floating point: codes are whole numbers, sums of products of codes are exact.
+"""Quantised operators of ONNX, in floating point, in the form that the pass `adopt-qdq` makes integers of.
 
-int8 codes of one scale use `edgec::quantize` and `edgec::dequantize`, with the same rounding as ONNX: half to even.
+int8 and uint8 codes of one scale use `edgec::quantize` and `edgec::dequantize`, with the same rounding as ONNX: half to
+even. Weights are the real numbers that their codes stand for, and the module keeps a record of their scales. The
+operators that work on codes (`QLinearConv` and its like) become dequantisation, the operator on real numbers and
+quantisation, where scales and zero points are constants. Else codes are whole numbers in floating point, whose sums of
+products are exact.
 """
 
 from __future__ import annotations
@@ -8,12 +12,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto
 
 import edgec.qops  # noqa: F401  registers edgec::quantize
-from edgec.onnx.module import UNSIGNED, Codes, Many, Node
-from edgec.onnx.operators import _op, as_type, convolve
+from edgec.importing.quantized import UNSIGNED, StoredCodes
+from edgec.onnx.module import Codes, Many, Node, Static
+from edgec.onnx.operators import _op, as_type, convolve, handler_of
 
 LIMITS = {
     torch.int8: (-128, 127),
@@ -73,18 +80,72 @@ def _quantize(node: Node) -> Any:
 
 @_op("DequantizeLinear")
 def _dequantize(node: Node) -> Any:
-    value = node.value(0)
-    known = node.is_static(1) and node.value(1).shape in ((), (1,)) and (not node.has(2) or node.is_static(2))
-    signed = value.tensor if isinstance(value, Codes) else node.x(0)
-    if known and signed.dtype == torch.int8 and not node.folding and not node.is_static(0):
-        zero = int(node.static(2, "zero point").reshape(-1)[0]) if node.has(2) else 0
-        zero = zero - UNSIGNED if isinstance(value, Codes) else zero
-        return torch.ops.edgec.dequantize(signed, float(node.static(1, "scale").reshape(-1)[0]), zero)
+    real = None if node.folding or node.is_static(0) else _as_reals(node, 0, 1, 2)
+    if real is not None:
+        return real
     x = node.x(0)
     wide = as_type(x, torch.int32)
     if node.has(2):
         wide = wide - as_type(_spread(node, node.x(2), x), torch.int32)
+    if node.folding and x.dtype in (torch.int8, torch.uint8) and node.x(1).dtype == torch.float32:
+        zeros = node.x(2).reshape(-1) if node.has(2) else torch.zeros(1, dtype=x.dtype)
+        _remember(node, wide.numpy(), node.x(1).numpy(), zeros.numpy(), node.attr("block_size", 0))
     return as_type(wide, torch.float32) * _spread(node, node.x(1), x)
+
+
+def _remember(node: Node, steps: np.ndarray, scale: np.ndarray, zeros: np.ndarray, block: int = 0) -> None:
+    """Keep a record of codes, less their zero points, that become real numbers."""
+    one = int(zeros[0]) - (UNSIGNED if zeros.dtype == np.uint8 else 0) if len(np.unique(zeros)) == 1 else None
+    node.graph.stored.append(StoredCodes.of(steps, scale.reshape(-1) if not block else scale, one, block))
+
+
+def _constants(node: Node, *indices: int) -> bool:
+    """Whether these inputs are constants, or missing."""
+    return all(node.is_static(i) for i in indices if node.has(i))
+
+
+def _as_reals(node: Node, index: int, scale: int, zero: int) -> Any:
+    """`edgec::dequantize` of codes, where scale and zero point are one constant each; None where they are not."""
+    if node.folding or not _constants(node, scale, zero) or node.value(scale).shape not in ((), (1,)):
+        return None
+    value = node.value(index)
+    signed = value.tensor if isinstance(value, Codes) else node.x(index)
+    shift = UNSIGNED if isinstance(value, Codes) or signed.dtype == torch.uint8 else 0
+    if signed.dtype == torch.uint8:
+        signed = (signed.to(torch.int16) - UNSIGNED).to(torch.int8)
+    if signed.dtype != torch.int8 or node.static(scale, "scale").dtype != np.float32:
+        return None
+    place = int(node.static(zero, "zero point").reshape(-1)[0]) if node.has(zero) else 0
+    return torch.ops.edgec.dequantize(signed, float(node.static(scale, "scale").reshape(-1)[0]), place - shift)
+
+
+def _as_weight(node: Node, index: int, axis: int = 0, turned: bool = False) -> Any:
+    """The real numbers of a constant, of which scale and zero point follow it; None where any of them is computed.
+
+    axis: that of scales and zero points, if there are several. turned: transpose the result.
+    """
+    if node.folding or not (node.is_static(index) and _constants(node, index + 1, index + 2)):
+        return None
+    codes, scale = node.value(index).array, node.static(index + 1, "scale")
+    zeros = node.static(index + 2, "zero point") if node.has(index + 2) else np.zeros((), codes.dtype)
+    if codes.dtype not in (np.int8, np.uint8) or scale.dtype != np.float32:
+        return None
+    shape = [-1 if i == axis else 1 for i in range(codes.ndim)]
+    wide = [v if v.size == 1 else v.reshape(shape) for v in (zeros.astype(np.int32), scale)]
+    steps = codes.astype(np.int32) - wide[0].reshape(() if wide[0].size == 1 else wide[0].shape)
+    _remember(node, steps, scale.reshape(-1), zeros.reshape(-1))
+    real = steps.astype(np.float32) * wide[1].reshape(() if wide[1].size == 1 else wide[1].shape)
+    real = np.ascontiguousarray(real.T) if turned else real
+    return node.graph.tensor(Static(real, node.value(index).path), node.path, "weight")
+
+
+def _as_bias(node: Node, index: int, x_scale: int, w_scale: int) -> Any:
+    """The real numbers of an int32 bias: its scale is the product of the other two. None where there is no bias."""
+    if not node.has(index):
+        return None
+    scale = node.static(x_scale, "scale").reshape(-1) * node.static(w_scale, "scale").reshape(-1)
+    real = (node.value(index).array.reshape(-1).astype(np.float64) * scale).astype(np.float32)
+    return node.graph.tensor(Static(real, node.value(index).path), node.path, "bias")
 
 
 @_op("DynamicQuantizeLinear")
@@ -161,6 +222,10 @@ def _requantized(node: Node, real: torch.Tensor, scale: int, zero: int) -> Any:
 
 @_op("QLinearConv")
 def _qlinear_conv(node: Node) -> Any:
+    x = _as_reals(node, 0, 1, 2) if _constants(node, 6, 7, 8) else None
+    weight = None if x is None else _as_weight(node, 3)
+    if x is not None and weight is not None:
+        return _requantized(node, convolve(node, x, weight, _as_bias(node, 8, 1, 4)), 6, 7)
     total = _sums(node, _centred(node, 0, 2), _centred(node, 3, 5, 0))
     rank = total.dim() - 2
     if node.has(8):
@@ -172,6 +237,15 @@ def _qlinear_conv(node: Node) -> Any:
 
 @_op("QLinearMatMul")
 def _qlinear_matmul(node: Node) -> Any:
+    x = _as_reals(node, 0, 1, 2) if _constants(node, 6, 7) else None
+    if x is not None and x.dim() > 1:
+        if node.is_static(3) and node.value(3).array.ndim == 2:
+            weight = _as_weight(node, 3, 1, turned=True)
+            if weight is not None:
+                return _requantized(node, F.linear(x, weight), 6, 7)
+        other = None if node.is_static(3) else _as_reals(node, 3, 4, 5)
+        if other is not None:
+            return _requantized(node, torch.matmul(x, other), 6, 7)
     a, b = _rows(node, 0, 2), _columns(node, 3, 5)
     kind = _exact(a.shape[-1], node)
     total = torch.matmul(as_type(a, kind), as_type(b, kind)).to(torch.float32)
@@ -185,6 +259,11 @@ def _qlinear_matmul(node: Node) -> Any:
 
 def _real(node: Node, index: int) -> torch.Tensor:
     """The real numbers that inputs `index`, its scale and its zero point stand for."""
+    both = (index, index + 1, index + 2)
+    constant = _constants(node, *both) and not node.folding and node.value(index + 1).shape in ((), (1,))
+    real = _as_weight(node, index) if constant else _as_reals(node, *both)
+    if real is not None:
+        return real
     return _centred(node, index, index + 2) * node.x(index + 1)
 
 
@@ -218,16 +297,42 @@ def _qlinear_mean(node: Node) -> Any:
 
 @_op("QLinearConcat", domain="com.microsoft")
 def _qlinear_concat(node: Node) -> Any:
-    parts = []
-    for i in range(2, len(node.inputs), 3):
-        x = as_type(node.x(i), torch.float32)
-        x = x - as_type(node.x(i + 2), torch.float32) if node.has(i + 2) else x
-        parts.append(x * node.x(i + 1))
+    parts = [_real(node, i) for i in range(2, len(node.inputs), 3)]
     return _requantized(node, torch.cat(parts, node.attr("axis")), 0, 1)
+
+
+def _inner(node: Node, op: str, real: torch.Tensor, opset: int) -> Any:
+    """What an operator of ONNX gives for real numbers, with the attributes of `node`."""
+    inner = Node(node.graph, node.proto, node.name, node.path, [real])
+    inner.op, inner.opset = op, opset
+    handler = handler_of("", op)
+    assert handler is not None
+    return handler(inner)
+
+
+@_op("QLinearAveragePool", domain="com.microsoft")
+def _qlinear_average(node: Node) -> Any:
+    if node.attr("channels_last", 0):
+        raise node.refuse("with channels last")
+    return _requantized(node, _inner(node, "AveragePool", _real(node, 0), node.graph.opset), 3, 4)
+
+
+@_op("QLinearSoftmax", domain="com.microsoft")
+def _qlinear_softmax(node: Node) -> Any:
+    return _requantized(node, _inner(node, "Softmax", _real(node, 0), node.attr("opset", 13)), 3, 4)
 
 
 @_op("QGemm", domain="com.microsoft")
 def _qgemm(node: Node) -> Any:
+    plain = not node.attr("transA", 0) and node.attr("alpha", 1.0) == 1.0 and _constants(node, 6, 7, 8)
+    x = _as_reals(node, 0, 1, 2) if plain else None
+    if x is not None and node.is_static(3):
+        rows = bool(node.attr("transB", 0))
+        weight = _as_weight(node, 3, 0 if rows else 1, turned=not rows)
+        outputs = None if weight is None else weight.shape[0]
+        if weight is not None and (not node.has(6) or node.value(6).array.size == outputs):
+            y = F.linear(x, weight, _as_bias(node, 6, 1, 4))
+            return _requantized(node, y, 7, 8) if node.has(7) else y
     a, b = _rows(node, 0, 2), as_type(node.x(3), torch.float32)
     turned = bool(node.attr("transB", 0))
     if node.has(5):

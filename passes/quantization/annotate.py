@@ -14,6 +14,8 @@ In a transformer that leaves the inputs of the linear layers. Sums that a norm r
 stream has a few channels of much larger range, which one scale per tensor cannot serve; so do sums with a float result,
 and GELU and its like behind linear layers.
 
+A pass that knows from elsewhere which tensors have codes decides for itself (`Decide`).
+
 That is nonlinear="auto". With "integer", for cores without floating point, functions become tables wherever one comes
 directly behind a layer, sums at the end of the graph are int8, and every layer gives codes. With "float" no curved
 function becomes a table.
@@ -116,6 +118,11 @@ class Annotation:
         return [n for n in graph.nodes if n in read]
 
 
+# (what could become int8 and how, why the others cannot, which the function completes) -> an Annotation with `kinds`
+# and `real` filled in
+Decide = Callable[[dict[fx.Node, Kind], dict[fx.Node, str]], Annotation]
+
+
 def operand_nodes(node: fx.Node) -> list[fx.Node]:
     """The tensors that an int8 form of `node` reads as codes: for layers and tables only the first argument."""
     first = node.args[0]
@@ -135,11 +142,27 @@ def annotate(
     keep_float: Callable[[str], bool],
     nonlinear: str = "auto",
     held: Mapping[fx.Node, str] = MappingProxyType({}),
+    decide: Decide | None = None,
 ) -> Annotation:
     """Annotate a graph. `keep_float(layer name)` tells which layers the user wants left alone; nonlinear: one of
-    `operators.NONLINEAR`, see above; held: other nodes to leave alone, with the reason.
+    `operators.NONLINEAR`, see above; held: other nodes to leave alone, with the reason; decide: chooses instead of
+    `nonlinear`.
     """
-    candidates, reasons = _candidates(module, keep_float, nonlinear, held)
+    candidates, reasons = _candidates(module, keep_float, nonlinear, held, decide is not None)
+    found = _chosen(module, candidates, nonlinear) if decide is None else decide(candidates, reasons)
+    _fuse_clips(found)
+    _tie_concatenations(found)
+    for node in module.graph.nodes:
+        if is_float(node) and node.op == "call_function" and not found.is_int8(node):
+            if is_call(node, *MOVES, *IDENTITIES):
+                continue  # computes nothing
+            reason = reasons.get(node, "no int8 layer on both sides: int8 would only add conversions")
+            if reason:
+                found.skipped.append((layer_of(node), op_name(node), reason))
+    return found
+
+
+def _chosen(module: fx.GraphModule, candidates: dict[fx.Node, Kind], nonlinear: str) -> Annotation:
     reaches = _reaching_layers(module, candidates)
     pays = _pays_integer if nonlinear == "integer" else _pays
     found = Annotation()
@@ -149,20 +172,17 @@ def annotate(
             found.kinds[node] = kind
     if nonlinear != "integer":
         _find_real(module, found)
-    _fuse_clips(found)
-    _tie_concatenations(found)
-    for node in module.graph.nodes:
-        if is_float(node) and node.op == "call_function" and not found.is_int8(node):
-            if is_call(node, *MOVES, *IDENTITIES):
-                continue  # computes nothing
-            reason = reasons.get(node, "no int8 layer on both sides: int8 would only add conversions")
-            found.skipped.append((layer_of(node), op_name(node), reason))
     return found
 
 
 def _candidates(
-    module: fx.GraphModule, keep_float: Callable[[str], bool], nonlinear: str, held: Mapping[fx.Node, str]
+    module: fx.GraphModule,
+    keep_float: Callable[[str], bool],
+    nonlinear: str,
+    held: Mapping[fx.Node, str],
+    decided: bool = False,
 ) -> tuple[dict[fx.Node, Kind], dict[fx.Node, str]]:
+    """decided: what is left float for the sake of accuracy is a candidate too."""
     kinds: dict[fx.Node, Kind] = {}
     reasons: dict[fx.Node, str] = {}
     for node in module.graph.nodes:
@@ -173,11 +193,11 @@ def _candidates(
             kind, reason = None, "a batch norm follows: run fold-bn first"
         if kind is not None and any(changes_in_place(user, node) for user in node.users):
             kind, reason = None, "is changed in place"
-        if kind in (Kind.PAIR, Kind.CONCAT) and _is_normalised(node):
+        if kind in (Kind.PAIR, Kind.CONCAT) and not decided and _is_normalised(node):
             kind, reason = None, "is normalised afterwards: one scale does not serve a residual stream"
-        if kind is Kind.TABLE and _stays_curved(node, nonlinear):
+        if kind is Kind.TABLE and not decided and _stays_curved(node, nonlinear):
             kind, reason = None, "is computed in float before the result is rounded"
-        if kind is not None and node.users and all(is_call(u, *CHOOSING) for u in node.users):
+        if kind is not None and not decided and node.users and all(is_call(u, *CHOOSING) for u in node.users):
             kind, reason = None, "tokens are chosen by it, in float"
         if node in held:
             kind, reason = None, held[node]

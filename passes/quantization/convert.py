@@ -147,6 +147,8 @@ class Converter:
 
     def _quantized(self, source: fx.Node, params: QParams) -> fx.Node:
         """Codes of a float node or a stored tensor."""
+        if is_call(source, edgec.dequantize.default) and source.args[1:] == params.per_tensor:
+            return operand(source)
         if source.op == "get_attr":
             stored = integer.quantize(get_weight(self.module, source).numpy(), *params.per_tensor)
             stored = np.clip(stored, params.n, params.p)
@@ -164,10 +166,10 @@ class Converter:
         """What the codes of `node` mean."""
         if node in self.meaning:
             return self.meaning[node]
-        if node.op == "get_attr":
+        if node.op == "get_attr" and node not in self.observed:
             tensor = get_weight(self.module, node)
             return affine(float(tensor.min()), float(tensor.max()), source=str(node.target))
-        return self.observed[self.annotation.observed(node)]
+        return self.observed[node if node.op == "get_attr" else self.annotation.observed(node)]
 
     # -- int8 nodes ----------------------------------------------------------------------------------------------------
 
@@ -343,7 +345,8 @@ class Converter:
             if argument is source:
                 return reals
             if isinstance(argument, fx.Node):
-                return get_weight(self.module, argument).to(torch.float64)
+                tensor = get_weight(self.module, argument).to(torch.float64)
+                return tensor.reshape(()) if tensor.numel() == 1 and not is_call(node, aten.prelu.default) else tensor
             return argument
 
         args = [value(a) for a in node.args]
@@ -394,6 +397,9 @@ class Converter:
         codes = self._codes(source)
         params = self.meaning[source]
         lo, hi = _limits(params, limits)
+        if (lo, hi) == (params.n, params.p):  # limits that all codes keep
+            self.codes[node], self.meaning[node] = codes, params
+            return
         self._finish(node, self._call(aten.clamp.default, (codes, lo, hi), node), params)
 
     def _scale(self, node: fx.Node) -> None:

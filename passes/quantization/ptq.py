@@ -80,10 +80,7 @@ def prepare(
 
     where: the option's name for errors about `keep_float`. Raises EdgecError for a pattern that fits no layer.
     """
-    module = program.edit()
-    module.graph.eliminate_dead_code()
-    make_functional(module)
-    masks = Carrier(program.annotations)
+    module, masks = editable(program)
     as_conv2d(module, masks)
     check_patterns(module, keep_float, where)
 
@@ -96,6 +93,14 @@ def prepare(
     for skip in annotation.skipped:
         context.skip(*skip)
     return Prepared(program, module, annotation, masks)
+
+
+def editable(program: Program) -> tuple[fx.GraphModule, Carrier]:
+    """(a copy of the graph without dead nodes and calls that work in place, the Program's masks)."""
+    module = program.edit()
+    module.graph.eliminate_dead_code()
+    make_functional(module)
+    return module, Carrier(program.annotations)
 
 
 def _separate_outliers(

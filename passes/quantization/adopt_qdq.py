@@ -1,0 +1,450 @@
+"""A model that comes quantised becomes integer, with the scales that it came with.
+
+ONNX files in QDQ form, graphs of PyTorch's PT2E quantisation and models with fake quantisation compute real numbers and
+round them, where `edgec::quantize` and `edgec::dequantize` stand one behind the other. Each such pair says what the
+codes of a tensor mean. The pass takes the pairs out, hands their scales to the converter that all quantisation passes
+use, and gives it the weights' own scales and codes.
+
+    codes of x, weights on a grid -> layer -> (clip, moves) -> pair      an integer layer that gives codes
+    codes of x, weights on a grid -> layer -> anything else             an integer layer that gives real numbers
+    codes -> function, sum, average, concatenation -> pair              the same on codes
+    codes -> clip, or pair with another grid                            a table
+
+Everything else stays float, and a pair there becomes a clamp: what it cut off stays cut off, nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import fx
+
+from edgec.as_conv2d import as_conv2d
+from edgec.errors import EdgecError
+from edgec.importing.quantized import KEY, StoredCodes, comes_quantised, stored_codes
+from edgec.integer import CODE_SPAN, QMAX, QMIN, REQUANTS, WEIGHT_MAX
+from edgec.passbase import Context, Needs, Pass, option
+from edgec.passes.keep import check_patterns, fits, layer_names
+from edgec.passes.quantization.annotate import Annotation, annotate, operand_nodes
+from edgec.passes.quantization.convert import WeightRule
+from edgec.passes.quantization.operators import (
+    LAYERS,
+    SPLITTERS,
+    Kind,
+    arguments,
+    clip_limits,
+    operand,
+    scalar_of,
+)
+from edgec.passes.quantization.ptq import Prepared, choose_requant, convert, editable
+from edgec.program import (
+    Program,
+    constant_of,
+    get_weight,
+    is_call,
+    layer_of,
+    propagate,
+    shape_of,
+    weight_node,
+)
+from edgec.quantparams import SMALLEST_SCALE, QParams, quantize_weights
+
+aten = torch.ops.aten
+edgec = torch.ops.edgec
+
+# Where a node has the grid of a pair that stood there.
+GRID = "edgec_grid"
+# What a weight may differ from a whole number of steps: it was rounded to float32, from a scale that was.
+EXACT = 2e-6
+# A limit of a clip that is so near a code is that code.
+NEAR_CODE = 1e-3
+PASSING = (Kind.SHARE, Kind.CLIP, Kind.SCALE)
+
+
+@dataclass(frozen=True)
+class AdoptSummary:
+    """What the pass did. quantised, kept_float: convolutions and linear layers by name. grids: pairs that it found."""
+
+    quantised: tuple[str, ...]
+    kept_float: tuple[str, ...]
+    grids: int
+
+    def __str__(self) -> str:
+        total = len(self.quantised) + len(self.kept_float)
+        return f"came quantised: its own scales make {len(self.quantised)} of {total} layers integer"
+
+
+@dataclass(frozen=True)
+class AdoptQdq(Pass):
+    """Integer kernels for a model that comes quantised, with its own scales, zero points and weights.
+
+    For ONNX files with QuantizeLinear, DequantizeLinear or QLinear operators, for PyTorch graphs with
+    `quantized_decomposed` operators or fake quantisation. No data is needed. `edgec compile` runs it by itself in front
+    of the other passes. What has no scale in the file stays float.
+
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference".
+    """
+
+    name: ClassVar[str] = "adopt-qdq"
+    needs: ClassVar[Needs] = Needs.NOTHING
+
+    requant: str = option(
+        "auto",
+        "how layers round: RQ1 with integers, RQF with a float32 product; auto: as is fastest on the target",
+        choices=("auto", *REQUANTS),
+    )
+    keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "keep_float", layer_names(self.keep_float, f"{self.name}{{keep_float}}"))
+
+    def run(self, program: Program, context: Context) -> Program:
+        if not comes_quantised(program):
+            raise EdgecError(
+                "the model does not come quantised: it has no scales of its own",
+                where=f"pass {self.name}",
+                hint="leave the pass out; quantize-int8 finds scales from calibration data",
+            )
+        module, masks = editable(program)
+        grids = mark_pairs(module)
+        as_conv2d(module, masks)
+        check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
+        _join_biases(module)
+        propagate(module, program.example_inputs)
+        adoption = Adoption.of(module, stored_codes(program))
+        annotation = annotate(
+            module, lambda layer: fits(layer, self.keep_float), held=adoption.held, decide=adoption.decide
+        )
+        adoption.untie(annotation)
+        for layer, what, reason in annotation.skipped:
+            context.skip(layer, what, reason)
+        prepared = Prepared(program, module, annotation, masks)
+        summary = self._summary(prepared, grids)
+        observed = adoption.observed(annotation)
+        integers = convert(prepared, observed, adoption.rule, choose_requant(self.requant, context))
+        _join_borders(module)
+        kept = {k: v for k, v in program.annotations.items() if k != KEY}
+        made = dataclasses.replace(program, annotations=kept)
+        integers = dataclasses.replace(integers, prepared=dataclasses.replace(prepared, program=made))
+        return integers.finish({self.name: summary})
+
+    def _summary(self, prepared: Prepared, grids: int) -> AdoptSummary:
+        layers = [n for n in prepared.module.graph.nodes if is_call(n, *LAYERS)]
+        integer = set(prepared.layers)
+        quantised = tuple(layer_of(n) for n in layers if n in integer)
+        return AdoptSummary(quantised, tuple(layer_of(n) for n in layers if n not in integer), grids)
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def mark_pairs(module: fx.GraphModule) -> int:
+    """Replace each pair by a clamp to the range of its codes that knows their grid, in place; returns how many.
+
+    Codes that something else than a dequantisation reads are made behind the clamp; codes that something else than a
+    quantisation makes have a grid when they are dequantised.
+    """
+    graph, made = module.graph, {}
+    for node in list(graph.nodes):
+        if not is_call(node, edgec.quantize.default):
+            continue
+        _, scale, zero = node.args
+        grid = QParams(float(np.float32(scale)), int(zero), source="the file")
+        _mark(graph, node, node, grid, made)
+        for user in list(node.users):
+            if is_call(user, aten.clamp.default):
+                low, high = (int(v) for v in user.args[1:3])
+                if QMIN <= low <= high <= QMAX:
+                    bits = max(2, (high - low).bit_length())
+                    _mark(graph, node, user, dataclasses.replace(grid, n=low, p=high, bits=bits), made)
+    graph.eliminate_dead_code()
+    for node in graph.nodes:
+        if is_call(node, edgec.dequantize.default):
+            _, scale, zero = node.args
+            node.meta[GRID] = QParams(float(np.float32(scale)), int(zero), source="the file")
+    return len(made)
+
+
+def _mark(graph: fx.Graph, quantize: fx.Node, codes: fx.Node, grid: QParams, made: dict[Any, fx.Node]) -> None:
+    """Give the dequantisations of `codes` a clamp of what `quantize` reads."""
+    x, scale, zero = quantize.args
+    assert isinstance(x, fx.Node)
+    readers = [u for u in codes.users if is_call(u, edgec.dequantize.default) and u.args[1:] == (scale, zero)]
+    limits = codes.users if codes is not quantize else [u for u in codes.users if not is_call(u, aten.clamp.default)]
+    others = codes is quantize and any(u not in readers for u in limits)
+    if not readers and not others:
+        return
+    key = (x, grid)
+    if key not in made:
+        with graph.inserting_before(quantize):
+            made[key] = graph.call_function(aten.clamp.default, (x, *grid.range))
+        made[key].meta.update(val=x.meta["val"], edgec_layer=layer_of(x), **{GRID: grid})
+    for reader in readers:
+        reader.replace_all_uses_with(made[key])
+        graph.erase_node(reader)
+    if others:
+        quantize.replace_input_with(x, made[key])
+
+
+def _join_biases(module: fx.GraphModule) -> None:
+    """Give a layer without bias the stored vector that is added to its result, in place."""
+    for node in list(module.graph.nodes):
+        given = arguments(node) if is_call(node, *LAYERS) else {}
+        (user,) = node.users if given and given["bias"] is None and len(node.users) == 1 else (None,)
+        if not is_call(user, aten.add.Tensor) or arguments(user)["alpha"] != 1 or GRID in user.meta:
+            continue
+        other = next((a for a in user.args[:2] if a is not node), None)
+        vector, shape = constant_of(module, other), shape_of(node)
+        if vector is None or not isinstance(other, fx.Node) or shape_of(user) != shape or vector.dtype != torch.float32:
+            continue
+        axis = len(shape) - 1 if is_call(node, aten.linear.default) else 1
+        wide = [1] * (len(shape) - vector.dim()) + list(vector.shape)
+        if wide != [shape[axis] if i == axis else 1 for i in range(len(shape))]:
+            continue
+        with module.graph.inserting_before(node):
+            bias = weight_node(module, f"{other.target}_joined", vector.reshape(-1))
+        node.args = (*node.args[:2], bias, *node.args[3:])
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "bias"}
+        user.replace_all_uses_with(node)
+        module.graph.erase_node(user)
+
+
+def _join_borders(module: fx.GraphModule) -> None:
+    """Drop quantisations of codes of the same grid, and clamps to what a quantisation limits itself, in place."""
+    for node in list(module.graph.nodes):
+        before = node.args[0] if is_call(node, edgec.quantize.default) else None
+        if is_call(before, edgec.dequantize.default) and before.args[1:] == node.args[1:]:
+            node.replace_all_uses_with(operand(before))
+        grid = before.meta.get(GRID) if is_call(before, aten.clamp.default) else None
+        if grid is not None and (grid.n, grid.p) == (QMIN, QMAX) and grid.per_tensor == node.args[1:]:
+            node.replace_input_with(before, operand(before))
+    module.graph.eliminate_dead_code()
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FoundCodes:
+    """steps: whole numbers, of the weight's shape; scales: float64, one per output channel. weight = step * scale."""
+
+    steps: np.ndarray
+    scales: np.ndarray
+
+
+def find_codes(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> FoundCodes | None:
+    """The codes, less their zero point, that a weight [outputs, ...] was made of, if it is one of `stored`.
+
+    A weight that was transposed, reshaped or flipped since is found as well; one that was changed is not.
+    """
+    rows = weight.reshape(len(weight), -1).astype(np.float64)
+    found: FoundCodes | None = None
+    for record in stored:
+        if record.block or len(record.scale) not in (1, len(weight)):
+            continue
+        scales = np.broadcast_to(np.asarray(record.scale, np.float64), (len(weight),))
+        known = np.where(scales > 0, scales, SMALLEST_SCALE)
+        if _steps(rows[:, :8], known) is None:
+            continue
+        steps = _steps(rows, known)
+        if steps is not None:
+            match = FoundCodes(steps.reshape(weight.shape), known)
+            if record.holds(steps):
+                return match
+            # Scales of another weight, or of the one that this is a part of.
+            found = found or match
+    return found
+
+
+def _steps(rows: np.ndarray, scales: np.ndarray) -> np.ndarray | None:
+    """rows / scales as whole numbers, or None where they are none that codes less a zero point can be."""
+    exact = rows / scales[:, None]
+    steps = np.rint(exact)
+    fine = np.abs(exact - steps) <= EXACT * np.maximum(np.abs(steps), 1)
+    return steps.astype(np.int32) if fine.all() and np.abs(steps).max(initial=0) <= CODE_SPAN else None
+
+
+def _constant_grid(tensor: torch.Tensor, stored: tuple[StoredCodes, ...]) -> QParams | None:
+    """The grid of a stored tensor that is an operand like any other, if it has one scale of the file."""
+    values = tensor.numpy().reshape(1, -1)
+    for record in stored:
+        if len(record.scale) != 1 or record.zero is None or record.scale[0] <= 0:
+            continue
+        steps = _steps(values.astype(np.float64), np.asarray(record.scale))
+        if steps is not None and record.holds(steps) and QMIN <= record.zero <= QMAX:
+            codes = steps + record.zero
+            if codes.min() >= QMIN and codes.max() <= QMAX:
+                return QParams(record.scale[0], record.zero, source="the file")
+    return None
+
+
+# -- what becomes integer ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Adoption:
+    """marks: nodes whose values are on a grid, once they are rounded. wanted: nodes in front of a mark that may have
+    its grid. weights: the codes of each layer; held: layers that stay float, and why. meaning: grids of int8 nodes."""
+
+    module: fx.GraphModule
+    marks: Mapping[fx.Node, QParams]
+    stored: tuple[StoredCodes, ...]
+    weights: dict[fx.Node, FoundCodes] = field(default_factory=dict)
+    held: dict[fx.Node, str] = field(default_factory=dict)
+    wanted: dict[fx.Node, QParams] = field(default_factory=dict)
+    meaning: dict[fx.Node, QParams] = field(default_factory=dict)
+
+    @staticmethod
+    def of(module: fx.GraphModule, stored: tuple[StoredCodes, ...]) -> Adoption:
+        marks = {n: n.meta[GRID] for n in module.graph.nodes if GRID in n.meta and n.op == "call_function"}
+        made = Adoption(module, marks, stored)
+        for node in module.graph.nodes:
+            weight = constant_of(module, node.args[1]) if is_call(node, *LAYERS) else None
+            if weight is None or weight.dtype != torch.float32 or not weight.numel():
+                continue
+            found = find_codes(weight.numpy(), stored)
+            reason = _refusal(found)
+            if found is None or reason:
+                made.held[node] = reason
+            else:
+                made.weights[node] = found
+        return made
+
+    def rule(self, layer: fx.Node) -> WeightRule:
+        scales = self.weights[layer].scales
+        return WeightRule(lambda weights: scales, quantize_weights, source="the file")
+
+    def decide(self, candidates: dict[fx.Node, Kind], reasons: dict[fx.Node, str]) -> Annotation:
+        """int8 is what reads codes and, unless it is a layer, gives codes."""
+        self._spread(candidates)
+        found = Annotation()
+        for node in self.module.graph.nodes:
+            kind = candidates.get(node)
+            if kind is None:
+                reasons.update({node: ""} if node in self.marks else {})
+                continue
+            given = [self._grid(x, found) for x in operand_nodes(node)]
+            if not given or None in given:
+                reasons[node] = "" if node in self.marks else "the file gives no scale for what it reads"
+                continue
+            kind = self._kind(node, kind, [g for g in given if g is not None], found, reasons)
+            if kind is not None:
+                found.kinds[node] = kind
+        self._prune(found, reasons)
+        return found
+
+    def _kind(
+        self, node: fx.Node, kind: Kind, given: list[QParams], found: Annotation, reasons: dict[fx.Node, str]
+    ) -> Kind | None:
+        """The kind of a node that reads codes of these grids, None where it stays float."""
+        own = self.marks.get(node) or self.wanted.get(node)
+        if kind is Kind.SHARE:
+            self.meaning[node] = given[0]
+            return kind
+        if kind is Kind.SCALE:
+            scaled = self._scaled(node, given[0])
+            self.meaning[node] = own if own is not None else scaled
+            return kind if own is None or _same(own, scaled) else Kind.TABLE
+        if kind is Kind.CLIP and (own is None or _same(own, given[0])):
+            if own is None and not _on_grid(node, given[0]):
+                reasons[node] = "its limits lie between codes, and the file gives no scale for its result"
+                return None
+            self.meaning[node] = given[0]
+            return kind
+        if own is None:
+            if kind is Kind.LAYER:
+                found.real.add(node)
+                return kind
+            reasons[node] = "the file gives no scale for its result"
+            return None
+        self.meaning[node] = own
+        return Kind.TABLE if kind is Kind.CLIP else kind
+
+    def _grid(self, node: fx.Node, found: Annotation) -> QParams | None:
+        """What codes of a node mean, if it has codes or can be given them."""
+        if node in found.kinds:
+            return None if node in found.real else self.meaning[node]
+        if node.op == "get_attr":
+            if node not in self.meaning:
+                grid = _constant_grid(get_weight(self.module, node), self.stored)
+                if grid is None:
+                    return None
+                self.meaning[node] = grid
+            return self.meaning[node]
+        return self.marks.get(node)
+
+    def _scaled(self, node: fx.Node, grid: QParams) -> QParams:
+        number = next(n for n in (scalar_of(self.module, a) for a in node.args[:2]) if n is not None)
+        scale, _ = grid.per_tensor
+        scale = scale / number if is_call(node, aten.div.Tensor) else scale * number
+        return dataclasses.replace(grid, scale=float(np.float32(scale)))
+
+    def _spread(self, candidates: Mapping[fx.Node, Kind]) -> None:
+        """Carry the grid of each mark to what it is the only reader of, through clips, moves and concatenations."""
+
+        def carry(node: fx.Node, grid: QParams) -> None:
+            kind = candidates.get(node)
+            alone = len(node.users) == 1 and node not in self.marks and node.op == "call_function"
+            if not alone or kind is None or is_call(node, *SPLITTERS):
+                return
+            self.wanted[node] = grid
+            if kind in (Kind.SHARE, Kind.CLIP, Kind.CONCAT):
+                for source in operand_nodes(node):
+                    carry(source, grid)
+
+        for mark, grid in self.marks.items():
+            if is_call(mark, aten.clamp.default):
+                carry(operand(mark), grid)
+
+    def _prune(self, found: Annotation, reasons: dict[fx.Node, str]) -> None:
+        """Leave float what only moves or clips numbers that are float on both sides."""
+        for node in reversed(list(found.kinds)):
+            read = any(found.is_int8(u) and node in operand_nodes(u) for u in node.users)
+            if read or found.kinds[node] not in PASSING or is_call(node, *SPLITTERS):
+                continue
+            if not any(found.is_int8(x) for x in operand_nodes(node)):
+                del found.kinds[node]
+                reasons.setdefault(node, "")
+
+    def untie(self, annotation: Annotation) -> None:
+        """What has a scale of its own in the file is not produced with that of a concatenation."""
+        for producer, concat in list(annotation.tied.items()):
+            if not _same(self.meaning.get(producer), self.meaning.get(concat)):
+                del annotation.tied[producer]
+
+    def observed(self, annotation: Annotation) -> dict[fx.Node, QParams]:
+        """The grids that the converter wants to know."""
+        ranged = annotation.ranged(self.module.graph)
+        stored = {n: g for n, g in self.meaning.items() if n.op == "get_attr"}
+        return {**stored, **{n: self.meaning[n] if n in annotation.kinds else self.marks[n] for n in ranged}}
+
+
+def _same(a: QParams | None, b: QParams | None) -> bool:
+    return a is not None and b is not None and (a.per_tensor, a.n, a.p) == (b.per_tensor, b.n, b.p)
+
+
+def _on_grid(node: fx.Node, grid: QParams) -> bool:
+    """Whether the limits of a clip are codes, or beyond them."""
+    scale, zero = grid.per_tensor
+    low, high = clip_limits(node) or (-math.inf, math.inf)
+    steps = [
+        v / scale + zero for v, beyond in ((low, low <= grid.range[0]), (high, high >= grid.range[1])) if not beyond
+    ]
+    return all(abs(s - round(s)) <= NEAR_CODE for s in steps)
+
+
+def _refusal(found: FoundCodes | None) -> str:
+    """Why a layer with these codes has no integer form; empty where it has."""
+    if found is None:
+        return "the file gives no scale for its weights"
+    low, high = int(found.steps.min()), int(found.steps.max())
+    if low < -WEIGHT_MAX or high > WEIGHT_MAX:
+        return f"its weights have codes of {low} to {high} around their zero point, kernels take -127 to 127"
+    return ""
