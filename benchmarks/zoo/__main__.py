@@ -1,11 +1,12 @@
 """Models that nobody here wrote: which of them compile, whether results are PyTorch's, and in what time.
 
-    python -m benchmarks.zoo [--model NAME ...] [--family TEXT ...] [--stage import|fp32|int8 ...] [--limit SECONDS]
+    python -m benchmarks.zoo [--model NAME ...] [--family TEXT ...] [--stage STAGE ...] [--limit SECONDS]
                              [--jobs N] [--json FILE] [--fresh] [--list] [--failures]
 
 Every model has random weights with norm statistics of trained-like spread, and is imported (with edgec's own check
 against PyTorch), compiled for this machine in float32, run on inputs that it was not exported with, and compared with
-PyTorch. CNNs and ViTs are also quantised to int8 with `fold-bn, quantize-int8` and compared with the integer program.
+PyTorch. CNNs and ViTs are also quantised to int8 with `fold-bn, quantize-int8` and compared with the integer program. Stages `onnx` and `onnx-int8`
+write the imported and the quantised program as ONNX, and compare ONNX Runtime with the program.
 
 `right`: largest error below 1e-3 of the largest value (int8: equal bits, or as close as its float layers allow).
 `refused`: one line of an EdgecError. `WRONG`: compiled, and the result is another one. `crashed`: anything else that
@@ -62,7 +63,9 @@ app = typer.Typer(add_completion=False, help=__doc__)
 def main(
     model: Annotated[list[str] | None, typer.Option(help="only these models")] = None,
     family: Annotated[list[str] | None, typer.Option(help="only families whose name contains this")] = None,
-    stage: Annotated[list[str] | None, typer.Option(help="import, fp32, int8; default: fp32 and int8")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="import, fp32, int8, onnx, onnx-int8; default: fp32 and int8")
+    ] = None,
     limit: Annotated[float, typer.Option(help="seconds for a model and stage")] = 300,
     jobs: Annotated[int, typer.Option(help="models at a time")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="also write all records here")] = None,
@@ -91,7 +94,7 @@ def main(
     except EdgecError as error:
         print(f"edgec: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
-    wanted = [(e, s) for e in chosen for s in stages if s != "int8" or e.int8]
+    wanted = [(e, s) for e in chosen for s in stages if s not in measure.INTEGER or e.int8]
     records: list[measure.Record] = []
     with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
         futures = [pool.submit(measure.record, e, s, limit, fresh=fresh) for e, s in wanted]
@@ -156,7 +159,7 @@ def rows(records: Sequence[dict[str, Any]], failures: bool) -> list[list[str]]:
     for name, stages in models.items():
         if failures and all(s["outcome"] == "right" for s in stages.values()):
             continue
-        first = stages.get("fp32") or stages.get("import") or next(iter(stages.values()))
+        first = stages.get("fp32") or stages.get("import") or stages.get("onnx") or next(iter(stages.values()))
         int8 = stages.get("int8", {})
         seconds = first["seconds"]
         built = [seconds[s] for s in ("lower", "compile") if s in seconds]
@@ -169,7 +172,7 @@ def rows(records: Sequence[dict[str, Any]], failures: bool) -> list[list[str]]:
                 str(first.get("nodes", "")),
                 f"{seconds['import']:.1f}" if "import" in seconds else "",
                 f"{sum(built):.1f}" if built else "",
-                first["outcome"] if first["stage"] != "int8" else "",
+                first["outcome"] if first["stage"] not in ("int8", "onnx-int8") else "",
                 f"{first['error']:.1e}" if first.get("error") is not None and first["stage"] == "fp32" else "",
                 int8.get("outcome", ""),
                 bits,
@@ -181,7 +184,7 @@ def rows(records: Sequence[dict[str, Any]], failures: bool) -> list[list[str]]:
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
     """Outcomes by family and stage, and the times and memory of import."""
-    stages = [s for s in ("import", "fp32", "int8") if any(r["stage"] == s for r in records)]
+    stages = [s for s in ("import", "fp32", "int8", "onnx", "onnx-int8") if any(r["stage"] == s for r in records)]
     parts = []
     for stage in stages:
         chosen = [r for r in records if r["stage"] == stage]

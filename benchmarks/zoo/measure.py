@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-STAGES = ("import", "fp32", "int8")
+STAGES = ("import", "fp32", "int8", "onnx", "onnx-int8")
+# Those that quantise.
+INTEGER = ("int8", "onnx-int8")
 # To be raised when records mean something else.
 SCHEMA = 1
 # Above this |error| / max |reference| a result is wrong.
@@ -92,6 +94,8 @@ SOURCES = {
     ),
 }
 SOURCES["int8"] = (*SOURCES["fp32"], "passes")
+SOURCES["onnx"] = (*SOURCES["import"], "edgec/onnx")
+SOURCES["onnx-int8"] = (*SOURCES["onnx"], "passes")
 
 
 # -- records in processes of their own ---------------------------------------------------------------------------------
@@ -264,7 +268,12 @@ def measure(entry: Entry, stage: str, notes: Notes, folder: Path) -> None:
         notes.put(outcome="right", step="done")
         return
     inputs, wanted = samples(entry, network, program)
-    if stage == "fp32":
+    if stage.startswith("onnx"):
+        if stage in INTEGER:
+            with notes.step("quantise"):
+                program = _quantised(entry, program, host)
+        _judge_onnx(program, inputs, notes)
+    elif stage == "fp32":
         got = _compiled(program, host, inputs, notes, folder)
         error = largest_error(got, wanted)
         right = error <= LARGEST_ERROR
@@ -344,6 +353,23 @@ def _judge_int8(program: Program, got: Sequence[np.ndarray], wanted: Sequence[np
     facts = {"arithmetic": kind, "exact": exact, "sqnr": round(follows, 1), "error": _number(error)}
     reason = "" if right else f"{kind} code follows the program with {follows:.1f} dB"
     notes.put(outcome="right" if right else "WRONG", reason=reason, **facts)
+
+
+def _judge_onnx(program: Program, inputs: Sequence[np.ndarray], notes: Notes) -> None:
+    """The ONNX form of a Program in ONNX Runtime against the Program, by the limits of `edgec.onnx.check`."""
+    from edgec.compile import arithmetic
+    from edgec.onnx.check import agrees, compare, run_onnx
+    from edgec.onnx.writer import to_onnx
+
+    kind = arithmetic(program)
+    with notes.step("write"):
+        model = to_onnx(program)
+    with notes.step("run"):
+        got = run_onnx(model.SerializeToString(deterministic=True), inputs)
+    found = compare(program, inputs, got)
+    why = agrees(found, kind)
+    error = found["relative_error"]
+    notes.put(outcome="WRONG" if why else "right", reason=why, arithmetic=kind, error=_number(error), onnx=found)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------

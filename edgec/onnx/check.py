@@ -50,12 +50,19 @@ def write_onnx(program: Program, folder: Path, inputs: Sequence[np.ndarray], kin
         found = compare(program, inputs, got)
     except Exception as error:
         return {"not_written": f"ONNX Runtime does not run it: {first_line(error)}"}
-    if kind == "float" and not found["relative_error"] <= FLOAT_TOLERANCE:
-        return {"not_written": f"ONNX Runtime gives other results (relative error {found['relative_error']:.1e})"}
-    if kind != "float" and found["sqnr_db"] is not None and found["sqnr_db"] < CODES_SQNR_DB:
-        return {"not_written": f"ONNX Runtime gives other results (SQNR {found['sqnr_db']:.1f} dB)"}
+    if why := agrees(found, kind):
+        return {"not_written": why}
     (folder / FILE).write_bytes(data)
     return {**record, "engine": f"ONNX Runtime {onnxruntime.__version__}", "samples": len(inputs[0]), **found}
+
+
+def agrees(found: dict[str, Any], kind: str) -> str:
+    """Why results are not the Program's, from what `compare` found; empty where they are. kind: as in `write_onnx`."""
+    if kind == "float" and not found["relative_error"] <= FLOAT_TOLERANCE:
+        return f"ONNX Runtime gives other results (relative error {found['relative_error']:.1e})"
+    if kind != "float" and found["sqnr_db"] is not None and found["sqnr_db"] < CODES_SQNR_DB:
+        return f"ONNX Runtime gives other results (SQNR {found['sqnr_db']:.1f} dB)"
+    return ""
 
 
 def run_onnx(data: bytes, inputs: Sequence[np.ndarray], *, fused: bool = False) -> list[np.ndarray]:

@@ -19,7 +19,9 @@ Call = Any
 EMITTERS: dict[str, Emitter] = {}
 
 
-def _emits(*names: str) -> Callable[[Emitter], Emitter]:
+def emits(*names: str) -> Callable[[Emitter], Emitter]:
+    """Register a function as the ONNX form of operators."""
+
     def register(emitter: Emitter) -> Emitter:
         for name in names:
             EMITTERS[name] = emitter
@@ -66,7 +68,7 @@ for _name in ("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "deta
 EMITTERS["aten._assert_tensor_metadata.default"] = lambda w, n: None
 
 
-@_emits("aten.relu6.default")
+@emits("aten.relu6.default")
 def _relu6(w: _Writer, node: Call) -> Any:
     return _clip(w, w.x(node.args[0]), 0.0, 6.0, node)
 
@@ -77,14 +79,14 @@ def _clip(w: _Writer, x: str, low: Any, high: Any, node: Call) -> str:
     return w.emit("Clip", [x, *limits] if limits[1] else [x, limits[0]])
 
 
-@_emits("aten.hardtanh.default", "aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
+@emits("aten.hardtanh.default", "aten.clamp.default", "aten.clamp_min.default", "aten.clamp_max.default")
 def _clamp(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     low, high = a.get("min_val", a.get("min")), a.get("max_val", a.get("max"))
     return _clip(w, w.x(a["self"], node.meta["val"].dtype), low, high, node)
 
 
-@_emits("aten.clamp.Tensor", "aten.clamp_min.Tensor", "aten.clamp_max.Tensor")
+@emits("aten.clamp.Tensor", "aten.clamp_min.Tensor", "aten.clamp_max.Tensor")
 def _clamp_tensor(w: _Writer, node: Call) -> Any:
     a, kind = w.args(node), node.meta["val"].dtype
     x = w.x(a["self"], kind)
@@ -92,12 +94,12 @@ def _clamp_tensor(w: _Writer, node: Call) -> Any:
     return x if a.get("max") is None else w.emit("Min", [x, w.x(a["max"], kind)])
 
 
-@_emits("aten.leaky_relu.default")
+@emits("aten.leaky_relu.default")
 def _leaky(w: _Writer, node: Call) -> Any:
     return w.emit("LeakyRelu", [w.x(node.args[0])], alpha=float(w.args(node)["negative_slope"]))
 
 
-@_emits("aten.elu.default")
+@emits("aten.elu.default")
 def _elu(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if a["scale"] != 1 or a["input_scale"] != 1:
@@ -105,33 +107,33 @@ def _elu(w: _Writer, node: Call) -> Any:
     return w.emit("Elu", [w.x(node.args[0])], alpha=float(a["alpha"]))
 
 
-@_emits("aten.celu.default")
+@emits("aten.celu.default")
 def _celu(w: _Writer, node: Call) -> Any:
     return w.emit("Celu", [w.x(node.args[0])], alpha=float(w.args(node)["alpha"]))
 
 
-@_emits("aten.selu.default")
+@emits("aten.selu.default")
 def _selu(w: _Writer, node: Call) -> Any:
     return w.emit("Selu", [w.x(node.args[0])])
 
 
-@_emits("aten.hardsigmoid.default")
+@emits("aten.hardsigmoid.default")
 def _hardsigmoid(w: _Writer, node: Call) -> Any:
     return w.emit("HardSigmoid", [w.x(node.args[0])], alpha=1 / 6, beta=0.5)
 
 
-@_emits("aten.silu.default")
+@emits("aten.silu.default")
 def _silu(w: _Writer, node: Call) -> Any:
     x = w.x(node.args[0])
     return w.emit("Mul", [x, w.emit("Sigmoid", [x])])
 
 
-@_emits("aten.gelu.default")
+@emits("aten.gelu.default")
 def _gelu(w: _Writer, node: Call) -> Any:
     return w.emit("Gelu", [w.x(node.args[0])], approximate=w.args(node)["approximate"])
 
 
-@_emits("aten.softplus.default")
+@emits("aten.softplus.default")
 def _softplus(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if a["beta"] != 1:
@@ -139,7 +141,7 @@ def _softplus(w: _Writer, node: Call) -> Any:
     return w.emit("Softplus", [w.x(node.args[0])])
 
 
-@_emits("aten.prelu.default")
+@emits("aten.prelu.default")
 def _prelu(w: _Writer, node: Call) -> Any:
     x, slope = node.args[:2]
     rank = w.meta(x).dim()
@@ -150,24 +152,24 @@ def _prelu(w: _Writer, node: Call) -> Any:
     raise w.refuse(node, "its slope is computed")
 
 
-@_emits("aten.rsqrt.default")
+@emits("aten.rsqrt.default")
 def _rsqrt(w: _Writer, node: Call) -> Any:
     return w.emit("Reciprocal", [w.emit("Sqrt", [w.x(node.args[0])])])
 
 
-@_emits("aten.square.default")
+@emits("aten.square.default")
 def _square(w: _Writer, node: Call) -> Any:
     x = w.x(node.args[0])
     return w.emit("Mul", [x, x])
 
 
-@_emits("aten.expm1.default")
+@emits("aten.expm1.default")
 def _expm1(w: _Writer, node: Call) -> Any:
     kind = node.meta["val"].dtype
     return w.emit("Sub", [w.emit("Exp", [w.x(node.args[0], kind)]), w.x(1.0, kind)])
 
 
-@_emits("aten.log1p.default")
+@emits("aten.log1p.default")
 def _log1p(w: _Writer, node: Call) -> Any:
     kind = node.meta["val"].dtype
     return w.emit("Log", [w.emit("Add", [w.x(node.args[0], kind), w.x(1.0, kind)])])
@@ -232,23 +234,23 @@ EMITTERS["aten.__and__.Tensor"] = lambda w, n: w.emit("And", [w.x(v, torch.bool)
 EMITTERS["aten.logical_not.default"] = lambda w, n: w.emit("Not", [w.x(n.args[0], torch.bool)])
 
 
-@_emits("aten.bitwise_not.default")
+@emits("aten.bitwise_not.default")
 def _bitwise_not(w: _Writer, node: Call) -> Any:
     return w.emit("Not" if node.meta["val"].dtype == torch.bool else "BitwiseNot", [w.x(node.args[0])])
 
 
-@_emits("aten.ne.Tensor", "aten.ne.Scalar")
+@emits("aten.ne.Tensor", "aten.ne.Scalar")
 def _not_equal(w: _Writer, node: Call) -> Any:
     return w.emit("Not", [w.emit("Equal", _operands(w, node, True))])
 
 
-@_emits("aten.rsub.Scalar", "aten.rsub.Tensor")
+@emits("aten.rsub.Scalar", "aten.rsub.Tensor")
 def _rsub(w: _Writer, node: Call) -> Any:
     a, b = _operands(w, node)
     return w.emit("Sub", [b, a])
 
 
-@_emits("aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.floor_divide.default")
+@emits("aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.floor_divide.default")
 def _div_mode(w: _Writer, node: Call) -> Any:
     a, b = _operands(w, node)
     mode = node.kwargs.get("rounding_mode", "floor")
@@ -267,7 +269,7 @@ def _div_mode(w: _Writer, node: Call) -> Any:
     return w.emit("Mul", [w.emit("Floor", [w.emit("Abs", [quotient])]), w.emit("Sign", [quotient])])
 
 
-@_emits("aten.remainder.Scalar", "aten.remainder.Tensor")
+@emits("aten.remainder.Scalar", "aten.remainder.Tensor")
 def _remainder(w: _Writer, node: Call) -> Any:
     a, b = _operands(w, node)
     if not node.meta["val"].dtype.is_floating_point:
@@ -275,7 +277,7 @@ def _remainder(w: _Writer, node: Call) -> Any:
     return w.emit("Sub", [a, w.emit("Mul", [b, w.emit("Floor", [w.emit("Div", [a, b])])])])
 
 
-@_emits("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar")
+@emits("aten.pow.Tensor_Scalar", "aten.pow.Tensor_Tensor", "aten.pow.Scalar")
 def _pow(w: _Writer, node: Call) -> Any:
     base, exponent = node.args[:2]
     if exponent == 2 and isinstance(base, fx.Node):
@@ -284,20 +286,20 @@ def _pow(w: _Writer, node: Call) -> Any:
     return w.emit("Pow", _operands(w, node))
 
 
-@_emits("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
+@emits("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.where.Scalar")
 def _where(w: _Writer, node: Call) -> Any:
     kind = node.meta["val"].dtype
     return w.emit("Where", [w.x(node.args[0], torch.bool), w.x(node.args[1], kind), w.x(node.args[2], kind)])
 
 
-@_emits("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
+@emits("aten.masked_fill.Scalar", "aten.masked_fill.Tensor")
 def _masked_fill(w: _Writer, node: Call) -> Any:
     x, mask, value = node.args
     kind = node.meta["val"].dtype
     return w.emit("Where", [w.x(mask), w.x(value, kind), w.x(x)])
 
 
-@_emits("aten.addcmul.default")
+@emits("aten.addcmul.default")
 def _addcmul(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     product = w.emit("Mul", [w.x(a["tensor1"]), w.x(a["tensor2"])])
@@ -306,7 +308,7 @@ def _addcmul(w: _Writer, node: Call) -> Any:
     return w.emit("Add", [w.x(a["self"]), product])
 
 
-@_emits("aten.to.dtype", "aten._to_copy.default", "aten.to.dtype_layout", "aten.type_as.default", "aten.to.other")
+@emits("aten.to.dtype", "aten._to_copy.default", "aten.to.dtype_layout", "aten.type_as.default", "aten.to.other")
 def _to(w: _Writer, node: Call) -> Any:
     source, kind = node.args[0], node.meta["val"].dtype
     return w.x(source) if w.meta(source).dtype == kind else w.x(source, kind)
@@ -335,7 +337,7 @@ def _filled(w: _Writer, node: Call, value: Any) -> Any:
     return w.emit("ConstantOfShape", [w.shape(sizes, infer=False)], value=tensor)
 
 
-@_emits("aten.full.default", "aten.full_like.default", "aten.new_full.default")
+@emits("aten.full.default", "aten.full_like.default", "aten.new_full.default")
 def _full(w: _Writer, node: Call) -> Any:
     return _filled(w, node, w.args(node)["fill_value"])
 
@@ -345,12 +347,12 @@ for _name, _value in {"zeros": 0, "ones": 1}.items():
         EMITTERS[f"aten.{_kind}"] = lambda w, n, v=_value: _filled(w, n, v)
 
 
-@_emits("aten.scalar_tensor.default")
+@emits("aten.scalar_tensor.default")
 def _scalar_tensor(w: _Writer, node: Call) -> Any:
     return w.x(node.args[0], node.meta["val"].dtype)
 
 
-@_emits("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
+@emits("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 def _arange(w: _Writer, node: Call) -> Any:
     a, kind = w.args(node), node.meta["val"].dtype
     start, end, step = a.get("start", 0), a["end"], a.get("step", 1)
@@ -362,14 +364,14 @@ def _arange(w: _Writer, node: Call) -> Any:
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-@_emits("aten.sym_size.int")
+@emits("aten.sym_size.int")
 def _sym_size(w: _Writer, node: Call) -> Any:
     x, dim = node.args[:2]
     dim = dim % w.meta(x).dim()
     return Sym(w.emit("Shape", [w.x(x)], start=dim, end=dim + 1))
 
 
-@_emits("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.view_copy.default")
+@emits("aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.view_copy.default")
 def _reshape(w: _Writer, node: Call) -> Any:
     x, sizes = node.args[:2]
     return w.emit("Reshape", [w.x(x), _batch_first(w, node, sizes)])
@@ -387,7 +389,7 @@ def _batch_first(w: _Writer, node: Call, sizes: Sequence[Any]) -> str:
     return w.shape(sizes)
 
 
-@_emits("aten.flatten.using_ints")
+@emits("aten.flatten.using_ints")
 def _flatten(w: _Writer, node: Call) -> Any:
     a, x = w.args(node), node.args[0]
     rank = w.meta(x).dim()
@@ -402,7 +404,7 @@ def _flatten(w: _Writer, node: Call) -> Any:
     return w.emit("Reshape", [w.x(x), w.ints(sizes)])
 
 
-@_emits("aten.unflatten.int")
+@emits("aten.unflatten.int")
 def _unflatten(w: _Writer, node: Call) -> Any:
     x, dim, sizes = node.args[:3]
     shape = [int(n) for n in w.meta(x).shape]
@@ -415,7 +417,7 @@ def _unflatten(w: _Writer, node: Call) -> Any:
     return w.emit("Reshape", [w.x(x), w.ints([*front, *parts, *rest])])
 
 
-@_emits("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default")
+@emits("aten.squeeze.dim", "aten.squeeze.dims", "aten.squeeze.default")
 def _squeeze(w: _Writer, node: Call) -> Any:
     x = node.args[0]
     shape = w.meta(x).shape
@@ -425,19 +427,19 @@ def _squeeze(w: _Writer, node: Call) -> Any:
     return w.emit("Squeeze", [w.x(x), w.ints(dims)]) if dims else w.x(x)
 
 
-@_emits("aten.unsqueeze.default")
+@emits("aten.unsqueeze.default")
 def _unsqueeze(w: _Writer, node: Call) -> Any:
     x, dim = node.args[:2]
     return w.emit("Unsqueeze", [w.x(x), w.ints([dim % node.meta["val"].dim()])])
 
 
-@_emits("aten.permute.default", "aten.permute_copy.default")
+@emits("aten.permute.default", "aten.permute_copy.default")
 def _permute(w: _Writer, node: Call) -> Any:
     x, order = node.args[:2]
     return w.emit("Transpose", [w.x(x)], perm=[d % len(order) for d in order])
 
 
-@_emits("aten.transpose.int", "aten.t.default", "aten.swapaxes.default")
+@emits("aten.transpose.int", "aten.t.default", "aten.swapaxes.default")
 def _transpose(w: _Writer, node: Call) -> Any:
     rank = node.meta["val"].dim()
     a, b = node.args[1:3] if len(node.args) > 2 else (0, 1)
@@ -447,7 +449,7 @@ def _transpose(w: _Writer, node: Call) -> Any:
     return w.emit("Transpose", [w.x(node.args[0])], perm=order)
 
 
-@_emits("aten.expand.default")
+@emits("aten.expand.default")
 def _expand(w: _Writer, node: Call) -> Any:
     x, sizes = node.args[:2]
     own = list(w.meta(x).shape)
@@ -461,7 +463,7 @@ def _expand(w: _Writer, node: Call) -> Any:
     return w.emit("Expand", [w.x(x), w.shape(wanted, infer=False)])
 
 
-@_emits("aten.repeat.default")
+@emits("aten.repeat.default")
 def _repeat(w: _Writer, node: Call) -> Any:
     x, times = node.args[:2]
     name = w.x(x)
@@ -471,20 +473,20 @@ def _repeat(w: _Writer, node: Call) -> Any:
     return w.emit("Tile", [name, w.shape(times, infer=False)])
 
 
-@_emits("aten.cat.default")
+@emits("aten.cat.default")
 def _cat(w: _Writer, node: Call) -> Any:
     kind, dim = node.meta["val"].dtype, w.args(node)["dim"]
     return w.emit("Concat", [w.x(x, kind) for x in node.args[0]], axis=dim % node.meta["val"].dim())
 
 
-@_emits("aten.stack.default")
+@emits("aten.stack.default")
 def _stack(w: _Writer, node: Call) -> Any:
     dim, kind = w.args(node)["dim"] % node.meta["val"].dim(), node.meta["val"].dtype
     parts = [w.emit("Unsqueeze", [w.x(x, kind), w.ints([dim])]) for x in node.args[0]]
     return w.emit("Concat", parts, axis=dim)
 
 
-@_emits("aten.split.Tensor", "aten.chunk.default", "aten.split_with_sizes.default", "aten.split.sizes")
+@emits("aten.split.Tensor", "aten.chunk.default", "aten.split_with_sizes.default", "aten.split.sizes")
 def _split(w: _Writer, node: Call) -> Any:
     dim = w.args(node)["dim"] % w.meta(node.args[0]).dim()
     sizes = [int(v.shape[dim]) for v in node.meta["val"]]
@@ -492,14 +494,14 @@ def _split(w: _Writer, node: Call) -> Any:
     return parts if isinstance(parts, tuple) else (parts,)
 
 
-@_emits("aten.unbind.int")
+@emits("aten.unbind.int")
 def _unbind(w: _Writer, node: Call) -> Any:
     x, dim = w.x(node.args[0]), w.args(node)["dim"] % w.meta(node.args[0]).dim()
     used = {u.args[1] for u in node.users}
     return {i: w.emit("Gather", [x, w.const(np.int64(i))], axis=dim) for i in range(len(node.meta["val"])) if i in used}
 
 
-@_emits("aten.select.int")
+@emits("aten.select.int")
 def _select(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
     if isinstance(index, fx.Node):
@@ -507,7 +509,7 @@ def _select(w: _Writer, node: Call) -> Any:
     return w.emit("Gather", [w.x(x), w.const(np.int64(index))], axis=dim % w.meta(x).dim())
 
 
-@_emits("aten.slice.Tensor")
+@emits("aten.slice.Tensor")
 def _slice(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, dim = a["self"], a["dim"] % w.meta(a["self"]).dim()
@@ -518,13 +520,13 @@ def _slice(w: _Writer, node: Call) -> Any:
     return w.emit("Slice", [w.x(x), *operands])
 
 
-@_emits("aten.narrow.int")
+@emits("aten.narrow.int")
 def _narrow(w: _Writer, node: Call) -> Any:
     x, dim, start, length = node.args
     return w.emit("Slice", [w.x(x), w.ints([start]), w.ints([start + length]), w.ints([dim])])
 
 
-@_emits("aten.flip.default")
+@emits("aten.flip.default")
 def _flip(w: _Writer, node: Call) -> Any:
     x, dims = node.args[:2]
     lowest = [-(2**63) + 1] * len(dims)
@@ -533,7 +535,7 @@ def _flip(w: _Writer, node: Call) -> Any:
     return w.emit("Slice", [w.x(x), *operands])
 
 
-@_emits("aten.roll.default")
+@emits("aten.roll.default")
 def _roll(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, rank = w.x(a["self"]), w.meta(a["self"]).dim()
@@ -548,24 +550,24 @@ def _roll(w: _Writer, node: Call) -> Any:
     return x
 
 
-@_emits("aten.index_select.default")
+@emits("aten.index_select.default")
 def _index_select(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
     return w.emit("Gather", [w.x(x), w.x(index)], axis=dim % w.meta(x).dim())
 
 
-@_emits("aten.embedding.default")
+@emits("aten.embedding.default")
 def _embedding(w: _Writer, node: Call) -> Any:
     return w.emit("Gather", [w.x(node.args[0]), w.x(node.args[1])], axis=0)
 
 
-@_emits("aten.gather.default")
+@emits("aten.gather.default")
 def _gather(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
     return w.emit("GatherElements", [w.x(x), w.x(index)], axis=dim % w.meta(x).dim())
 
 
-@_emits("aten.index.Tensor")
+@emits("aten.index.Tensor")
 def _index(w: _Writer, node: Call) -> Any:
     x, indices = node.args[:2]
     given = [(i, v) for i, v in enumerate(indices) if v is not None]
@@ -586,25 +588,25 @@ def _index(w: _Writer, node: Call) -> Any:
     return w.emit("GatherND", [w.x(x), w.emit("Concat", parts, axis=len(shape))])
 
 
-@_emits("aten.scatter.src", "aten.scatter_add.default")
+@emits("aten.scatter.src", "aten.scatter_add.default")
 def _scatter(w: _Writer, node: Call) -> Any:
     x, dim, index, source = node.args[:4]
     reduction = "add" if "scatter_add" in str(node.target) else None
     return w.emit("ScatterElements", [w.x(v) for v in (x, index, source)], axis=dim, reduction=reduction)
 
 
-@_emits("aten.pad.default", "aten.constant_pad_nd.default")
+@emits("aten.pad.default", "aten.constant_pad_nd.default")
 def _pad(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     return _padded(w, node, a["self"], a["pad"], a.get("mode", "constant"), a["value"])
 
 
-@_emits("aten.reflection_pad1d.default", "aten.reflection_pad2d.default", "aten.reflection_pad3d.default")
+@emits("aten.reflection_pad1d.default", "aten.reflection_pad2d.default", "aten.reflection_pad3d.default")
 def _reflection(w: _Writer, node: Call) -> Any:
     return _padded(w, node, node.args[0], node.args[1], "reflect", None)
 
 
-@_emits("aten.replication_pad1d.default", "aten.replication_pad2d.default", "aten.replication_pad3d.default")
+@emits("aten.replication_pad1d.default", "aten.replication_pad2d.default", "aten.replication_pad3d.default")
 def _replication(w: _Writer, node: Call) -> Any:
     return _padded(w, node, node.args[0], node.args[1], "replicate", None)
 
@@ -621,23 +623,23 @@ def _padded(w: _Writer, node: Call, x: Any, pads: Sequence[int], mode: str, valu
     return w.emit("Pad", operands, mode=form)
 
 
-@_emits("aten.pixel_shuffle.default")
+@emits("aten.pixel_shuffle.default")
 def _pixel_shuffle(w: _Writer, node: Call) -> Any:
     return w.emit("DepthToSpace", [w.x(node.args[0])], blocksize=node.args[1], mode="CRD")
 
 
-@_emits("aten.tril.default", "aten.triu.default")
+@emits("aten.tril.default", "aten.triu.default")
 def _triangle(w: _Writer, node: Call) -> Any:
     upper = int("triu" in str(node.target))
     return w.emit("Trilu", [w.x(node.args[0]), w.const(np.int64(w.args(node)["diagonal"]))], upper=upper)
 
 
-@_emits("aten.cumsum.default")
+@emits("aten.cumsum.default")
 def _cumsum(w: _Writer, node: Call) -> Any:
     return w.emit("CumSum", [w.x(node.args[0], node.meta["val"].dtype), w.const(np.int64(node.args[1]))])
 
 
-@_emits("aten.topk.default", "aten.sort.default", "aten.sort.stable")
+@emits("aten.topk.default", "aten.sort.default", "aten.sort.stable")
 def _topk(w: _Writer, node: Call) -> Any:
     a, dim = w.args(node), w.args(node)["dim"]
     largest = int(a["largest"] if "largest" in a else a["descending"])
@@ -674,7 +676,7 @@ for _name, _op in {
     EMITTERS[f"aten.{_name}"] = _reduce(_op)
 
 
-@_emits("aten.argmax.default", "aten.argmin.default")
+@emits("aten.argmax.default", "aten.argmin.default")
 def _arg(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     op = "ArgMax" if "argmax" in str(node.target) else "ArgMin"
@@ -684,7 +686,7 @@ def _arg(w: _Writer, node: Call) -> Any:
     return w.emit(op, [w.x(a["self"])], axis=a["dim"], keepdims=int(a["keepdim"]))
 
 
-@_emits("aten.max.dim", "aten.min.dim")
+@emits("aten.max.dim", "aten.min.dim")
 def _max_dim(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     value, place = ("ReduceMax", "ArgMax") if ".max." in str(node.target) else ("ReduceMin", "ArgMin")
@@ -696,7 +698,7 @@ def _max_dim(w: _Writer, node: Call) -> Any:
     )
 
 
-@_emits("aten.var.correction", "aten.var.dim", "aten.var_mean.correction", "aten.std.correction")
+@emits("aten.var.correction", "aten.var.dim", "aten.var_mean.correction", "aten.std.correction")
 def _variance(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, shape = w.x(a["self"]), w.meta(a["self"]).shape
@@ -717,7 +719,7 @@ def _variance(w: _Writer, node: Call) -> Any:
     return var
 
 
-@_emits("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default")
+@emits("aten.softmax.int", "aten._softmax.default", "aten.log_softmax.int", "aten._log_softmax.default")
 def _softmax(w: _Writer, node: Call) -> Any:
     op = "LogSoftmax" if "log_softmax" in str(node.target) else "Softmax"
     return w.emit(op, [w.x(node.args[0], node.meta["val"].dtype)], axis=node.args[1])
@@ -736,8 +738,8 @@ def _all(values: Any, rank: int) -> list[int]:
     return values * rank if len(values) == 1 else values
 
 
-@_emits("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
-@_emits("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding")
+@emits("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
+@emits("aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.padding")
 def _conv(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["input"]).dim() - 2
@@ -758,7 +760,7 @@ def _kernel(w: _Writer, a: dict[str, Any]) -> list[int]:
     return [int(n) for n in w.meta(a["weight"]).shape[2:]]
 
 
-@_emits("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
+@emits("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
 def _conv_transpose(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["input"]).dim() - 2
@@ -775,7 +777,7 @@ def _conv_transpose(w: _Writer, node: Call) -> Any:
     )
 
 
-@_emits("aten.linear.default")
+@emits("aten.linear.default")
 def _linear(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, weight, bias = a["input"], a["weight"], a["bias"]
@@ -790,7 +792,7 @@ def _linear(w: _Writer, node: Call) -> Any:
     return y if bias is None else w.emit("Add", [y, w.x(bias)])
 
 
-@_emits("aten.addmm.default")
+@emits("aten.addmm.default")
 def _addmm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     operands = [w.x(a[k]) for k in ("mat1", "mat2", "self")]
@@ -801,12 +803,12 @@ for _name in ("mm", "bmm", "matmul"):
     EMITTERS[f"aten.{_name}.default"] = lambda w, n: w.emit("MatMul", [w.x(n.args[0]), w.x(n.args[1])])
 
 
-@_emits("aten.einsum.default")
+@emits("aten.einsum.default")
 def _einsum(w: _Writer, node: Call) -> Any:
     return w.emit("Einsum", [w.x(x) for x in node.args[1]], equation=str(node.args[0]).replace(" ", ""))
 
 
-@_emits("aten.batch_norm.default")
+@emits("aten.batch_norm.default")
 def _batch_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     channels, kind = int(w.meta(a["input"]).shape[1]), w.meta(a["input"]).dtype
@@ -817,7 +819,7 @@ def _batch_norm(w: _Writer, node: Call) -> Any:
     return w.emit("BatchNormalization", operands, epsilon=float(a["eps"]))
 
 
-@_emits("aten.layer_norm.default")
+@emits("aten.layer_norm.default")
 def _layer_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     shape, kind = list(a["normalized_shape"]), node.meta["val"].dtype
@@ -827,7 +829,7 @@ def _layer_norm(w: _Writer, node: Call) -> Any:
     return w.emit("LayerNormalization", operands, axis=-len(shape), epsilon=float(a["eps"]))
 
 
-@_emits("aten.rms_norm.default")
+@emits("aten.rms_norm.default")
 def _rms_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     x, kind = w.x(a["input"]), node.meta["val"].dtype
@@ -838,13 +840,13 @@ def _rms_norm(w: _Writer, node: Call) -> Any:
     return y if a["weight"] is None else w.emit("Mul", [y, w.x(a["weight"])])
 
 
-@_emits("aten.group_norm.default")
+@emits("aten.group_norm.default")
 def _group_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     return _groups(w, a["input"], a["num_groups"], a["weight"], a["bias"], a["eps"])
 
 
-@_emits("aten.instance_norm.default")
+@emits("aten.instance_norm.default")
 def _instance_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if not a["use_input_stats"]:
@@ -859,7 +861,7 @@ def _groups(w: _Writer, x: Call, groups: int, weight: Any, bias: Any, eps: float
     return w.emit("GroupNormalization", [w.x(x), scale, offset], num_groups=groups, epsilon=float(eps))
 
 
-@_emits("aten.scaled_dot_product_attention.default")
+@emits("aten.scaled_dot_product_attention.default")
 def _attention(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     query, key, value = a["query"], a["key"], a["value"]
@@ -881,7 +883,7 @@ def _attention(w: _Writer, node: Call) -> Any:
     return w.emit("MatMul", [w.emit("Softmax", [scores], axis=-1), w.x(value)])
 
 
-@_emits("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default")
+@emits("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default")
 def _max_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["self"]).dim() - 2
@@ -897,7 +899,7 @@ def _max_pool(w: _Writer, node: Call) -> Any:
     )
 
 
-@_emits("aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default")
+@emits("aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default")
 def _avg_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     rank = w.meta(a["self"]).dim() - 2
@@ -919,8 +921,8 @@ def _avg_pool(w: _Writer, node: Call) -> Any:
     return y
 
 
-@_emits("aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default", "aten.adaptive_avg_pool3d.default")
-@_emits("aten._adaptive_avg_pool2d.default")
+@emits("aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default", "aten.adaptive_avg_pool3d.default")
+@emits("aten._adaptive_avg_pool2d.default")
 def _adaptive_avg_pool(w: _Writer, node: Call) -> Any:
     x, size = node.args[:2]
     old = [int(n) for n in w.meta(x).shape[2:]]
@@ -933,9 +935,9 @@ def _adaptive_avg_pool(w: _Writer, node: Call) -> Any:
     return w.emit("AveragePool", [w.x(x)], kernel_shape=kernel, strides=kernel)
 
 
-@_emits("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")
-@_emits("aten.upsample_bilinear2d.vec", "aten.upsample_bilinear2d.default", "aten.upsample_linear1d.vec")
-@_emits("aten.upsample_bicubic2d.vec")
+@emits("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")
+@emits("aten.upsample_bilinear2d.vec", "aten.upsample_bilinear2d.default", "aten.upsample_linear1d.vec")
+@emits("aten.upsample_bicubic2d.vec")
 def _upsample(w: _Writer, node: Call) -> Any:
     a, x, name = w.args(node), node.args[0], str(node.target)
     old, new = [int(n) for n in w.meta(x).shape[2:]], [int(n) for n in node.meta["val"].shape[2:]]
@@ -958,7 +960,7 @@ def _upsample(w: _Writer, node: Call) -> Any:
     return w.emit("Resize", operands, mode=mode, coordinate_transformation_mode=corners, cubic_coeff_a=-0.75)
 
 
-@_emits("aten.grid_sampler.default", "aten.grid_sampler_2d.default")
+@emits("aten.grid_sampler.default", "aten.grid_sampler_2d.default")
 def _grid_sampler(w: _Writer, node: Call) -> Any:
     x, grid, mode, padding, corners = node.args[:5]
     return w.emit(
@@ -1003,19 +1005,19 @@ def _nchw(w: _Writer, node: Call, a: dict[str, Any]) -> None:
         raise w.refuse(node, "its channels are last")
 
 
-@_emits("edgec.quantize.default")
+@emits("edgec.quantize.default")
 def _quantize(w: _Writer, node: Call) -> Any:
     x, scale, zero = node.args
     return w.codes(w.x(x), scale, zero)
 
 
-@_emits("edgec.dequantize.default")
+@emits("edgec.dequantize.default")
 def _dequantize(w: _Writer, node: Call) -> Any:
     x, scale, zero = node.args
     return w.real(x, scale, zero)
 
 
-@_emits("edgec.qconv2d.default", "edgec.qconv2d_float.default")
+@emits("edgec.qconv2d.default", "edgec.qconv2d_float.default")
 def _qconv(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     _nchw(w, node, a)
@@ -1037,7 +1039,7 @@ def _qconv(w: _Writer, node: Call) -> Any:
     return w.codes(y, sy, a["y_zp"], a["lo"], a["hi"]) if codes else y
 
 
-@_emits("edgec.qlinear.default", "edgec.qlinear_float.default")
+@emits("edgec.qlinear.default", "edgec.qlinear_float.default")
 def _qlinear(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     grid = w.grid(a["x"])
@@ -1055,7 +1057,7 @@ def _qlinear(w: _Writer, node: Call) -> Any:
     return w.codes(y, sy, a["y_zp"], a["lo"], a["hi"]) if codes else y
 
 
-@_emits("edgec.qadd.default")
+@emits("edgec.qadd.default")
 def _qadd(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     sy = w.scale(node)
@@ -1067,7 +1069,7 @@ def _qadd(w: _Writer, node: Call) -> Any:
     return w.codes(y, sy, a["zy"], a["lo"], a["hi"])
 
 
-@_emits("edgec.qmul.default")
+@emits("edgec.qmul.default")
 def _qmul(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     sy = w.scale(node)
@@ -1085,12 +1087,12 @@ def _rescaled(w: _Writer, node: Call, a: dict[str, Any], elements: int, emit: Ca
     return w.codes(emit(w.real(a["x"], sx, a["zx"])), sy, a["zy"], a["lo"], a["hi"])
 
 
-@_emits("edgec.qrescale.default")
+@emits("edgec.qrescale.default")
 def _qrescale(w: _Writer, node: Call) -> Any:
     return _rescaled(w, node, w.args(node), 1, lambda x: x)
 
 
-@_emits("edgec.qavg_pool2d.default")
+@emits("edgec.qavg_pool2d.default")
 def _qavg_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     _nchw(w, node, a)
@@ -1100,7 +1102,7 @@ def _qavg_pool(w: _Writer, node: Call) -> Any:
     return _rescaled(w, node, a, count, lambda x: w.emit("AveragePool", [x], count_include_pad=1, **form))
 
 
-@_emits("edgec.qmean.default")
+@emits("edgec.qmean.default")
 def _qmean(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     shape = w.meta(a["x"]).shape
@@ -1109,7 +1111,7 @@ def _qmean(w: _Writer, node: Call) -> Any:
     return _rescaled(w, node, a, count, lambda x: w.emit("ReduceMean", [x, w.ints(dims)], keepdims=keep))
 
 
-@_emits("edgec.qmax_pool2d.default")
+@emits("edgec.qmax_pool2d.default")
 def _qmax_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     _nchw(w, node, a)
@@ -1125,7 +1127,7 @@ def _qmax_pool(w: _Writer, node: Call) -> Any:
     )
 
 
-@_emits("edgec.qlut.default")
+@emits("edgec.qlut.default")
 def _qlut(w: _Writer, node: Call) -> Any:
     x, table, axis = node.args
     values = w.array(table)
@@ -1137,7 +1139,7 @@ def _qlut(w: _Writer, node: Call) -> Any:
     return w.emit("Gather", [w.weight(table, values.reshape(-1)), index], axis=0)
 
 
-@_emits("edgec.dequantize_weight.default")
+@emits("edgec.dequantize_weight.default")
 def _dequantize_weight(w: _Writer, node: Call) -> Any:
     """Codes of few bits: as 4-bit integers where they fit, with one scale per channel or per block."""
     a: dict[str, Any] = w.args(node)

@@ -58,6 +58,8 @@ class Sym:
 
 def to_onnx(program: Program) -> onnx.ModelProto:
     """The Program as an ONNX model. Raises EdgecError naming the operator when one has no ONNX form."""
+    # For what they register.
+    from edgec.onnx import token_emitters  # noqa: F401
     from edgec.onnx.emitters import EMITTERS
 
     try:
