@@ -183,17 +183,32 @@ def rows(records: Sequence[dict[str, Any]], failures: bool) -> list[list[str]]:
 
 
 def summary(records: Sequence[dict[str, Any]]) -> str:
-    """Outcomes by family and stage, and the times and memory of import."""
-    stages = [s for s in ("import", "fp32", "int8", "onnx", "onnx-int8") if any(r["stage"] == s for r in records)]
+    """Outcomes by family and stage, and the times and memory of import: the tables of docs/results.md."""
+    from benchmarks.zoo.measure import STAGES
+
     parts = []
-    for stage in stages:
+    for stage in [s for s in STAGES if any(r["stage"] == s for r in records)]:
         chosen = [r for r in records if r["stage"] == stage]
+        figure = "import s, median (longest)" if stage in ("import", "fp32") else "bit for bit"
         table = []
-        for family in [*dict.fromkeys(r["family"] for r in chosen), None]:
+        for family in [*sorted({r["family"] for r in chosen}), None]:
             own = [r for r in chosen if family in (None, r["family"])]
             counts = collections.Counter(r["outcome"] for r in own)
-            table.append([family or "**all**", stage, str(len(own)), *(str(counts[o]) for o in OUTCOMES)])
-        parts.append(markdown(("family", "stage", "models", *OUTCOMES), table, text=2))
+            errors = [r["error"] for r in own if r["outcome"] == "right" and r.get("error") is not None]
+            times = [r["seconds"]["import"] for r in own if "import" in r["seconds"]]
+            span = f"{statistics.median(times):.1f} ({max(times):.1f})" if times else ""
+            exact = str(sum(bool(r.get("exact")) for r in own))
+            table.append(
+                [
+                    family or "**all**",
+                    stage,
+                    str(len(own)),
+                    *(str(counts[o]) for o in OUTCOMES),
+                    f"{max(errors):.1e}" if errors else "",
+                    span if stage in ("import", "fp32") else exact,
+                ]
+            )
+        parts.append(markdown(("family", "stage", "models", *OUTCOMES, "largest error", figure), table, text=2))
     times = [r["seconds"]["import"] for r in records if "import" in r["seconds"]]
     if times:
         parts.append(f"Import: median {statistics.median(times):.1f} s, longest {max(times):.1f} s.")
