@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 from edgec.errors import EdgecError
-from edgec.importing.names import drop_assertions, rename_taken
+from edgec.importing.names import drop_assertions, drop_empty, rename_taken
 from edgec.importing.quantized import QUANTIZED_SQNR_DB, comes_quantised, edgec_form
 from edgec.importing.recurrent import shapes_only
 from edgec.importing.rewrite import rewrite
@@ -411,7 +411,7 @@ def import_exported(exported: torch.export.ExportedProgram, name: str, *, fresh:
     drop_assertions(exported)
     _check_state(exported, name)
     with quiet():
-        exported = drop_assertions(rewrite(exported, name))
+        exported = drop_empty(drop_assertions(rewrite(exported, name)))
     _check_graph(exported, name)
     with quiet(), torch.no_grad():
         exported = _functional(exported)

@@ -267,6 +267,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         lambda x: (x[:, *torch.tril_indices(5, 6, -1)], x[:, *torch.triu_indices(5, 6, 2)]),
         (1, 5, 6),
     ),
+    "joined to nothing": (lambda x: torch.cat([torch.tensor([]), x.sin()], -1), (1, 2, 3)),
     "a row of functions": (lambda x: x.tanh().tanh().tanh().tanh().tanh().tanh(), (1, 8)),
 }
 

@@ -1,4 +1,4 @@
-"""What torch.export leaves in a program that its own graph modules trip over: names of weights, assertions."""
+"""What torch.export leaves in a program that others trip over: names of weights, assertions, empty operands."""
 
 from __future__ import annotations
 
@@ -55,4 +55,21 @@ def drop_assertions(exported: torch.export.ExportedProgram) -> torch.export.Expo
     if found:
         graph.eliminate_dead_code()
         exported.graph_module.recompile()
+    return exported
+
+
+def drop_empty(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program with nothing joined to a tensor; changed in place.
+
+    Caches begin as `torch.tensor([])`, which PyTorch takes as an operand of any concatenation.
+    """
+    graph = exported.graph
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is not torch.ops.aten.cat.default:
+            continue
+        parts = [x for x in node.args[0] if tuple(x.meta["val"].shape) != (0,)]
+        # The type of nothing takes part in that of the result.
+        same = all(x.meta["val"].dtype == node.meta["val"].dtype for x in parts)
+        if same and 0 < len(parts) < len(node.args[0]):
+            node.args = (parts, *node.args[1:])
     return exported
