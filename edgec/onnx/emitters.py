@@ -133,6 +133,11 @@ def _gelu(w: _Writer, node: Call) -> Any:
     return w.emit("Gelu", [w.x(node.args[0])], approximate=w.args(node)["approximate"])
 
 
+@emits("aten.log_sigmoid.default")
+def _log_sigmoid(w: _Writer, node: Call) -> Any:
+    return w.emit("Neg", [w.emit("Softplus", [w.emit("Neg", [w.x(node.args[0])])])])
+
+
 @emits("aten.softplus.default")
 def _softplus(w: _Writer, node: Call) -> Any:
     a = w.args(node)
@@ -149,7 +154,16 @@ def _prelu(w: _Writer, node: Call) -> Any:
         array = w.array(slope)
         shape = [-1] + [1] * (rank - 2) if array.size > 1 else [1]
         return w.emit("PRelu", [w.x(x), w.weight(slope, array.reshape(shape))])
-    raise w.refuse(node, "its slope is computed")
+    if w.meta(slope).numel() > 1:
+        slope = w.emit("Reshape", [w.x(slope), w.ints([-1] + [1] * (rank - 2))])
+    return w.emit("PRelu", [w.x(x), slope if isinstance(slope, str) else w.x(slope)])
+
+
+@emits("aten.log2.default")
+def _log2(w: _Writer, node: Call) -> Any:
+    # In float64: what rounds a logarithm counts on those of powers of two.
+    x = w.emit("Log", [w.x(node.args[0], torch.float64)])
+    return w.cast(w.emit("Div", [x, w.const(np.float64(math.log(2.0)))]), node.meta["val"].dtype)
 
 
 @emits("aten.rsqrt.default")
@@ -337,6 +351,11 @@ def _filled(w: _Writer, node: Call, value: Any) -> Any:
     return w.emit("ConstantOfShape", [w.shape(sizes, infer=False)], value=tensor)
 
 
+@emits("aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default")
+def _empty(w: _Writer, node: Call) -> Any:
+    return _filled(w, node, 0)
+
+
 @emits("aten.full.default", "aten.full_like.default", "aten.new_full.default")
 def _full(w: _Writer, node: Call) -> Any:
     return _filled(w, node, w.args(node)["fill_value"])
@@ -357,11 +376,27 @@ def _arange(w: _Writer, node: Call) -> Any:
     a, kind = w.args(node), node.meta["val"].dtype
     start, end, step = a.get("start", 0), a["end"], a.get("step", 1)
     if any(isinstance(v, fx.Node) for v in (start, end, step)):
-        raise w.refuse(node, "its limits are computed")
+        scalars = [w.emit("Squeeze", [w.size(v)]) if isinstance(v, fx.Node) else w.x(v) for v in (start, end, step)]
+        counted = w.emit("Range", [w.cast(v, torch.int64) for v in scalars])
+        return counted if kind == torch.int64 else w.cast(counted, kind)
     return w.const(torch.arange(start, end, step, dtype=kind).numpy())
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+@emits("aten.sym_numel.default")
+def _sym_numel(w: _Writer, node: Call) -> Any:
+    return Sym(w.emit("Reshape", [w.emit("Size", [w.x(node.args[0])]), w.ints([1])]))
+
+
+@emits("aten.copy.default")
+def _copy(w: _Writer, node: Call) -> Any:
+    """The second operand in shape and type of the first."""
+    like, x = node.args[:2]
+    kind = node.meta["val"].dtype
+    name = w.x(x) if w.meta(x).dtype == kind else w.x(x, kind)
+    return name if w.meta(x).shape == w.meta(like).shape else w.emit("Expand", [name, w.emit("Shape", [w.x(like)])])
 
 
 @emits("aten.sym_size.int")
@@ -576,23 +611,204 @@ def _index(w: _Writer, node: Call) -> Any:
     if len(given) == 1:
         axis, index = given[0]
         return w.emit("Gather", [w.x(x), w.x(index, torch.int64)], axis=axis)
-    if [i for i, _ in given] != list(range(len(given))):
-        raise w.refuse(node, "it is indexed on several axes behind the first")
-    shape = torch.broadcast_shapes(*[w.meta(v).shape for _, v in given])
-    parts = []
-    for _, v in given:
-        name = w.x(v, torch.int64)
-        if w.meta(v).shape != shape:
-            name = w.emit("Expand", [name, w.ints(list(shape))])
-        parts.append(w.emit("Unsqueeze", [name, w.ints([len(shape)])]))
-    return w.emit("GatherND", [w.x(x), w.emit("Concat", parts, axis=len(shape))])
+    names, rank = _index_names(w, [v for _, v in given])
+    return _gathered(w, w.x(x), w.meta(x).dim(), [i for i, _ in given], names, rank)
+
+
+def _index_names(w: _Writer, given: Sequence[Any]) -> tuple[list[str], int]:
+    """Indices in one shape, and its rank."""
+    names = [w.x(v, torch.int64) for v in given]
+    shapes = [w.meta(v).shape for v in given]
+    rank = len(torch.broadcast_shapes(*shapes))
+    if any(shape != shapes[0] for shape in shapes):
+        # The batch may be among their sizes: the shape is that of their sum.
+        whole = names[0]
+        for name in names[1:]:
+            whole = w.emit("Add", [whole, name])
+        whole = w.emit("Shape", [whole])
+        names = [w.emit("Expand", [name, whole]) for name in names]
+    return names, rank
+
+
+def _gathered(w: _Writer, x: str, rank: int, axes: Sequence[int], names: Sequence[str], depth: int) -> str:
+    """x [rank] at indices of equal shape [depth] on several axes; the new axes stand as PyTorch places them."""
+    rest = [d for d in range(rank) if d not in axes]
+    order = [*axes, *rest]
+    if order != list(range(rank)):
+        x = w.emit("Transpose", [x], perm=order)
+    parts = [w.emit("Unsqueeze", [name, w.ints([depth])]) for name in names]
+    y = w.emit("GatherND", [x, parts[0] if len(parts) == 1 else w.emit("Concat", parts, axis=depth)])
+    first = axes[0]
+    if first == 0 or list(axes) != list(range(first, first + len(axes))):
+        return y
+    ahead = list(range(depth, depth + first))
+    return w.emit("Transpose", [y], perm=[*ahead, *range(depth), *range(depth + first, depth + len(rest))])
+
+
+@emits("aten.diagonal.default")
+def _diagonal(w: _Writer, node: Call) -> Any:
+    a = w.args(node)
+    rank = w.meta(a["self"]).dim()
+    dims = [a["dim1"] % rank, a["dim2"] % rank]
+    count = int(node.meta["val"].shape[-1])
+    places = [w.const(np.arange(count) + shift) for shift in (max(0, -a["offset"]), max(0, a["offset"]))]
+    # The diagonal comes last.
+    rest = [d for d in range(rank) if d not in dims]
+    x = w.emit("Transpose", [w.x(a["self"])], perm=[*dims, *rest])
+    y = _gathered(w, x, rank, [0, 1], places, 1)
+    return w.emit("Transpose", [y], perm=[*range(1, rank - 1), 0])
+
+
+@emits("aten.index_put.default", "aten._unsafe_index_put.default")
+def _index_put(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    x, rank = w.x(a["self"]), node.meta["val"].dim()
+    given = [(i, v) for i, v in enumerate(a["indices"]) if v is not None]
+    values = w.x(a["values"], kind)
+    if w.meta(given[0][1]).dtype == torch.bool:
+        mask = w.meta(given[0][1])
+        if len(given) > 1 or given[0][0] or w.meta(a["values"]).numel() != 1 or a["accumulate"]:
+            raise w.refuse(node, "it is indexed by booleans")
+        shown = w.x(given[0][1])
+        if mask.dim() < rank:
+            shown = w.emit("Unsqueeze", [shown, w.ints(list(range(mask.dim(), rank)))])
+        return w.emit("Where", [shown, w.emit("Reshape", [values, w.ints([1])]), x])
+    axes = [i for i, _ in given]
+    names, depth = _index_names(w, [v for _, v in given])
+    rest = [d for d in range(rank) if d not in axes]
+    order = [*axes, *rest]
+    turned = x if order == list(range(rank)) else w.emit("Transpose", [x], perm=order)
+    parts = [w.emit("Unsqueeze", [name, w.ints([depth])]) for name in names]
+    index = parts[0] if len(parts) == 1 else w.emit("Concat", parts, axis=depth)
+    # As the values stand where they are read.
+    there = _gathered(w, x, rank, axes, names, depth)
+    values = w.emit("Expand", [values, w.emit("Shape", [there])])
+    first = axes[0]
+    if first and axes == list(range(first, first + len(axes))):
+        values = w.emit(
+            "Transpose",
+            [values],
+            perm=[*range(first, first + depth), *range(first), *range(first + depth, depth + len(rest))],
+        )
+    reduction = "add" if a["accumulate"] else None
+    narrow = kind == torch.float16 and reduction
+    operands = [w.cast(v, torch.float32) if narrow else v for v in (turned, values)]
+    y = w.emit("ScatterND", [operands[0], index, operands[1]], reduction=reduction)
+    y = w.cast(y, kind) if narrow else y
+    return y if turned == x else w.emit("Transpose", [y], perm=[order.index(d) for d in range(rank)])
+
+
+def _scattered(w: _Writer, node: Call, x: str, dim: int, index: str, updates: str, reduction: str | None) -> str:
+    """ScatterElements; float16 is reduced in float32, as not all engines do."""
+    kind, rank = node.meta["val"].dtype, max(node.meta["val"].dim(), 1)
+    wide = kind == torch.float16 and reduction is not None
+    operands = [w.cast(v, torch.float32) if wide else v for v in (x, updates)]
+    y = w.emit("ScatterElements", [operands[0], index, operands[1]], axis=dim % rank, reduction=reduction)
+    return w.cast(y, kind) if wide else y
+
+
+def _updates(w: _Writer, source: Any, index: Any, kind: torch.dtype) -> str:
+    """What is scattered: as much of the source as the index has places for."""
+    name, have, want = w.x(source, kind), w.meta(source).shape, w.meta(index).shape
+    axes = [d for d, (n, m) in enumerate(zip(have, want)) if n != m]
+    if axes:
+        ends = w.ints([int(want[d]) for d in axes])
+        name = w.emit("Slice", [name, w.ints([0] * len(axes)), ends, w.ints(axes)])
+    return name
 
 
 @emits("aten.scatter.src", "aten.scatter_add.default")
 def _scatter(w: _Writer, node: Call) -> Any:
     x, dim, index, source = node.args[:4]
     reduction = "add" if "scatter_add" in str(node.target) else None
-    return w.emit("ScatterElements", [w.x(v) for v in (x, index, source)], axis=dim, reduction=reduction)
+    updates = _updates(w, source, index, node.meta["val"].dtype)
+    return _scattered(w, node, w.x(x), dim, w.x(index), updates, reduction)
+
+
+@emits("aten.scatter.value")
+def _scatter_value(w: _Writer, node: Call) -> Any:
+    x, dim, index, value = node.args[:4]
+    places = w.x(index)
+    updates = w.emit("Expand", [w.x(value, node.meta["val"].dtype), w.emit("Shape", [places])])
+    return _scattered(w, node, w.x(x), dim, places, updates, None)
+
+
+@emits("aten.scatter_reduce.two")
+def _scatter_reduce(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    how, dim = a["reduce"], a["dim"]
+    if not kind.is_floating_point and (how == "mean" or not a["include_self"]):
+        raise w.refuse(node, "it is a mean of whole numbers, or without what was there")
+    x, index = w.x(a["self"]), w.x(a["index"])
+    updates = _updates(w, a["src"], a["index"], kind)
+    op, neutral = {
+        "sum": ("add", 0.0),
+        "mean": ("add", 0.0),
+        "prod": ("mul", 1.0),
+        "amax": ("max", -math.inf),
+        "amin": ("min", math.inf),
+    }[how]
+    count, start = "", x
+    if how == "mean" or not a["include_self"]:
+        zeros = _zeros_like(w, x, kind)
+        ones = w.emit("Expand", [w.x(1.0, kind), w.emit("Shape", [index])])
+        count = _scattered(w, node, zeros, dim, index, ones, "add")
+    untouched = w.emit("Equal", [count, w.x(0.0, kind)]) if count else ""
+    if not a["include_self"]:
+        start = w.emit("Where", [untouched, x, w.x(neutral, kind)])
+    y = _scattered(w, node, start, dim, index, updates, op)
+    if how == "mean":
+        own = w.x(1.0, kind) if a["include_self"] else w.cast(untouched, kind)
+        y = w.emit("Div", [y, w.emit("Add", [count, own])])
+    return y
+
+
+def _zeros_like(w: _Writer, x: str, kind: torch.dtype) -> str:
+    return w.emit("Expand", [w.x(0.0, kind), w.emit("Shape", [x])])
+
+
+@emits("aten.index_add.default", "aten.index_copy.default")
+def _index_add(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    source, rank = w.x(a["source"], kind), node.meta["val"].dim()
+    adds = "index_add" in str(node.target)
+    if adds and a["alpha"] != 1:
+        source = w.emit("Mul", [source, w.x(a["alpha"], kind)])
+    dim = a["dim"] % max(rank, 1)
+    places = w.emit("Reshape", [w.x(a["index"], torch.int64), w.ints([-1 if d == dim else 1 for d in range(rank)])])
+    places = w.emit("Expand", [places, w.emit("Shape", [source])])
+    return _scattered(w, node, w.x(a["self"]), dim, places, source, "add" if adds else None)
+
+
+@emits("aten.slice_scatter.default", "aten.select_scatter.default")
+def _put(w: _Writer, node: Call) -> Any:
+    """A tensor with some places along one axis from another."""
+    a, kind = w.args(node), node.meta["val"].dtype
+    x, dim = w.x(a["self"]), a["dim"] % node.meta["val"].dim()
+    size, source = int(node.meta["val"].shape[dim]), w.x(a["src"], kind)
+    if "select" in str(node.target):
+        source = w.emit("Unsqueeze", [source, w.ints([dim])])
+        places = range(size)[a["index"] :][:1]
+    else:
+        if any(isinstance(a[k], fx.Node) for k in ("start", "end", "step")):
+            raise w.refuse(node, "its limits are computed")
+        places = range(size)[a["start"] : a["end"] : a["step"]]
+    if len(places) == size:
+        return source
+    if not places:
+        return x
+    if places.step == 1:
+        start, end = places[0], places[-1] + 1
+        parts = [source]
+        if start:
+            parts.insert(0, w.emit("Slice", [x, w.ints([0]), w.ints([start]), w.ints([dim])]))
+        if end < size:
+            parts.append(w.emit("Slice", [x, w.ints([end]), w.ints([size]), w.ints([dim])]))
+        return w.emit("Concat", parts, axis=dim)
+    chosen = np.isin(np.arange(size), places)
+    spread = w.emit("Gather", [source, w.const(np.maximum(np.cumsum(chosen) - 1, 0))], axis=dim)
+    mask = chosen.reshape([-1 if i == dim else 1 for i in range(node.meta["val"].dim())])
+    return w.emit("Where", [w.const(mask), spread, x])
 
 
 @emits("aten.pad.default", "aten.constant_pad_nd.default")
@@ -676,6 +892,29 @@ for _name, _op in {
     EMITTERS[f"aten.{_name}"] = _reduce(_op)
 
 
+@emits("aten.max.default", "aten.min.default")
+def _extreme(w: _Writer, node: Call) -> Any:
+    op = "ReduceMax" if ".max." in str(node.target) else "ReduceMin"
+    return w.emit(op, [w.x(node.args[0])], keepdims=0)
+
+
+@emits("aten.linalg_vector_norm.default")
+def _vector_norm(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    order, x, rank = float(a["ord"]), w.x(a["self"], kind), w.meta(a["self"]).dim()
+    dims = [a["dim"]] if isinstance(a["dim"], int) else list(a["dim"] or range(rank))
+    axes, keep = [w.ints([d % rank for d in dims])], int(a["keepdim"])
+    if not math.isfinite(order):
+        return w.emit("ReduceMax" if order > 0 else "ReduceMin", [w.emit("Abs", [x]), *axes], keepdims=keep)
+    if order in (1.0, 2.0):
+        return w.emit("ReduceL1" if order == 1 else "ReduceL2", [x, *axes], keepdims=keep)
+    if order == 0:
+        other = w.emit("Not", [w.emit("Equal", [x, w.x(0.0, kind)])])
+        return w.emit("ReduceSum", [w.cast(other, kind), *axes], keepdims=keep)
+    powers = w.emit("Pow", [w.emit("Abs", [x]), w.x(order, kind)])
+    return w.emit("Pow", [w.emit("ReduceSum", [powers, *axes], keepdims=keep), w.x(1 / order, kind)])
+
+
 @emits("aten.argmax.default", "aten.argmin.default")
 def _arg(w: _Writer, node: Call) -> Any:
     a = w.args(node)
@@ -750,10 +989,45 @@ def _conv(w: _Writer, node: Call) -> Any:
         pads = _pads([t // 2 for t in total], [t - t // 2 for t in total])
     else:
         pads = _pads(_all(a["padding"], rank))
+    if not isinstance(a["groups"], int):
+        return _conv_of_samples(w, node, a, stride, dilation, pads)
     operands = [w.x(a["input"]), w.x(a["weight"])] + ([w.x(a["bias"])] if a["bias"] is not None else [])
     return w.emit(
         "Conv", operands, strides=stride, dilations=dilation, pads=pads, group=a["groups"], kernel_shape=_kernel(w, a)
     )
+
+
+def _conv_of_samples(
+    w: _Writer, node: Call, a: dict[str, Any], stride: list[int], dilation: list[int], pads: list[int]
+) -> str:
+    """A convolution whose groups are samples, each with weights of its own: as products of what each tap sees.
+
+    ONNX's Conv has a number of groups that is written in the file.
+    """
+    shape, kernel = [int(n) for n in w.meta(a["input"]).shape], _kernel(w, a)
+    if shape[0] != 1 or a["bias"] is not None:
+        raise w.refuse(node, "its number of groups is computed")
+    rank, channels = len(kernel), int(w.meta(a["weight"]).shape[1])
+    out = [int(n) for n in node.meta["val"].shape]
+    # [1, G C, ...] -> [G, C, ...]
+    x = w.emit("Reshape", [w.x(a["input"]), w.ints([-1, channels, *shape[2:]])])
+    if any(pads):
+        x = w.emit("Pad", [x, w.ints([0, 0, *pads[:rank], 0, 0, *pads[rank:]])])
+    seen = []
+    axes = w.ints(list(range(2, rank + 2)))
+    for tap in np.ndindex(*kernel):
+        start = [t * d for t, d in zip(tap, dilation)]
+        end = [s + (n - 1) * step + 1 for s, n, step in zip(start, out[2:], stride)]
+        part = w.emit("Slice", [x, w.ints(start), w.ints(end), axes, w.ints(stride)])
+        seen.append(w.emit("Reshape", [part, w.ints([0, channels, math.prod(out[2:])])]))
+    columns = seen[0] if len(seen) == 1 else w.emit("Concat", seen, axis=1)
+    groups = shape[1] // channels
+    # [G O, C, taps] -> [G, O, taps C]
+    filters = int(w.meta(a["weight"]).shape[0]) // groups
+    weight = w.emit("Reshape", [w.x(a["weight"]), w.ints([-1, filters, channels, len(seen)])])
+    weight = w.emit("Transpose", [weight], perm=[0, 1, 3, 2])
+    weight = w.emit("Reshape", [weight, w.ints([0, 0, channels * len(seen)])])
+    return w.emit("Reshape", [w.emit("MatMul", [weight, columns]), w.ints([1, -1, *out[2:]])])
 
 
 def _kernel(w: _Writer, a: dict[str, Any]) -> list[int]:
@@ -850,7 +1124,7 @@ def _group_norm(w: _Writer, node: Call) -> Any:
 def _instance_norm(w: _Writer, node: Call) -> Any:
     a = w.args(node)
     if not a["use_input_stats"]:
-        raise w.refuse(node, "it uses running statistics")
+        return _batch_norm(w, node)
     return _groups(w, a["input"], int(w.meta(a["input"]).shape[1]), a["weight"], a["bias"], a["eps"])
 
 
@@ -930,9 +1204,23 @@ def _adaptive_avg_pool(w: _Writer, node: Call) -> Any:
     if all(n == 1 for n in new):
         return w.emit("GlobalAveragePool", [w.x(x)])
     if any(o % n for o, n in zip(old, new)):
-        raise w.refuse(node, "its windows differ in size")
+        return _uneven_means(w, w.x(x), old, new)
     kernel = [o // n for o, n in zip(old, new)]
     return w.emit("AveragePool", [w.x(x)], kernel_shape=kernel, strides=kernel)
+
+
+def _uneven_means(w: _Writer, x: str, old: Sequence[int], new: Sequence[int]) -> str:
+    """Means over windows of different sizes, axis by axis."""
+    for axis, (n, count) in enumerate(zip(old, new), 2):
+        if n == count:
+            continue
+        parts = []
+        for i in range(count):
+            start, end = i * n // count, -(-(i + 1) * n // count)
+            part = w.emit("Slice", [x, w.ints([start]), w.ints([end]), w.ints([axis])])
+            parts.append(w.emit("ReduceMean", [part, w.ints([axis])], keepdims=1))
+        x = w.emit("Concat", parts, axis=axis)
+    return x
 
 
 @emits("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")

@@ -6,6 +6,8 @@ Equal Programs give equal bytes.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import fx
 
 from edgec.errors import EdgecError
+from edgec.onnx.expand import Expander
+from edgec.origin import first_line
 from edgec.program import Program, code_grid, get_weight, layer_of, output_nodes, placeholders
 
 # Block-wise and 4-bit DequantizeLinear are of 21.
@@ -59,55 +63,26 @@ class Sym:
 def to_onnx(program: Program) -> onnx.ModelProto:
     """The Program as an ONNX model. Raises EdgecError naming the operator when one has no ONNX form."""
     # For what they register.
-    from edgec.onnx import token_emitters  # noqa: F401
+    from edgec.onnx import recurrent_emitters, token_emitters  # noqa: F401
     from edgec.onnx.emitters import EMITTERS
 
+    # The graph may change, the weights are shared.
+    module = fx.GraphModule(program.module, copy.deepcopy(program.graph))
     try:
-        module = _writable(program, EMITTERS)
         return _Writer(program, module).run(EMITTERS)
     except NoOnnxForm as error:
         raise EdgecError(str(error), where=program.name) from error
 
 
-def _writable(program: Program, table: Mapping[str, Any]) -> fx.GraphModule:
-    """The Program's graph, in which operators without an emitter are taken apart by torch's own definitions."""
-    missing = _missing(program.graph, table)
-    if not missing:
-        return program.module
-    from torch.export import default_decompositions
-
-    known: Any = default_decompositions()
-    own = _own_decompositions()
-    rules = {**{t: known[t] for t in missing if t in known}, **{t: own[t] for t in missing if t in own}}
-    for target in missing - set(rules):
-        node = next(n for n in program.graph.nodes if n.target is target)
-        raise NoOnnxForm(str(target), layer_of(node))
-    for _ in range(3):
-        exported = program.export().run_decompositions(rules)
-        decomposed = Program.from_exported(exported, program.name)
-        missing = _missing(decomposed.graph, table)
-        if not missing:
-            return decomposed.module
-        more = {t: known[t] for t in missing if t in known and t not in rules}
-        if not more:
-            break
-        rules.update(more)
-    node = next(n for n in decomposed.graph.nodes if n.target in missing)
-    raise NoOnnxForm(str(node.target), layer_of(node))
-
-
-def _own_decompositions() -> dict[Any, Any]:
-    from edgec.lowering.decompositions import decompositions
-
-    return decompositions()
-
-
-def _missing(graph: fx.Graph, table: Mapping[str, Any]) -> set[Any]:
-    return {n.target for n in graph.nodes if n.op == "call_function" and str(n.target) not in table and not _plain(n)}
-
-
-def _plain(node: fx.Node) -> bool:
-    return node.target in (operator.getitem, *ARITHMETIC)
+def _constant(node: fx.Node) -> np.ndarray | None:
+    """What a call without operands makes; None where it has some, or makes something else every time."""
+    target = node.target
+    if node.all_input_nodes or not isinstance(target, torch._ops.OpOverload):
+        return None
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    value = target(*node.args, **node.kwargs)
+    return value.contiguous().numpy() if isinstance(value, torch.Tensor) else None
 
 
 ARITHMETIC = {operator.add: "Add", operator.sub: "Sub", operator.mul: "Mul", operator.floordiv: "Div"}
@@ -134,16 +109,25 @@ class _Writer:
     def run(self, emitters: Mapping[str, Emitter]) -> onnx.ModelProto:
         self.module.recompile()
         inputs = [self._input(n, s) for n, s in zip(placeholders(self.module), self.program.inputs, strict=True)]
-        self.taken.update(spec.name for spec in self.program.outputs)
-        for node in self.module.graph.nodes:
+        # An output that is called like an input gets the number that it has in C, too.
+        results = [self._unique(spec.name) for spec in self.program.outputs]
+        expander = Expander(self.program, self.module)
+        node = next(iter(self.module.graph.nodes))
+        while node.op != "output":
+            following = node.next
             if node.op == "get_attr":
                 self.names[node] = node
             elif node.op == "call_function" and (node.users or isinstance(node.meta.get("val"), torch.Tensor)):
                 self.layer = layer_of(node)
-                self.names[node] = self._call(node, emitters)
+                try:
+                    self.names[node] = self._call(node, emitters)
+                except NoOnnxForm as refusal:
+                    following = self._expanded(expander, node, refusal)
+            node = following
         outputs = []
-        for node, spec in zip(output_nodes(self.module), self.program.outputs, strict=True):
-            outputs.append(self._output(self.x(node), node, spec))
+        for node, spec, title in zip(output_nodes(self.module), self.program.outputs, results, strict=True):
+            outputs.append(self._output(self.x(node), dataclasses.replace(spec, name=title), results))
+        self._prune(results)
         used = {name for n in self.nodes for name in n.input}
         constants = [t for name, t in self.constants.items() if name in used]
         graph = helper.make_graph(self.nodes, self.program.name, inputs, outputs, constants)
@@ -161,7 +145,33 @@ class _Writer:
         if node.target in ARITHMETIC:
             a, b = (self.size(v) for v in node.args[:2])
             return Sym(self.emit(ARITHMETIC[node.target], [a, b]))  # type: ignore[index]
-        return emitters[str(node.target)](self, node)
+        emitter = emitters.get(str(node.target))
+        if emitter is None:
+            constant = _constant(node)
+            if constant is not None:
+                return self.const(constant)
+            raise NoOnnxForm(str(node.target), layer_of(node))
+        return emitter(self, node)
+
+    def _expanded(self, expander: Expander, node: fx.Node, refusal: NoOnnxForm) -> fx.Node:
+        try:
+            first = expander.expand(node)
+        except Exception as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise NoOnnxForm(str(node.target), layer_of(node), why) from error
+        if first is None:
+            raise refusal
+        return first
+
+    def _prune(self, results: Sequence[str]) -> None:
+        """Drop nodes whose results nothing reads."""
+        wanted = set(results)
+        kept = []
+        for made in reversed(self.nodes):
+            if wanted.intersection(made.output):
+                kept.append(made)
+                wanted.update(made.input)
+        self.nodes = kept[::-1]
 
     def _input(self, node: fx.Node, spec: Any) -> onnx.ValueInfoProto:
         self.names[node] = spec.name
@@ -174,11 +184,10 @@ class _Writer:
             shape[0] = BATCH
         return shape
 
-    def _output(self, name: str, node: fx.Node, spec: Any) -> onnx.ValueInfoProto:
+    def _output(self, name: str, spec: Any, results: Sequence[str]) -> onnx.ValueInfoProto:
         """Give a value the name of an output: its maker writes it under that name, or a copy does."""
         maker = next((n for n in self.nodes if name in n.output), None)
-        outputs = {s.name for s in self.program.outputs}
-        if maker is None or name in outputs:
+        if maker is None or name in results:
             self.nodes.append(helper.make_node("Identity", [name], [spec.name], name=f"{spec.name}/Identity"))
         else:
             for other in self.nodes:
