@@ -14,7 +14,6 @@ from torch import nn
 from edgec import tokenops  # noqa: F401  (registers the operators)
 from edgec.compile import arithmetic
 from edgec.data import load_data
-from edgec.frontend import load_model
 from edgec.onnx.check import agrees, compare, run_onnx
 from edgec.onnx.writer import to_onnx
 from edgec.passbase import Context

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, parser
+from onnx import TensorProto, helper, numpy_helper, parser
 
 from tests.lowering.helpers import compile_host
 from tests.test_onnx import IMAGE, ROW, check, node_cases, refusal, save, values
@@ -183,3 +183,50 @@ def test_recurrent_layers_that_pytorch_does_not_have(tmp_path: Path) -> None:
         check(save(tmp_path / f"{op}.onnx", [node], {"x": x}, {**held, "n": lengths}, ["y", "h"]), {"x": x})
         feed = {"x": x, "n": lengths}
         check(save(tmp_path / f"{op}_n.onnx", [node], feed, held, ["y", "h"]), feed)
+
+
+def typed(name: str, kind: int, array: np.ndarray) -> onnx.TensorProto:
+    return helper.make_tensor(name, kind, array.shape, array.reshape(-1).tolist())
+
+
+def test_weights_and_codes_of_few_bits(tmp_path: Path) -> None:
+    """int4 in blocks as weights, as codes on the way, and as ONNX Runtime's MatMulNBits; 16 bits without a sign."""
+    rng = np.random.default_rng(0)
+    x = (3 * values(2, 64)).astype(np.float32)
+    scales = rng.random((2, 24)).astype(np.float32)
+    for kind, low in ((TensorProto.INT4, -8), (TensorProto.UINT4, 0)):
+        inside = [typed("w", kind, rng.integers(low, low + 16, (64, 24))), typed("z", kind, np.full((2, 24), low + 9))]
+        blocks = helper.make_node("DequantizeLinear", ["w", "s", "z"], ["d"], axis=0, block_size=32)
+        path = save(
+            tmp_path / "w4.onnx", [blocks, helper.make_node("MatMul", ["x", "d"], ["y"])], {"x": x}, {}, opset=21
+        )
+        model = onnx.load(path)
+        model.graph.initializer.extend([*inside, numpy_helper.from_array(scales, "s")])
+        path.write_bytes(model.SerializeToString())
+        program = check(path, {"x": x})
+        assert [str(n.target) for n in program.graph.nodes if n.op == "call_function"] == ["aten.linear.default"]
+    for kind, zero, scale in (
+        (TensorProto.UINT4, 7, 0.3),
+        (TensorProto.INT4, -1, 0.3),
+        (TensorProto.UINT16, 32768, 1e-4),
+    ):
+        names = [["x", "s", "z"], ["q", "s", "z"]]
+        nodes = [helper.make_node(op, n, o) for op, n, o in zip(("QuantizeLinear", "DequantizeLinear"), names, "qy")]
+        path = save(tmp_path / "a.onnx", nodes, {"x": x}, {"s": np.array(scale, np.float32)}, opset=21)
+        model = onnx.load(path)
+        model.graph.initializer.append(typed("z", kind, np.array(zero)))
+        path.write_bytes(model.SerializeToString())
+        check(path, {"x": x})
+    for bits in (4, 8):
+        sizes: dict[str, Any] = {"K": 64, "N": 24, "bits": bits, "block_size": 32}
+        held = {
+            "w": rng.integers(0, 256, (24, 2, 4 * bits)).astype(np.uint8),
+            "s": rng.random((24, 2)).astype(np.float32),
+            "z": rng.integers(0, 256, (24, bits // 4)).astype(np.uint8),
+        }
+        node = helper.make_node("MatMulNBits", ["x", *held], ["y"], domain="com.microsoft", **sizes)
+        path = save(tmp_path / "n.onnx", [node], {"x": x}, held)
+        model = onnx.load(path)
+        model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 24]))
+        path.write_bytes(model.SerializeToString())
+        check(path, {"x": x})

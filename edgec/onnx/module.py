@@ -387,6 +387,9 @@ class OnnxModule(nn.Module):
     def constant(self, value: Static, path: str, role: str) -> torch.Tensor:
         """The weight for a constant, registered when it is met first: in the run before the export."""
         array = value.array
+        if array.dtype == np.uint16:
+            # PyTorch computes nothing with it; the codes that it is for are held so.
+            array = array.astype(np.int32)
         if array.dtype.kind == "f" and not np.isfinite(array).all() and not np.isnan(array).any():
             return self._infinite(value, path, role)
         content = (array.shape, array.dtype.str, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest())

@@ -1436,4 +1436,4 @@ def _features(node: Node) -> Any:
     return torch.index_select(x, x.dim() - 1, node.x(1).reshape(-1))
 
 
-from edgec.onnx import quantized, recurrent, sequences, signals  # noqa: E402, F401  they register their operators
+from edgec.onnx import fewbits, quantized, recurrent, sequences, signals  # noqa: E402, F401  they register their operators

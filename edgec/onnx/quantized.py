@@ -19,6 +19,7 @@ from onnx import TensorProto
 
 import edgec.qops  # noqa: F401  registers edgec::quantize
 from edgec.importing.quantized import UNSIGNED, StoredCodes
+from edgec.onnx.fewbits import other_codes
 from edgec.onnx.module import Codes, Many, Node, Static
 from edgec.onnx.operators import _op, as_type, convolve, handler_of
 
@@ -64,6 +65,12 @@ def _as_codes(node: Node, real: torch.Tensor, scale: int, zero: int, kind: torch
 @_op("QuantizeLinear")
 def _quantize(node: Node) -> Any:
     x, scale = node.x(0), node.x(1)
+    other = other_codes(node)
+    if other is not None and x.dtype == torch.float32:
+        low, high, kind = other
+        steps = torch.round(x / _spread(node, scale, x))
+        steps = steps + as_type(_spread(node, node.x(2), x), torch.float32) if node.has(2) else steps
+        return as_type(torch.clamp(steps, low, high), kind)
     code = node.attr("output_dtype", 0)
     kind = CODES.get(code) if code else (node.x(2).dtype if node.has(2) else torch.uint8)
     if kind not in LIMITS or x.dtype != torch.float32:
