@@ -268,6 +268,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         (1, 5, 6),
     ),
     "joined to nothing": (lambda x: torch.cat([torch.tensor([]), x.sin()], -1), (1, 2, 3)),
+    "padded by nothing": (lambda x, w: F.conv2d(F.pad(x, (0, 0, 0, 0)), w), MAP, rand(4, 3, 3, 3)),
     "a row of functions": (lambda x: x.tanh().tanh().tanh().tanh().tanh().tanh(), (1, 8)),
 }
 

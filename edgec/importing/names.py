@@ -7,12 +7,14 @@ import functools
 import torch
 from torch import fx, nn
 
+aten = torch.ops.aten
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
 ASSERTIONS = (
-    torch.ops.aten._assert_scalar.default,
-    torch.ops.aten._assert_async.msg,
-    torch.ops.aten._assert_tensor_metadata.default,
-    torch.ops.aten.sym_constrain_range.default,
-    torch.ops.aten.sym_constrain_range_for_size.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_tensor_metadata.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
 )
 
 
@@ -59,17 +61,23 @@ def drop_assertions(exported: torch.export.ExportedProgram) -> torch.export.Expo
 
 
 def drop_empty(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The program with nothing joined to a tensor; changed in place.
+    """The program with nothing joined to a tensor, and no border of width zero around one; changed in place.
 
-    Caches begin as `torch.tensor([])`, which PyTorch takes as an operand of any concatenation.
+    Caches begin as `torch.tensor([])`, which PyTorch takes as an operand of any concatenation; networks that take maps
+    of any size pad what fits already.
     """
     graph = exported.graph
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target is not torch.ops.aten.cat.default:
+    outputs = {n for o in graph.nodes if o.op == "output" for n in o.all_input_nodes}
+    for node in list(graph.nodes):
+        if node.op != "call_function":
             continue
-        parts = [x for x in node.args[0] if tuple(x.meta["val"].shape) != (0,)]
-        # The type of nothing takes part in that of the result.
-        same = all(x.meta["val"].dtype == node.meta["val"].dtype for x in parts)
-        if same and 0 < len(parts) < len(node.args[0]):
-            node.args = (parts, *node.args[1:])
+        if node.target is aten.cat.default:
+            parts = [x for x in node.args[0] if tuple(x.meta["val"].shape) != (0,)]
+            # The type of nothing takes part in that of the result.
+            same = all(x.meta["val"].dtype == node.meta["val"].dtype for x in parts)
+            if same and 0 < len(parts) < len(node.args[0]):
+                node.args = (parts, *node.args[1:])
+        elif node.target in PADS and not any(node.args[1]) and node not in outputs:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     return exported
