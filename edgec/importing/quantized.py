@@ -26,8 +26,9 @@ edgec = torch.ops.edgec
 
 # Where a Program has the codes of its weights: a tuple of StoredCodes among its annotations.
 KEY = "stored-codes"
-# Codes next to a rounding boundary fall on either side of it; a mistake leaves next to no signal.
-QUANTIZED_SQNR_DB = 30.0
+# Codes next to a rounding boundary fall on either side of it, and layer after layer adds to that: 29 dB are left of
+# MobileNetV2, 23 dB of ViT-Tiny. A mistake leaves next to no signal.
+QUANTIZED_SQNR_DB = 20.0
 # What uint8 codes are more than the int8 codes that stand for them.
 UNSIGNED = 128
 NAMESPACE = "quantized_decomposed"
@@ -105,7 +106,7 @@ def edgec_form(program: Program) -> Program:
     """The Program with `quantized_decomposed` operators and fake quantisation of 8 bits and fewer as edgec's own.
 
     Stored weights become the real numbers that they stand for. What has no such form (16 bits, scales that are computed
-    from the input) stays, 16-bit pairs as fake quantisation.
+    from the input) stays, 16-bit pairs as arithmetic on real numbers.
     """
     if not any(_wanted(node) for node in program.graph.nodes):
         return program
@@ -208,7 +209,7 @@ def _rewritten(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return _real(call, _codes(call, x, *grid), *grid) if _fits(grid) else None
     if not _fits(grid):
         whole = _decomposed(node) == "dequantize_per_tensor" and _decomposed(x) == "quantize_per_tensor"
-        return call(FAKE[0], (x.args[0], *grid)) if whole and x.args[1:6] == node.args[1:6] else None
+        return _wide(call, x.args[0], *grid) if whole and x.args[1:6] == node.args[1:6] else None
     if node.meta["val"].dtype not in (torch.int8, torch.uint8) and _decomposed(node) == "quantize_per_tensor":
         return None
     if _decomposed(node) == "quantize_per_tensor":
@@ -220,6 +221,13 @@ def _rewritten(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if not made and (high > QMAX or x.meta["val"].dtype is not torch.int8):
         return None
     return _real(call, x, *grid)
+
+
+def _wide(call: Callable[..., fx.Node], x: Any, scale: float, zero: int, low: int, high: int) -> fx.Node:
+    """Quantisation and dequantisation of codes that no kernel has, as torch defines them."""
+    steps = call(aten.add.Scalar, (call(aten.round.default, (call(aten.mul.Scalar, (x, 1.0 / scale)),)), zero))
+    steps = call(aten.sub.Scalar, (call(aten.clamp.default, (steps, low, high)), zero))
+    return call(aten.mul.Scalar, (steps, scale))
 
 
 def _fits(grid: tuple[float, int, int, int]) -> bool:

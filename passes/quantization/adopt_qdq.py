@@ -26,7 +26,6 @@ import torch
 from torch import fx
 
 from edgec.as_conv2d import as_conv2d
-from edgec.errors import EdgecError
 from edgec.importing.quantized import KEY, StoredCodes, comes_quantised, stored_codes
 from edgec.integer import CODE_SPAN, QMAX, QMIN, REQUANTS, WEIGHT_MAX
 from edgec.passbase import Context, Needs, Pass, option
@@ -99,6 +98,9 @@ class AdoptQdq(Pass):
         "how layers round: RQ1 with integers, RQF with a float32 product; auto: as is fastest on the target",
         choices=("auto", *REQUANTS),
     )
+    recode: bool = option(
+        False, "round weights whose codes are up to 255 steps from their zero point, as uint8 ones are, to 127 steps"
+    )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
 
     def __post_init__(self) -> None:
@@ -107,18 +109,15 @@ class AdoptQdq(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         if not comes_quantised(program):
-            raise EdgecError(
-                "the model does not come quantised: it has no scales of its own",
-                where=f"pass {self.name}",
-                hint="leave the pass out; quantize-int8 finds scales from calibration data",
-            )
+            context.skip(program.name, self.name, "the model does not come quantised: it has no scales of its own")
+            return program
         module, masks = editable(program)
         grids = mark_pairs(module)
         as_conv2d(module, masks)
         check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
         _join_biases(module)
         propagate(module, program.example_inputs)
-        adoption = Adoption.of(module, stored_codes(program))
+        adoption = Adoption.of(module, stored_codes(program), self.recode)
         annotation = annotate(
             module, lambda layer: fits(layer, self.keep_float), held=adoption.held, decide=adoption.decide
         )
@@ -196,9 +195,10 @@ def _mark(graph: fx.Graph, quantize: fx.Node, codes: fx.Node, grid: QParams, mad
 def _join_biases(module: fx.GraphModule) -> None:
     """Give a layer without bias the stored vector that is added to its result, in place."""
     for node in list(module.graph.nodes):
-        given = arguments(node) if is_call(node, *LAYERS) else {}
-        (user,) = node.users if given and given["bias"] is None and len(node.users) == 1 else (None,)
-        if not is_call(user, aten.add.Tensor) or arguments(user)["alpha"] != 1 or GRID in user.meta:
+        if not is_call(node, *LAYERS) or arguments(node)["bias"] is not None or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        if not is_call(user, aten.add.Tensor) or arguments(user)["alpha"] != 1:
             continue
         other = next((a for a in user.args[:2] if a is not node), None)
         vector, shape = constant_of(module, other), shape_of(node)
@@ -219,7 +219,9 @@ def _join_biases(module: fx.GraphModule) -> None:
 def _join_borders(module: fx.GraphModule) -> None:
     """Drop quantisations of codes of the same grid, and clamps to what a quantisation limits itself, in place."""
     for node in list(module.graph.nodes):
-        before = node.args[0] if is_call(node, edgec.quantize.default) else None
+        if not is_call(node, edgec.quantize.default):
+            continue
+        before = operand(node)
         if is_call(before, edgec.dequantize.default) and before.args[1:] == node.args[1:]:
             node.replace_all_uses_with(operand(before))
         grid = before.meta.get(GRID) if is_call(before, aten.clamp.default) else None
@@ -302,7 +304,8 @@ class Adoption:
     meaning: dict[fx.Node, QParams] = field(default_factory=dict)
 
     @staticmethod
-    def of(module: fx.GraphModule, stored: tuple[StoredCodes, ...]) -> Adoption:
+    def of(module: fx.GraphModule, stored: tuple[StoredCodes, ...], recode: bool = False) -> Adoption:
+        """recode: round weights that have too many steps."""
         marks = {n: n.meta[GRID] for n in module.graph.nodes if GRID in n.meta and n.op == "call_function"}
         made = Adoption(module, marks, stored)
         for node in module.graph.nodes:
@@ -310,6 +313,7 @@ class Adoption:
             if weight is None or weight.dtype != torch.float32 or not weight.numel():
                 continue
             found = find_codes(weight.numpy(), stored)
+            found = _recoded(found) if recode and found is not None else found
             reason = _refusal(found)
             if found is None or reason:
                 made.held[node] = reason
@@ -440,11 +444,20 @@ def _on_grid(node: fx.Node, grid: QParams) -> bool:
     return all(abs(s - round(s)) <= NEAR_CODE for s in steps)
 
 
+def _recoded(found: FoundCodes) -> FoundCodes:
+    """Channels of more than 127 steps with coarser ones."""
+    largest = np.abs(found.steps.reshape(len(found.steps), -1)).max(1)
+    factor = np.maximum(largest / WEIGHT_MAX, 1.0)
+    scales = np.where(factor > 1, (found.scales * factor).astype(np.float32), found.scales)
+    spread = (found.scales / scales).reshape(-1, *[1] * (found.steps.ndim - 1))
+    return FoundCodes(np.clip(np.rint(found.steps * spread), -WEIGHT_MAX, WEIGHT_MAX).astype(np.int32), scales)
+
+
 def _refusal(found: FoundCodes | None) -> str:
     """Why a layer with these codes has no integer form; empty where it has."""
     if found is None:
         return "the file gives no scale for its weights"
     low, high = int(found.steps.min()), int(found.steps.max())
     if low < -WEIGHT_MAX or high > WEIGHT_MAX:
-        return f"its weights have codes of {low} to {high} around their zero point, kernels take -127 to 127"
+        return f"its weights are {low} to {high} steps from their zero point, kernels take -127 to 127 (recode rounds)"
     return ""
