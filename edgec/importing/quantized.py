@@ -43,25 +43,26 @@ FAKE_CHANNELS = (aten.fake_quantize_per_channel_affine.default,)
 class StoredCodes:
     """The scales of one weight of a file, whose real numbers are scale * (code - zero point), rounded to float32.
 
-    scale: of shape `shape`: one number, one per index of an axis, or one per block of `block` neighbours. zero: the
-    zero point as that of int8 codes, if it is the same everywhere, else None. digest: of the sorted codes less their
-    zero points, so that it stays what it is when the weight is transposed or reshaped.
+    scale: of shape `shape`: one number, one per index of an axis, or one per block of `block` neighbours. zeros: the
+    zero points, as those of int8 codes: one, or one per scale. digest: of the sorted codes less their zero points, so
+    that it stays what it is when the weight is transposed or reshaped.
     """
 
     scale: tuple[float, ...] = field(repr=False)
     shape: tuple[int, ...]
-    zero: int | None
+    zeros: tuple[int, ...] = field(repr=False)
     block: int
     digest: str
 
     @staticmethod
-    def of(steps: np.ndarray, scale: np.ndarray, zero: int | None = 0, block: int = 0) -> StoredCodes:
+    def of(steps: np.ndarray, scale: np.ndarray, zeros: Any = 0, block: int = 0) -> StoredCodes:
         """steps: codes less their zero points."""
-        scale = np.asarray(scale, np.float32)
-        content = scale.tobytes() + bytes.fromhex(digest_of(steps))
+        scale, zeros = np.asarray(scale, np.float32), np.asarray(zeros, np.int64).reshape(-1)
+        zeros = zeros[:1] if (zeros == zeros[0]).all() else zeros
+        content = scale.tobytes() + zeros.tobytes() + bytes.fromhex(digest_of(steps))
         both = hashlib.sha256(content).hexdigest()[:8]
         numbers = tuple(float(s) for s in scale.reshape(-1))
-        return StoredCodes(numbers, scale.shape, zero, block, f"{digest_of(steps)}-{both}")
+        return StoredCodes(numbers, scale.shape, tuple(int(z) for z in zeros), block, f"{digest_of(steps)}-{both}")
 
     def holds(self, steps: np.ndarray) -> bool:
         """Whether these are the codes that the record was made of, in any order."""
@@ -177,11 +178,8 @@ def _record(module: fx.GraphModule, node: fx.Node, given: dict[str, Any], result
     elif wide.ndim:
         wide = wide.reshape([-1 if i == axis % result.dim() else 1 for i in range(result.dim())])
     steps = np.rint(result.numpy().astype(np.float64) / np.where(wide == 0, 1, wide)).astype(np.int32)
-    zeros = np.unique(np.zeros(1, np.int64) if zero is None else np.asarray(zero, np.int64))
-    shift = UNSIGNED if high > QMAX else 0
-    return StoredCodes.of(
-        steps, np.asarray(scale, np.float32), int(zeros[0]) - shift if len(zeros) == 1 else None, block
-    )
+    zeros = np.zeros(1, np.int64) if zero is None else np.asarray(zero, np.int64)
+    return StoredCodes.of(steps, np.asarray(scale, np.float32), zeros - (UNSIGNED if high > QMAX else 0), block)
 
 
 def _number(module: fx.GraphModule, value: Any) -> Any:

@@ -10,7 +10,8 @@ use, and gives it the weights' own scales and codes.
     codes -> function, sum, average, concatenation -> pair              the same on codes
     codes -> clip, or pair with another grid                            a table
 
-Everything else stays float, and a pair there becomes a clamp: what it cut off stays cut off, nothing is rounded.
+Everything else stays float, with weights stored as the codes that they came as. A pair there becomes a clamp: what it
+cut off stays cut off, nothing is rounded.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from edgec.passes.quantization.operators import (
     scalar_of,
 )
 from edgec.passes.quantization.ptq import Prepared, choose_requant, convert, editable
+from edgec.passes.quantization.quantize_weights import STORAGE, Grouped, refusal, store_codes
 from edgec.program import (
     Program,
     constant_of,
@@ -52,7 +54,7 @@ from edgec.program import (
     shape_of,
     weight_node,
 )
-from edgec.quantparams import SMALLEST_SCALE, QParams, quantize_weights
+from edgec.quantparams import SMALLEST_SCALE, QParams, code_range, quantize_weights
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -68,15 +70,19 @@ PASSING = (Kind.SHARE, Kind.CLIP, Kind.SCALE)
 
 @dataclass(frozen=True)
 class AdoptSummary:
-    """What the pass did. quantised, kept_float: convolutions and linear layers by name. grids: pairs that it found."""
+    """What the pass did. quantised, kept_float: convolutions and linear layers by name. grids: pairs that it found.
+    packed: those of the float layers whose weights stay codes.
+    """
 
     quantised: tuple[str, ...]
     kept_float: tuple[str, ...]
     grids: int
+    packed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         total = len(self.quantised) + len(self.kept_float)
-        return f"came quantised: its own scales make {len(self.quantised)} of {total} layers integer"
+        stored = f", {len(self.packed)} float layers keep the codes of their weights" if self.packed else ""
+        return f"came quantised: its own scales make {len(self.quantised)} of {total} layers integer{stored}"
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,37 @@ class AdoptQdq(Pass):
             context.skip(layer, what, reason)
         prepared = Prepared(program, module, annotation, masks)
         summary = self._summary(prepared, grids)
+        records, packed = self._pack(prepared, adoption.stored)
+        summary = dataclasses.replace(summary, packed=tuple(packed))
         observed = adoption.observed(annotation)
         integers = convert(prepared, observed, adoption.rule, choose_requant(self.requant, context))
         _join_borders(module)
         kept = {k: v for k, v in program.annotations.items() if k != KEY}
         made = dataclasses.replace(program, annotations=kept)
         integers = dataclasses.replace(integers, prepared=dataclasses.replace(prepared, program=made))
+        integers.records.update(records)
         return integers.finish({self.name: summary})
+
+    def _pack(self, prepared: Prepared, stored: tuple[StoredCodes, ...]) -> tuple[dict[str, QParams], list[str]]:
+        """Store the weights of layers that stay float as the codes that they came as; (records by path, the layers)."""
+        module, records, layers = prepared.module, {}, []
+        made: dict[str, fx.Node] = {}
+        for node in list(module.graph.nodes):
+            layer = layer_of(node)
+            if not is_call(node, *LAYERS) or prepared.annotation.is_int8(node) or fits(layer, self.keep_float):
+                continue
+            if refusal(node):
+                continue
+            path = str(node.args[1].target)  # type: ignore[union-attr]
+            if path not in made:
+                found = find_groups(get_weight(module, node.args[1]).numpy(), stored)  # type: ignore[arg-type]
+                if found is None:
+                    continue
+                made[path], codes, record = store_codes(module, node, path, *found, "the file")
+                records[codes] = record
+            node.update_arg(1, made[path])
+            layers.append(layer)
+        return records, layers
 
     def _summary(self, prepared: Prepared, grids: int) -> AdoptSummary:
         layers = [n for n in prepared.module.graph.nodes if is_call(n, *LAYERS)]
@@ -235,10 +265,14 @@ def _join_borders(module: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class FoundCodes:
-    """steps: whole numbers, of the weight's shape; scales: float64, one per output channel. weight = step * scale."""
+    """steps: whole numbers, of the weight's shape; scales: float64, one per output channel. weight = step * scale.
+
+    zeros: what to add to steps for the codes of the file: one number, or one per output channel.
+    """
 
     steps: np.ndarray
     scales: np.ndarray
+    zeros: tuple[int, ...] = (0,)
 
 
 def find_codes(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> FoundCodes | None:
@@ -252,17 +286,62 @@ def find_codes(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> FoundCode
         if record.block or len(record.scale) not in (1, len(weight)):
             continue
         scales = np.broadcast_to(np.asarray(record.scale, np.float64), (len(weight),))
-        known = np.where(scales > 0, scales, SMALLEST_SCALE)
+        known = np.where(scales != 0, scales, SMALLEST_SCALE)
         if _steps(rows[:, :8], known) is None:
             continue
         steps = _steps(rows, known)
         if steps is not None:
-            match = FoundCodes(steps.reshape(weight.shape), known)
+            match = FoundCodes(steps.reshape(weight.shape), known, record.zeros)
             if record.holds(steps):
                 return match
             # Scales of another weight, or of the one that this is a part of.
             found = found or match
     return found
+
+
+def find_groups(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> tuple[Grouped, int, int] | None:
+    """(codes, group, bits) of a weight [outputs, inputs, ...] in the form of `edgec::dequantize_weight`, if it is one
+    of `stored`: with scales for blocks of inputs, for output channels, or for the tensor.
+    """
+    outputs, inputs = weight.shape[:2]
+    found = find_codes(weight, stored)
+    if found is not None:
+        zeros = np.broadcast_to(np.array(found.zeros), (outputs,) if len(found.zeros) == 1 else (len(found.zeros),))
+        if len(zeros) == outputs:
+            return _grouped(found.steps, found.scales.reshape(-1, 1), zeros.reshape(-1, 1), inputs)
+    for record in stored if weight.ndim == 2 else ():
+        groups = -(-inputs // record.block) if record.block else 0
+        if not groups or record.shape not in ((outputs, groups), (groups, outputs)) or 0 in record.scale:
+            continue
+        scale = np.array(record.scale, np.float64).reshape(record.shape)
+        zeros = np.broadcast_to(
+            np.array(record.zeros).reshape(record.shape if len(record.zeros) > 1 else ()), scale.shape
+        )
+        for turned in (False, True):
+            s, z = (scale.T, zeros.T) if turned else (scale, zeros)
+            if s.shape == (outputs, groups):
+                exact = weight.astype(np.float64) / np.repeat(s, record.block, 1)[:, :inputs]
+                steps = _steps(exact, np.ones(outputs))
+                if steps is not None and record.holds(steps):
+                    return _grouped(steps, s, z, record.block)
+    return None
+
+
+def _grouped(steps: np.ndarray, scale: np.ndarray, zeros: np.ndarray, group: int) -> tuple[Grouped, int, int] | None:
+    """steps: codes less their zero points [outputs, ...]; scale, zeros: [outputs, groups]."""
+    spread = np.arange(steps.shape[1]) // group
+    codes = steps + zeros[:, spread].reshape(*steps.shape[:2], *[1] * (steps.ndim - 2))
+    widths = [b for b in (*sorted(STORAGE), 8) if int(codes.max()) - int(codes.min()) < 1 << b]
+    if not widths:
+        return None
+    n, p = code_range(widths[0])
+    # 4-bit codes without sign, for one, are moved to those with.
+    move = 0 if n <= codes.min() and codes.max() <= p else n - int(codes.min())
+    codes, zeros = codes + move, zeros + move
+    if zeros.min() < QMIN or zeros.max() > QMAX:
+        return None
+    plain = None if not zeros.any() else np.ascontiguousarray(zeros.astype(np.int8))
+    return Grouped(np.ascontiguousarray(codes.astype(np.int8)), scale.astype(np.float32), plain), group, widths[0]
 
 
 def _steps(rows: np.ndarray, scales: np.ndarray) -> np.ndarray | None:
@@ -277,13 +356,14 @@ def _constant_grid(tensor: torch.Tensor, stored: tuple[StoredCodes, ...]) -> QPa
     """The grid of a stored tensor that is an operand like any other, if it has one scale of the file."""
     values = tensor.numpy().reshape(1, -1)
     for record in stored:
-        if len(record.scale) != 1 or record.zero is None or record.scale[0] <= 0:
+        if len(record.scale) != 1 or len(record.zeros) != 1 or record.scale[0] <= 0:
             continue
+        (zero,) = record.zeros
         steps = _steps(values.astype(np.float64), np.asarray(record.scale))
-        if steps is not None and record.holds(steps) and QMIN <= record.zero <= QMAX:
-            codes = steps + record.zero
+        if steps is not None and record.holds(steps) and QMIN <= zero <= QMAX:
+            codes = steps + zero
             if codes.min() >= QMIN and codes.max() <= QMAX:
-                return QParams(record.scale[0], record.zero, source="the file")
+                return QParams(record.scale[0], zero, source="the file")
     return None
 
 
@@ -313,6 +393,7 @@ class Adoption:
             if weight is None or weight.dtype != torch.float32 or not weight.numel():
                 continue
             found = find_codes(weight.numpy(), stored)
+            found = None if found is None else _positive(found)
             found = _recoded(found) if recode and found is not None else found
             reason = _refusal(found)
             if found is None or reason:
@@ -442,6 +523,12 @@ def _on_grid(node: fx.Node, grid: QParams) -> bool:
         v / scale + zero for v, beyond in ((low, low <= grid.range[0]), (high, high >= grid.range[1])) if not beyond
     ]
     return all(abs(s - round(s)) <= NEAR_CODE for s in steps)
+
+
+def _positive(found: FoundCodes) -> FoundCodes:
+    """The same weights with positive scales."""
+    signs = np.where(found.scales < 0, -1, 1)
+    return FoundCodes(found.steps * signs.reshape(-1, *[1] * (found.steps.ndim - 1)), np.abs(found.scales))
 
 
 def _recoded(found: FoundCodes) -> FoundCodes:

@@ -76,7 +76,7 @@ class Graph:
         inputs = (self.const(codes, codes.dtype), self.const(scale), self.const(zeros, codes.dtype))
         return self.add("DequantizeLinear", *inputs, axis=axis)
 
-    def program(self, path: Path, result: str, *shape: int) -> Program:
+    def program(self, path: Path, result: str, *shape: int, opset: int = 19) -> Program:
         last = [n for n in self.nodes if result in n.output]
         last[0].output[0] = "y"
         for node in self.nodes:
@@ -85,8 +85,8 @@ class Graph:
         ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", *shape])]
         outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
         graph = helper.make_graph(self.nodes, "g", ports, outputs, self.constants)
-        imports = [helper.make_opsetid("", 19), helper.make_opsetid("com.microsoft", 1)]
-        path.write_bytes(helper.make_model(graph, opset_imports=imports, ir_version=9).SerializeToString())
+        imports = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+        path.write_bytes(helper.make_model(graph, opset_imports=imports, ir_version=10).SerializeToString())
         return import_onnx(path)
 
 
@@ -478,7 +478,8 @@ def uint8_weights(tmp_path: Path, zero: int) -> Program:
 def test_uint8_weights_become_integer_where_they_fit(tmp_path: Path) -> None:
     program = uint8_weights(tmp_path, 140)
     after, context = adopted(program)
-    assert operators(after)[-1] == "conv2d"
+    assert operators(after)[-2:] == ["dequantize_weight", "conv2d"]
+    assert after.annotations["adopt-qdq"].packed == after.annotations["adopt-qdq"].kept_float
     assert "steps from their zero point, kernels take -127 to 127" in context.skipped[0].reason
     rounded, _ = adopted(program, recode=True)
     assert operators(rounded) == ["quantize", "qconv2d_float"]
@@ -487,6 +488,44 @@ def test_uint8_weights_become_integer_where_they_fit(tmp_path: Path) -> None:
     x = noise(4, 3, 4, 4)
     assert torch.allclose(after(x)[0], program(x)[0], atol=0.02)
     assert sqnr_db(rounded(x)[0].numpy(), program(x)[0].numpy()) > 35
+
+
+@pytest.mark.parametrize(
+    "options", ["bits=8", "bits=8 group=0", "bits=4 group=4", "bits=4 group=4 asymmetric=true", "bits=3 group=0"]
+)
+def test_weights_of_few_bits_come_back_as_codes(options: str, tmp_path: Path) -> None:
+    """quantize-weights, written as ONNX and read again: no activation has a scale, every weight has its codes."""
+    first = Pipeline.of(f"quantize-weights{{{options}}}").passes[0].run(zoo.program("mlp"), Context())
+    (tmp_path / "m.onnx").write_bytes(to_onnx(first).SerializeToString())
+    again, _ = adopted(import_onnx(tmp_path / "m.onnx"))
+    assert len(again.annotations["adopt-qdq"].packed) == 3
+    before, after = ([w for w in p.weights().values() if w.dtype == torch.int8] for p in (first, again))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    bits = [[r.bits for r in records(p).values() if r.granularity == "group"] for p in (first, again)]
+    assert bits[1] == bits[0]
+    x = noise(4, 16)
+    assert torch.allclose(again(x)[0], first(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_four_bits_without_sign(tmp_path: Path) -> None:
+    """uint4 codes in blocks of a matrix that the importer transposes, each block with its zero point."""
+    rng = np.random.default_rng(0)
+    codes, zeros = rng.integers(0, 16, (8, 6)), rng.integers(0, 16, (2, 6))
+    block = rng.uniform(0.01, 0.1, (2, 6)).astype(np.float32)
+    tensors = [
+        helper.make_tensor("w", TensorProto.UINT4, codes.shape, codes.reshape(-1)),
+        numpy_helper.from_array(block, "s"),
+        helper.make_tensor("z", TensorProto.UINT4, zeros.shape, zeros.reshape(-1)),
+    ]
+    g = Graph()
+    g.constants += tensors
+    y = g.add("MatMul", "x", g.add("DequantizeLinear", "w", "s", "z", axis=0, block_size=4))
+    program = g.program(tmp_path / "m.onnx", y, 8, opset=21)
+    after, _ = adopted(program)
+    assert operators(after) == ["dequantize_weight", "linear"]
+    (record,) = (r for r in records(after).values() if r.granularity == "group")
+    assert (record.bits, record.group, record.storage) == (4, 4, "pack4")
+    assert torch.equal(after(noise(3, 8))[0], program(noise(3, 8))[0])
 
 
 def test_layers_are_kept_float_by_name(tmp_path: Path) -> None:
