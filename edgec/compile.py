@@ -439,6 +439,7 @@ def _import_check(run: _Run, program: Program) -> None:
 
     Importers and code generators can be wrong without saying so; a model that fails here is never compiled.
     """
+    from edgec.importing.quantized import QUANTIZED_SQNR_DB, comes_quantised
     from edgec.lowering.lower import lower
     from edgec.targets.device import load_device
 
@@ -453,7 +454,7 @@ def _import_check(run: _Run, program: Program) -> None:
         got = bundle.run(*inputs)
         got = got if isinstance(got, tuple) else (got,)
     # A model that comes with codes in it follows like a quantised one.
-    needed = FOLLOWS.get(arithmetic(program))
+    needed = QUANTIZED_SQNR_DB if comes_quantised(program) else FOLLOWS.get(arithmetic(program))
     for spec, a, b in zip(program.outputs, got, want, strict=True):
         error = relative_error(a, b)
         if not error <= FLOAT_TOLERANCE and (needed is None or not sqnr_db(a, b) >= needed):

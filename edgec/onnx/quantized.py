@@ -102,8 +102,9 @@ def _dequantize(node: Node) -> Any:
 
 def _remember(node: Node, steps: np.ndarray, scale: np.ndarray, zeros: np.ndarray, block: int = 0) -> None:
     """Keep a record of codes, less their zero points, that become real numbers."""
-    one = int(zeros[0]) - (UNSIGNED if zeros.dtype == np.uint8 else 0) if len(np.unique(zeros)) == 1 else None
-    node.graph.stored.append(StoredCodes.of(steps, scale.reshape(-1) if not block else scale, one, block))
+    shift = UNSIGNED if zeros.dtype == np.uint8 else 0
+    scale = scale if block else scale.reshape(-1)
+    node.graph.stored.append(StoredCodes.of(steps, scale, zeros.astype(np.int64) - shift, block))
 
 
 def _constants(node: Node, *indices: int) -> bool:

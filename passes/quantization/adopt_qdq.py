@@ -10,7 +10,8 @@ use, and gives it the weights' own scales and codes.
     codes -> function, sum, average, concatenation -> pair              the same on codes
     codes -> clip, or pair with another grid                            a table
 
-Everything else stays float, and a pair there becomes a clamp: what it cut off stays cut off, nothing is rounded.
+Everything else stays float, with weights stored as the codes that they came as. A pair there becomes a clamp: what it
+cut off stays cut off, nothing is rounded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ import torch
 from torch import fx
 
 from edgec.as_conv2d import as_conv2d
-from edgec.errors import EdgecError
 from edgec.importing.quantized import KEY, StoredCodes, comes_quantised, stored_codes
 from edgec.integer import CODE_SPAN, QMAX, QMIN, REQUANTS, WEIGHT_MAX
 from edgec.passbase import Context, Needs, Pass, option
@@ -43,6 +43,7 @@ from edgec.passes.quantization.operators import (
     scalar_of,
 )
 from edgec.passes.quantization.ptq import Prepared, choose_requant, convert, editable
+from edgec.passes.quantization.quantize_weights import STORAGE, Grouped, refusal, store_codes
 from edgec.program import (
     Program,
     constant_of,
@@ -53,7 +54,7 @@ from edgec.program import (
     shape_of,
     weight_node,
 )
-from edgec.quantparams import SMALLEST_SCALE, QParams, quantize_weights
+from edgec.quantparams import SMALLEST_SCALE, QParams, code_range, quantize_weights
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -69,15 +70,19 @@ PASSING = (Kind.SHARE, Kind.CLIP, Kind.SCALE)
 
 @dataclass(frozen=True)
 class AdoptSummary:
-    """What the pass did. quantised, kept_float: convolutions and linear layers by name. grids: pairs that it found."""
+    """What the pass did. quantised, kept_float: convolutions and linear layers by name. grids: pairs that it found.
+    packed: those of the float layers whose weights stay codes.
+    """
 
     quantised: tuple[str, ...]
     kept_float: tuple[str, ...]
     grids: int
+    packed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         total = len(self.quantised) + len(self.kept_float)
-        return f"came quantised: its own scales make {len(self.quantised)} of {total} layers integer"
+        stored = f", {len(self.packed)} float layers keep the codes of their weights" if self.packed else ""
+        return f"came quantised: its own scales make {len(self.quantised)} of {total} layers integer{stored}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,9 @@ class AdoptQdq(Pass):
         "how layers round: RQ1 with integers, RQF with a float32 product; auto: as is fastest on the target",
         choices=("auto", *REQUANTS),
     )
+    recode: bool = option(
+        False, "round weights whose codes are up to 255 steps from their zero point, as uint8 ones are, to 127 steps"
+    )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
 
     def __post_init__(self) -> None:
@@ -107,18 +115,15 @@ class AdoptQdq(Pass):
 
     def run(self, program: Program, context: Context) -> Program:
         if not comes_quantised(program):
-            raise EdgecError(
-                "the model does not come quantised: it has no scales of its own",
-                where=f"pass {self.name}",
-                hint="leave the pass out; quantize-int8 finds scales from calibration data",
-            )
+            context.skip(program.name, self.name, "the model does not come quantised: it has no scales of its own")
+            return program
         module, masks = editable(program)
         grids = mark_pairs(module)
         as_conv2d(module, masks)
         check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
         _join_biases(module)
         propagate(module, program.example_inputs)
-        adoption = Adoption.of(module, stored_codes(program))
+        adoption = Adoption.of(module, stored_codes(program), self.recode)
         annotation = annotate(
             module, lambda layer: fits(layer, self.keep_float), held=adoption.held, decide=adoption.decide
         )
@@ -127,13 +132,37 @@ class AdoptQdq(Pass):
             context.skip(layer, what, reason)
         prepared = Prepared(program, module, annotation, masks)
         summary = self._summary(prepared, grids)
+        records, packed = self._pack(prepared, adoption.stored)
+        summary = dataclasses.replace(summary, packed=tuple(packed))
         observed = adoption.observed(annotation)
         integers = convert(prepared, observed, adoption.rule, choose_requant(self.requant, context))
         _join_borders(module)
         kept = {k: v for k, v in program.annotations.items() if k != KEY}
         made = dataclasses.replace(program, annotations=kept)
         integers = dataclasses.replace(integers, prepared=dataclasses.replace(prepared, program=made))
+        integers.records.update(records)
         return integers.finish({self.name: summary})
+
+    def _pack(self, prepared: Prepared, stored: tuple[StoredCodes, ...]) -> tuple[dict[str, QParams], list[str]]:
+        """Store the weights of layers that stay float as the codes that they came as; (records by path, the layers)."""
+        module, records, layers = prepared.module, {}, []
+        made: dict[str, fx.Node] = {}
+        for node in list(module.graph.nodes):
+            layer = layer_of(node)
+            if not is_call(node, *LAYERS) or prepared.annotation.is_int8(node) or fits(layer, self.keep_float):
+                continue
+            if refusal(node):
+                continue
+            path = str(node.args[1].target)  # type: ignore[union-attr]
+            if path not in made:
+                found = find_groups(get_weight(module, node.args[1]).numpy(), stored)  # type: ignore[arg-type]
+                if found is None:
+                    continue
+                made[path], codes, record = store_codes(module, node, path, *found, "the file")
+                records[codes] = record
+            node.update_arg(1, made[path])
+            layers.append(layer)
+        return records, layers
 
     def _summary(self, prepared: Prepared, grids: int) -> AdoptSummary:
         layers = [n for n in prepared.module.graph.nodes if is_call(n, *LAYERS)]
@@ -196,9 +225,10 @@ def _mark(graph: fx.Graph, quantize: fx.Node, codes: fx.Node, grid: QParams, mad
 def _join_biases(module: fx.GraphModule) -> None:
     """Give a layer without bias the stored vector that is added to its result, in place."""
     for node in list(module.graph.nodes):
-        given = arguments(node) if is_call(node, *LAYERS) else {}
-        (user,) = node.users if given and given["bias"] is None and len(node.users) == 1 else (None,)
-        if not is_call(user, aten.add.Tensor) or arguments(user)["alpha"] != 1 or GRID in user.meta:
+        if not is_call(node, *LAYERS) or arguments(node)["bias"] is not None or len(node.users) != 1:
+            continue
+        (user,) = node.users
+        if not is_call(user, aten.add.Tensor) or arguments(user)["alpha"] != 1:
             continue
         other = next((a for a in user.args[:2] if a is not node), None)
         vector, shape = constant_of(module, other), shape_of(node)
@@ -219,7 +249,9 @@ def _join_biases(module: fx.GraphModule) -> None:
 def _join_borders(module: fx.GraphModule) -> None:
     """Drop quantisations of codes of the same grid, and clamps to what a quantisation limits itself, in place."""
     for node in list(module.graph.nodes):
-        before = node.args[0] if is_call(node, edgec.quantize.default) else None
+        if not is_call(node, edgec.quantize.default):
+            continue
+        before = operand(node)
         if is_call(before, edgec.dequantize.default) and before.args[1:] == node.args[1:]:
             node.replace_all_uses_with(operand(before))
         grid = before.meta.get(GRID) if is_call(before, aten.clamp.default) else None
@@ -233,10 +265,14 @@ def _join_borders(module: fx.GraphModule) -> None:
 
 @dataclass(frozen=True)
 class FoundCodes:
-    """steps: whole numbers, of the weight's shape; scales: float64, one per output channel. weight = step * scale."""
+    """steps: whole numbers, of the weight's shape; scales: float64, one per output channel. weight = step * scale.
+
+    zeros: what to add to steps for the codes of the file: one number, or one per output channel.
+    """
 
     steps: np.ndarray
     scales: np.ndarray
+    zeros: tuple[int, ...] = (0,)
 
 
 def find_codes(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> FoundCodes | None:
@@ -250,17 +286,62 @@ def find_codes(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> FoundCode
         if record.block or len(record.scale) not in (1, len(weight)):
             continue
         scales = np.broadcast_to(np.asarray(record.scale, np.float64), (len(weight),))
-        known = np.where(scales > 0, scales, SMALLEST_SCALE)
+        known = np.where(scales != 0, scales, SMALLEST_SCALE)
         if _steps(rows[:, :8], known) is None:
             continue
         steps = _steps(rows, known)
         if steps is not None:
-            match = FoundCodes(steps.reshape(weight.shape), known)
+            match = FoundCodes(steps.reshape(weight.shape), known, record.zeros)
             if record.holds(steps):
                 return match
             # Scales of another weight, or of the one that this is a part of.
             found = found or match
     return found
+
+
+def find_groups(weight: np.ndarray, stored: tuple[StoredCodes, ...]) -> tuple[Grouped, int, int] | None:
+    """(codes, group, bits) of a weight [outputs, inputs, ...] in the form of `edgec::dequantize_weight`, if it is one
+    of `stored`: with scales for blocks of inputs, for output channels, or for the tensor.
+    """
+    outputs, inputs = weight.shape[:2]
+    found = find_codes(weight, stored)
+    if found is not None:
+        zeros = np.broadcast_to(np.array(found.zeros), (outputs,) if len(found.zeros) == 1 else (len(found.zeros),))
+        if len(zeros) == outputs:
+            return _grouped(found.steps, found.scales.reshape(-1, 1), zeros.reshape(-1, 1), inputs)
+    for record in stored if weight.ndim == 2 else ():
+        groups = -(-inputs // record.block) if record.block else 0
+        if not groups or record.shape not in ((outputs, groups), (groups, outputs)) or 0 in record.scale:
+            continue
+        scale = np.array(record.scale, np.float64).reshape(record.shape)
+        zeros = np.broadcast_to(
+            np.array(record.zeros).reshape(record.shape if len(record.zeros) > 1 else ()), scale.shape
+        )
+        for turned in (False, True):
+            s, z = (scale.T, zeros.T) if turned else (scale, zeros)
+            if s.shape == (outputs, groups):
+                exact = weight.astype(np.float64) / np.repeat(s, record.block, 1)[:, :inputs]
+                steps = _steps(exact, np.ones(outputs))
+                if steps is not None and record.holds(steps):
+                    return _grouped(steps, s, z, record.block)
+    return None
+
+
+def _grouped(steps: np.ndarray, scale: np.ndarray, zeros: np.ndarray, group: int) -> tuple[Grouped, int, int] | None:
+    """steps: codes less their zero points [outputs, ...]; scale, zeros: [outputs, groups]."""
+    spread = np.arange(steps.shape[1]) // group
+    codes = steps + zeros[:, spread].reshape(*steps.shape[:2], *[1] * (steps.ndim - 2))
+    widths = [b for b in (*sorted(STORAGE), 8) if int(codes.max()) - int(codes.min()) < 1 << b]
+    if not widths:
+        return None
+    n, p = code_range(widths[0])
+    # 4-bit codes without sign, for one, are moved to those with.
+    move = 0 if n <= codes.min() and codes.max() <= p else n - int(codes.min())
+    codes, zeros = codes + move, zeros + move
+    if zeros.min() < QMIN or zeros.max() > QMAX:
+        return None
+    plain = None if not zeros.any() else np.ascontiguousarray(zeros.astype(np.int8))
+    return Grouped(np.ascontiguousarray(codes.astype(np.int8)), scale.astype(np.float32), plain), group, widths[0]
 
 
 def _steps(rows: np.ndarray, scales: np.ndarray) -> np.ndarray | None:
@@ -275,13 +356,14 @@ def _constant_grid(tensor: torch.Tensor, stored: tuple[StoredCodes, ...]) -> QPa
     """The grid of a stored tensor that is an operand like any other, if it has one scale of the file."""
     values = tensor.numpy().reshape(1, -1)
     for record in stored:
-        if len(record.scale) != 1 or record.zero is None or record.scale[0] <= 0:
+        if len(record.scale) != 1 or len(record.zeros) != 1 or record.scale[0] <= 0:
             continue
+        (zero,) = record.zeros
         steps = _steps(values.astype(np.float64), np.asarray(record.scale))
-        if steps is not None and record.holds(steps) and QMIN <= record.zero <= QMAX:
-            codes = steps + record.zero
+        if steps is not None and record.holds(steps) and QMIN <= zero <= QMAX:
+            codes = steps + zero
             if codes.min() >= QMIN and codes.max() <= QMAX:
-                return QParams(record.scale[0], record.zero, source="the file")
+                return QParams(record.scale[0], zero, source="the file")
     return None
 
 
@@ -302,7 +384,8 @@ class Adoption:
     meaning: dict[fx.Node, QParams] = field(default_factory=dict)
 
     @staticmethod
-    def of(module: fx.GraphModule, stored: tuple[StoredCodes, ...]) -> Adoption:
+    def of(module: fx.GraphModule, stored: tuple[StoredCodes, ...], recode: bool = False) -> Adoption:
+        """recode: round weights that have too many steps."""
         marks = {n: n.meta[GRID] for n in module.graph.nodes if GRID in n.meta and n.op == "call_function"}
         made = Adoption(module, marks, stored)
         for node in module.graph.nodes:
@@ -310,6 +393,8 @@ class Adoption:
             if weight is None or weight.dtype != torch.float32 or not weight.numel():
                 continue
             found = find_codes(weight.numpy(), stored)
+            found = None if found is None else _positive(found)
+            found = _recoded(found) if recode and found is not None else found
             reason = _refusal(found)
             if found is None or reason:
                 made.held[node] = reason
@@ -440,11 +525,26 @@ def _on_grid(node: fx.Node, grid: QParams) -> bool:
     return all(abs(s - round(s)) <= NEAR_CODE for s in steps)
 
 
+def _positive(found: FoundCodes) -> FoundCodes:
+    """The same weights with positive scales."""
+    signs = np.where(found.scales < 0, -1, 1)
+    return FoundCodes(found.steps * signs.reshape(-1, *[1] * (found.steps.ndim - 1)), np.abs(found.scales))
+
+
+def _recoded(found: FoundCodes) -> FoundCodes:
+    """Channels of more than 127 steps with coarser ones."""
+    largest = np.abs(found.steps.reshape(len(found.steps), -1)).max(1)
+    factor = np.maximum(largest / WEIGHT_MAX, 1.0)
+    scales = np.where(factor > 1, (found.scales * factor).astype(np.float32), found.scales)
+    spread = (found.scales / scales).reshape(-1, *[1] * (found.steps.ndim - 1))
+    return FoundCodes(np.clip(np.rint(found.steps * spread), -WEIGHT_MAX, WEIGHT_MAX).astype(np.int32), scales)
+
+
 def _refusal(found: FoundCodes | None) -> str:
     """Why a layer with these codes has no integer form; empty where it has."""
     if found is None:
         return "the file gives no scale for its weights"
     low, high = int(found.steps.min()), int(found.steps.max())
     if low < -WEIGHT_MAX or high > WEIGHT_MAX:
-        return f"its weights have codes of {low} to {high} around their zero point, kernels take -127 to 127"
+        return f"its weights are {low} to {high} steps from their zero point, kernels take -127 to 127 (recode rounds)"
     return ""

@@ -99,7 +99,7 @@ class QuantizeWeights(Pass):
             if not is_call(node, *LAYERS):
                 continue
             layer, weight = layer_of(node), node.args[1]
-            reason = self._refusal(node)
+            reason = "kept float by option" if fits(layer, self.keep_float) else refusal(node)
             if reason:
                 if not is_call(weight, edgec.dequantize_weight.default):
                     kept.append(layer)
@@ -113,22 +113,8 @@ class QuantizeWeights(Pass):
                 found = quantize_groups(
                     values, width, group, self.asymmetric and path not in masks, search=self.scales == "mse"
                 )
-                with module.graph.inserting_before(node):
-                    made[path] = _emit(module, node, path, found, group)
-                codes = str(made[path].args[0].target)  # type: ignore[union-attr]
-                moves[path] = codes
-                n, p = code_range(width)
-                records[codes] = QParams(
-                    (),
-                    bits=width,
-                    n=n,
-                    p=p,
-                    storage=STORAGE.get(width, "i8"),
-                    granularity="group",
-                    axis=1,
-                    group=group,
-                    source=self.scales,
-                )
+                made[path], moves[path], record = store_codes(module, node, path, found, group, width, self.scales)
+                records[moves[path]] = record
                 bits[layer], errors[layer] = width, relative_error(values, found, group)
             node.update_arg(1, made[path])
         if not made:
@@ -138,18 +124,17 @@ class QuantizeWeights(Pass):
         annotations = {k: v for k, v in carry(program.annotations, moves).items() if k not in moves}
         return program.replace(module, {**annotations, **records, self.name: summary})
 
-    def _refusal(self, node: fx.Node) -> str:
-        """Why a layer stays as it is; empty where it does not."""
-        weight = node.args[1]
-        if fits(layer_of(node), self.keep_float):
-            return "kept float by option"
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return "its weights are computed"
-        if weight.meta["val"].dtype != torch.float32:
-            return f"its weights are {str(weight.meta['val'].dtype).removeprefix('torch.')}"
-        if is_call(node, *CONV2D) and shape_of(weight)[1] != _channels(node):
-            return "a grouped convolution has few weights per channel, and no kernel that reads codes"
-        return ""
+
+def refusal(node: fx.Node) -> str:
+    """Why the weights of a layer cannot be stored as codes; empty where they can."""
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return "its weights are computed"
+    if weight.meta["val"].dtype != torch.float32:
+        return f"its weights are {str(weight.meta['val'].dtype).removeprefix('torch.')}"
+    if is_call(node, *CONV2D) and shape_of(weight)[1] != _channels(node):
+        return "a grouped convolution has few weights per channel, and no kernel that reads codes"
+    return ""
 
 
 def _channels(node: fx.Node) -> int:
@@ -157,17 +142,26 @@ def _channels(node: fx.Node) -> int:
     return shape_of(node.args[0])[-3]  # type: ignore[arg-type]
 
 
-def _emit(module: fx.GraphModule, node: fx.Node, path: str, found: Grouped, group: int) -> fx.Node:
-    """Store codes, scales and zero points; returns the node of the weights they stand for."""
-    codes = weight_node(module, f"{path}_q", torch.from_numpy(found.codes))
-    scale = weight_node(module, f"{path}_q_scale", torch.from_numpy(found.scale))
-    zero = None if found.zero is None else weight_node(module, f"{path}_q_zero", torch.from_numpy(found.zero))
-    args = (codes, scale, zero, group)
-    made = module.graph.call_function(edgec.dequantize_weight.default, args)
+def store_codes(
+    module: fx.GraphModule, node: fx.Node, path: str, found: Grouped, group: int, bits: int, source: str
+) -> tuple[fx.Node, str, QParams]:
+    """Store codes, scales and zero points of the weight `path` of a layer.
+
+    Returns the node, in front of the layer's, of the weights they stand for, the path of the codes and their record.
+    """
+    with module.graph.inserting_before(node):
+        codes = weight_node(module, f"{path}_q", torch.from_numpy(found.codes))
+        scale = weight_node(module, f"{path}_q_scale", torch.from_numpy(found.scale))
+        zero = None if found.zero is None else weight_node(module, f"{path}_q_zero", torch.from_numpy(found.zero))
+        args = (codes, scale, zero, group)
+        made = module.graph.call_function(edgec.dequantize_weight.default, args)
     made.meta.update(
         val=torch.empty(found.codes.shape, device="meta"), edgec_layer=layer_of(node), edgec_origin=f"{path} stored"
     )
-    return made
+    n, p = code_range(bits)
+    storage = STORAGE.get(bits, "i8")
+    record = QParams((), bits=bits, n=n, p=p, storage=storage, granularity="group", axis=1, group=group, source=source)
+    return made, str(codes.target), record
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
