@@ -5,8 +5,9 @@
 
 Every model has random weights with norm statistics of trained-like spread, and is imported (with edgec's own check
 against PyTorch), compiled for this machine in float32, run on inputs that it was not exported with, and compared with
-PyTorch. CNNs and ViTs are also quantised to int8 with `fold-bn, quantize-int8` and compared with the integer program. Stages `onnx` and `onnx-int8`
-write the imported and the quantised program as ONNX, and compare ONNX Runtime with the program.
+PyTorch. CNNs and ViTs are also quantised to int8 with `fold-bn, quantize-int8` and compared with the integer program.
+Stages `onnx` and `onnx-int8` write the imported and the quantised program as ONNX, and compare ONNX Runtime with the
+program.
 
 `right`: largest error below 1e-3 of the largest value (int8: equal bits, or as close as its float layers allow).
 `refused`: one line of an EdgecError. `WRONG`: compiled, and the result is another one. `crashed`: anything else that
