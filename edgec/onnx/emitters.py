@@ -59,6 +59,10 @@ UNARY = {
     "hardswish": "HardSwish",
     "isnan": "IsNaN",
     "isinf": "IsInf",
+    "asinh": "Asinh",
+    "acosh": "Acosh",
+    "atanh": "Atanh",
+    "softsign": "Softsign",
 }
 for _name, _op in UNARY.items():
     EMITTERS[f"aten.{_name}.default"] = lambda w, n, op=_op: w.emit(op, [w.x(n.args[0])])
@@ -159,11 +163,77 @@ def _prelu(w: _Writer, node: Call) -> Any:
     return w.emit("PRelu", [w.x(x), slope if isinstance(slope, str) else w.x(slope)])
 
 
-@emits("aten.log2.default")
-def _log2(w: _Writer, node: Call) -> Any:
-    # In float64: what rounds a logarithm counts on those of powers of two.
+@emits("aten.log2.default", "aten.log10.default")
+def _log_of_base(w: _Writer, node: Call) -> Any:
+    # In float64: what rounds a logarithm counts on those of powers of the base.
+    base = 2.0 if "log2" in str(node.target) else 10.0
     x = w.emit("Log", [w.x(node.args[0], torch.float64)])
-    return w.cast(w.emit("Div", [x, w.const(np.float64(math.log(2.0)))]), node.meta["val"].dtype)
+    return w.cast(w.emit("Div", [x, w.const(np.float64(math.log(base)))]), node.meta["val"].dtype)
+
+
+@emits("aten.trunc.default")
+def _trunc(w: _Writer, node: Call) -> Any:
+    x = w.x(node.args[0])
+    return w.emit("Mul", [w.emit("Floor", [w.emit("Abs", [x])]), w.emit("Sign", [x])])
+
+
+@emits("aten.round.decimals")
+def _round(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    places = a["decimals"]
+    factor = w.x(10.0 ** abs(places), kind)
+    up, down = ("Mul", "Div") if places > 0 else ("Div", "Mul")
+    return w.emit(down, [w.emit("Round", [w.emit(up, [w.x(a["self"]), factor])]), factor])
+
+
+@emits("aten.signbit.default")
+def _signbit(w: _Writer, node: Call) -> Any:
+    # -0.0 is less than nothing only by its reciprocal.
+    x = w.x(node.args[0], torch.float32)
+    zero = w.const(np.float32(0.0))
+    turned = w.emit("Less", [w.emit("Reciprocal", [x]), zero])
+    return w.emit("Or", [w.emit("Less", [x, zero]), w.emit("And", [w.emit("Equal", [x, zero]), turned])])
+
+
+@emits("aten.isfinite.default")
+def _isfinite(w: _Writer, node: Call) -> Any:
+    x = w.x(node.args[0], torch.float32)
+    return w.emit("Not", [w.emit("Or", [w.emit("IsNaN", [x]), w.emit("IsInf", [x])])])
+
+
+@emits("aten.atan2.default")
+def _atan2(w: _Writer, node: Call) -> Any:
+    y, x = _operands(w, node)
+    kind = node.meta["val"].dtype
+    zero, half, whole = (w.x(v, kind) for v in (0.0, math.pi / 2, math.pi))
+    signed = w.emit("Where", [w.emit("Less", [y, zero]), w.emit("Neg", [whole]), whole])
+    angle = w.emit("Atan", [w.emit("Div", [y, x])])
+    angle = w.emit("Where", [w.emit("Less", [x, zero]), w.emit("Add", [angle, signed]), angle])
+    upright = w.emit("Mul", [w.emit("Sign", [y]), half])
+    return w.emit("Where", [w.emit("Equal", [x, zero]), upright, angle])
+
+
+@emits("aten.fmod.Scalar", "aten.fmod.Tensor")
+def _fmod(w: _Writer, node: Call) -> Any:
+    return w.emit("Mod", list(_operands(w, node)), fmod=1)
+
+
+@emits("aten.fmax.default", "aten.fmin.default")
+def _fmax(w: _Writer, node: Call) -> Any:
+    """NaN only where both are."""
+    a, b = _operands(w, node)
+    better = w.emit("Max" if "fmax" in str(node.target) else "Min", [a, b])
+    return w.emit("Where", [w.emit("IsNaN", [a]), b, w.emit("Where", [w.emit("IsNaN", [b]), a, better])])
+
+
+@emits("aten.logaddexp.default")
+def _logaddexp(w: _Writer, node: Call) -> Any:
+    a, b = _operands(w, node)
+    least = w.emit("Neg", [w.emit("Abs", [w.emit("Sub", [a, b])])])
+    rest = w.emit("Log", [w.emit("Add", [w.emit("Exp", [least]), w.x(1.0, node.meta["val"].dtype)])])
+    # Two equal infinities have no difference.
+    rest = w.emit("Where", [w.emit("Equal", [a, b]), w.x(math.log(2.0), node.meta["val"].dtype), rest])
+    return w.emit("Add", [w.emit("Max", [a, b]), rest])
 
 
 @emits("aten.rsqrt.default")
@@ -211,6 +281,8 @@ def _number(value: Any) -> Any:
 def _binary(op: str, compares: bool = False) -> Emitter:
     def emitter(w: _Writer, node: Call) -> Any:
         a, b = _operands(w, node, compares)
+        if node.meta["val"].dtype == torch.bool and op in ("Mul", "Add"):
+            return w.emit("And" if op == "Mul" else "Or", [a, b])
         alpha = node.kwargs.get("alpha", node.args[2] if len(node.args) > 2 and op in ("Add", "Sub") else 1)
         if alpha != 1:
             b = w.emit("Mul", [b, w.x(alpha, node.meta["val"].dtype)])
@@ -225,14 +297,14 @@ for _name, _op in {"add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div"}.items
 for _name, _op in {"eq": "Equal", "lt": "Less", "gt": "Greater", "le": "LessOrEqual", "ge": "GreaterOrEqual"}.items():
     for _kind in ("Tensor", "Scalar"):
         EMITTERS[f"aten.{_name}.{_kind}"] = _binary(_op, True)
-for _name, _op in {"maximum": "Max", "minimum": "Min", "bitwise_and": "And", "bitwise_or": "Or"}.items():
-    EMITTERS[f"aten.{_name}.{'default' if _name.startswith('m') else 'Tensor'}"] = _binary(_op)
+for _name, _op in {"maximum": "Max", "minimum": "Min"}.items():
+    EMITTERS[f"aten.{_name}.default"] = _binary(_op)
 
 
 def _logical(w: _Writer, node: Call) -> Any:
-    op = {"and": "And", "or": "Or", "xor": "Xor"}[str(node.target).split("_")[-1].split(".")[0]]
+    op = {"and": "And", "or": "Or", "xor": "Xor"}[str(node.target).split(".")[1].strip("_").split("_")[-1]]
     if node.meta["val"].dtype != torch.bool:
-        raise w.refuse(node, "it works on bits")
+        return w.emit(f"Bitwise{op}", list(_operands(w, node)))
     return w.emit(op, [w.x(v, torch.bool) for v in node.args[:2]])
 
 
@@ -242,9 +314,18 @@ for _name in (
     "logical_xor.default",
     "bitwise_and.Tensor",
     "bitwise_or.Tensor",
+    "bitwise_xor.Tensor",
+    "bitwise_and.Scalar",
+    "bitwise_or.Scalar",
+    "bitwise_xor.Scalar",
+    "__and__.Tensor",
+    "__or__.Tensor",
+    "__xor__.Tensor",
+    "__and__.Scalar",
+    "__or__.Scalar",
+    "__xor__.Scalar",
 ):
     EMITTERS[f"aten.{_name}"] = _logical
-EMITTERS["aten.__and__.Tensor"] = lambda w, n: w.emit("And", [w.x(v, torch.bool) for v in n.args[:2]])
 EMITTERS["aten.logical_not.default"] = lambda w, n: w.emit("Not", [w.x(n.args[0], torch.bool)])
 
 
@@ -645,6 +726,54 @@ def _gathered(w: _Writer, x: str, rank: int, axes: Sequence[int], names: Sequenc
     return w.emit("Transpose", [y], perm=[*ahead, *range(depth), *range(depth + first, depth + len(rest))])
 
 
+@emits("aten.diagonal_scatter.default")
+def _diagonal_scatter(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    rank = node.meta["val"].dim()
+    dims = [a["dim1"] % rank, a["dim2"] % rank]
+    count = int(w.meta(a["src"]).shape[-1])
+    index = np.stack([np.arange(count) + shift for shift in (max(0, -a["offset"]), max(0, a["offset"]))], 1)
+    order = [*dims, *(d for d in range(rank) if d not in dims)]
+    x = w.emit("Transpose", [w.x(a["self"])], perm=order)
+    source = w.emit("Transpose", [w.x(a["src"], kind)], perm=[rank - 2, *range(rank - 2)])
+    y = w.emit("ScatterND", [x, w.const(index), source])
+    return w.emit("Transpose", [y], perm=[order.index(d) for d in range(rank)])
+
+
+@emits("aten.im2col.default")
+def _im2col(w: _Writer, node: Call) -> Any:
+    """What each tap of a window sees, by slices."""
+    x, kernel, dilation, padding, stride = node.args
+    _, channels, height, width = (int(n) for n in w.meta(x).shape)
+    name = w.x(x)
+    if any(padding):
+        name = w.emit("Pad", [name, w.ints([0, 0, *padding, 0, 0, *padding])])
+    counts = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip((height, width), padding, dilation, kernel, stride)
+    ]
+    parts = []
+    for tap in np.ndindex(*kernel):
+        start = [int(t) * d for t, d in zip(tap, dilation)]
+        end = [b + (n - 1) * s + 1 for b, n, s in zip(start, counts, stride)]
+        part = w.emit("Slice", [name, w.ints(start), w.ints(end), w.ints([2, 3]), w.ints(list(stride))])
+        parts.append(w.emit("Reshape", [part, w.ints([0, channels, 1, math.prod(counts)])]))
+    taps = parts[0] if len(parts) == 1 else w.emit("Concat", parts, axis=2)
+    return w.emit("Reshape", [taps, w.ints([0, channels * len(parts), math.prod(counts)])])
+
+
+@emits("aten.col2im.default")
+def _col2im(w: _Writer, node: Call) -> Any:
+    x, size, kernel, dilation, padding, stride = node.args
+    return w.emit(
+        "Col2Im",
+        [w.x(x), w.ints(size), w.ints(kernel)],
+        dilations=list(dilation),
+        pads=_pads(padding),
+        strides=list(stride),
+    )
+
+
 @emits("aten.diagonal.default")
 def _diagonal(w: _Writer, node: Call) -> Any:
     a = w.args(node)
@@ -997,6 +1126,11 @@ def _conv(w: _Writer, node: Call) -> Any:
     )
 
 
+@emits("aten.convolution.default")
+def _convolution(w: _Writer, node: Call) -> Any:
+    return (_conv_transpose if w.args(node)["transposed"] else _conv)(w, node)
+
+
 def _conv_of_samples(
     w: _Writer, node: Call, a: dict[str, Any], stride: list[int], dilation: list[int], pads: list[int]
 ) -> str:
@@ -1173,6 +1307,34 @@ def _max_pool(w: _Writer, node: Call) -> Any:
     )
 
 
+@emits("aten.max_pool2d_with_indices.default", "aten.max_pool3d_with_indices.default")
+def _max_pool_places(w: _Writer, node: Call) -> Any:
+    a = w.args(node)
+    sizes = [int(n) for n in w.meta(a["self"]).shape[2:]]
+    kernel = _all(a["kernel_size"], len(sizes))
+    y, places = w.emit(
+        "MaxPool",
+        [w.x(a["self"])],
+        2,
+        kernel_shape=kernel,
+        strides=_all(a["stride"] or kernel, len(sizes)),
+        pads=_pads(_all(a["padding"], len(sizes))),
+        dilations=_all(a["dilation"], len(sizes)),
+        ceil_mode=int(a["ceil_mode"]),
+    )
+    # ONNX counts through all samples and channels.
+    return y, w.emit("Mod", [places, w.const(np.int64(math.prod(sizes)))])
+
+
+@emits("aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default", "aten.adaptive_max_pool3d.default")
+def _adaptive_max_pool(w: _Writer, node: Call) -> Any:
+    x, size = node.args[:2]
+    if any(user.args[1] for user in node.users):
+        raise w.refuse(node, "its places are used")
+    old = [int(n) for n in w.meta(x).shape[2:]]
+    return {0: _uneven_windows(w, w.x(x), old, _all(size, len(old)), "ReduceMax")}
+
+
 @emits("aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default")
 def _avg_pool(w: _Writer, node: Call) -> Any:
     a = w.args(node)
@@ -1185,12 +1347,12 @@ def _avg_pool(w: _Writer, node: Call) -> Any:
         strides=_all(a["stride"] or kernel, rank),
         pads=_pads(_all(a["padding"], rank)),
         ceil_mode=int(a["ceil_mode"]),
-        count_include_pad=int(a["count_include_pad"]),
+        count_include_pad=int(a["count_include_pad"] or bool(a.get("divisor_override"))),
     )
     divisor = a.get("divisor_override")
     if divisor:
-        if any(_all(a["padding"], rank)) or a["ceil_mode"]:
-            raise w.refuse(node, "it has a divisor and pads")
+        if a["ceil_mode"]:
+            raise w.refuse(node, "it has a divisor and windows that reach out of the pads")
         y = w.emit("Mul", [y, w.x(math.prod(kernel) / divisor, node.meta["val"].dtype)])
     return y
 
@@ -1204,13 +1366,13 @@ def _adaptive_avg_pool(w: _Writer, node: Call) -> Any:
     if all(n == 1 for n in new):
         return w.emit("GlobalAveragePool", [w.x(x)])
     if any(o % n for o, n in zip(old, new)):
-        return _uneven_means(w, w.x(x), old, new)
+        return _uneven_windows(w, w.x(x), old, new, "ReduceMean")
     kernel = [o // n for o, n in zip(old, new)]
     return w.emit("AveragePool", [w.x(x)], kernel_shape=kernel, strides=kernel)
 
 
-def _uneven_means(w: _Writer, x: str, old: Sequence[int], new: Sequence[int]) -> str:
-    """Means over windows of different sizes, axis by axis."""
+def _uneven_windows(w: _Writer, x: str, old: Sequence[int], new: Sequence[int], op: str) -> str:
+    """Means or maxima over windows of different sizes, axis by axis."""
     for axis, (n, count) in enumerate(zip(old, new), 2):
         if n == count:
             continue
@@ -1218,14 +1380,16 @@ def _uneven_means(w: _Writer, x: str, old: Sequence[int], new: Sequence[int]) ->
         for i in range(count):
             start, end = i * n // count, -(-(i + 1) * n // count)
             part = w.emit("Slice", [x, w.ints([start]), w.ints([end]), w.ints([axis])])
-            parts.append(w.emit("ReduceMean", [part, w.ints([axis])], keepdims=1))
+            parts.append(w.emit(op, [part, w.ints([axis])], keepdims=1))
         x = w.emit("Concat", parts, axis=axis)
     return x
 
 
 @emits("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")
 @emits("aten.upsample_bilinear2d.vec", "aten.upsample_bilinear2d.default", "aten.upsample_linear1d.vec")
-@emits("aten.upsample_bicubic2d.vec")
+@emits("aten.upsample_bicubic2d.vec", "aten.upsample_nearest3d.vec", "aten.upsample_trilinear3d.vec")
+@emits("aten._upsample_bilinear2d_aa.vec", "aten._upsample_bicubic2d_aa.vec")
+@emits("aten._upsample_bilinear2d_aa.default", "aten._upsample_bicubic2d_aa.default")
 def _upsample(w: _Writer, node: Call) -> Any:
     a, x, name = w.args(node), node.args[0], str(node.target)
     old, new = [int(n) for n in w.meta(x).shape[2:]], [int(n) for n in node.meta["val"].shape[2:]]
@@ -1245,7 +1409,16 @@ def _upsample(w: _Writer, node: Call) -> Any:
         )
     corners = "align_corners" if a["align_corners"] else "half_pixel"
     mode = "cubic" if "bicubic" in name else "linear"
-    return w.emit("Resize", operands, mode=mode, coordinate_transformation_mode=corners, cubic_coeff_a=-0.75)
+    smooth = "_aa" in name
+    return w.emit(
+        "Resize",
+        operands,
+        mode=mode,
+        coordinate_transformation_mode=corners,
+        antialias=int(smooth),
+        # PyTorch has Pillow's curve where it smooths.
+        cubic_coeff_a=-0.5 if smooth else -0.75,
+    )
 
 
 @emits("aten.grid_sampler.default", "aten.grid_sampler_2d.default")

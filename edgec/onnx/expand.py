@@ -30,6 +30,7 @@ class Expander:
         self.program, self.module = program, module
         self.values: dict[fx.Node, Any] = {}
         self.mode: FakeTensorMode | None = None
+        self.batch: Any = None
 
     def expand(self, node: fx.Node) -> fx.Node | None:
         """Replace a call by what its definition calls, and return the first of these; None where it has none."""
@@ -39,8 +40,8 @@ class Expander:
         with quiet(), torch.no_grad():
             self._propagate()
             traced = self._trace(node)
-        if traced is None:
-            return None
+        if self.batch is not None and self.batch.node.maybe_as_int() is not None:
+            raise NotImplementedError("its definition holds for one size of the batch only")
         calls = [n for n in traced.graph.nodes if n.op == "call_function"]
         if any(str(n.target) in ancestors for n in calls):
             return None
@@ -64,10 +65,12 @@ class Expander:
             else:
                 with mode:
                     inputs.append(torch.empty((batch, *x.shape[1:]), dtype=x.dtype))
+        self.batch = batch
         keep = _Keep(self.module, mode, self.values)
-        keep.propagate_dont_convert_inputs(*inputs)
+        with enable_python_dispatcher():
+            keep.propagate_dont_convert_inputs(*inputs)
 
-    def _trace(self, node: fx.Node) -> fx.GraphModule | None:
+    def _trace(self, node: fx.Node) -> fx.GraphModule:
         """The node's definition as a graph: one placeholder for each tensor and symbol among its arguments."""
         mode = self.mode
         assert mode is not None
@@ -89,7 +92,9 @@ class Expander:
             return target(*args, **kwargs)
 
         with mode, enable_python_dispatcher():
-            traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*values)
+            traced = make_fx(run)(*values)
+            if any(_writes(n) for n in traced.graph.nodes):
+                traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*values)
         for made in traced.graph.nodes:
             # Whoever writes to what it made itself ends with copies into its inputs, which nothing reads.
             if made.target is torch.ops.aten.copy_.default:
@@ -123,7 +128,8 @@ class Expander:
                     names[old], first = new, first or new
                 elif isinstance(old.target, type):
                     # A tuple with names.
-                    names[old] = fx.map_arg(tuple(old.args[0]), lambda n: names[n])
+                    parts = old.args[0] if isinstance(old.args[0], (list, tuple)) else old.args
+                    names[old] = fx.map_arg(tuple(parts), lambda n: names[n])
                 elif old.target is operator.getitem and isinstance(names[old.args[0]], tuple):
                     names[old] = names[old.args[0]][old.args[1]]
                 elif old.op == "call_function":
@@ -146,6 +152,10 @@ class Expander:
         following = node.next
         graph.erase_node(node)
         return first or following
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 class _Keep(FakeTensorProp):
