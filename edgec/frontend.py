@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from edgec.errors import EdgecError
 from edgec.importing.names import drop_assertions, drop_empty, rename_taken
 from edgec.importing.quantized import QUANTIZED_SQNR_DB, comes_quantised, edgec_form
-from edgec.importing.recurrent import shapes_only
+from edgec.importing.recurrent import masks_as_given, shapes_only
 from edgec.importing.rewrite import rewrite
 from edgec.importing.standin import StandIn
 from edgec.importing.stored import fold_standardised, stored_nodes
@@ -375,7 +375,7 @@ def _export_error(module: nn.Module, inputs: tuple[torch.Tensor, ...], name: str
 
 def _export(module: nn.Module, inputs: tuple[torch.Tensor, ...], shapes: Any) -> torch.export.ExportedProgram:
     # Without gradients, `with torch.no_grad()` in the model leaves no trace in the graph.
-    with quiet(), torch.no_grad(), shapes_only():
+    with quiet(), torch.no_grad(), shapes_only(), masks_as_given():
         return torch.export.export(module, inputs, dynamic_shapes=shapes)
 
 

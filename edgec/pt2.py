@@ -28,6 +28,7 @@ from edgec import qops as qops  # registers the operators of quantised Programs
 from edgec import recurrentops as recurrentops  # those of recurrent layers
 from edgec import tokenops as tokenops  # and those of token reduction
 from edgec.errors import EdgecError
+from edgec.importing.library import define
 from edgec.origin import first_line
 from edgec.quiet import quiet
 
@@ -44,7 +45,7 @@ KEPT = re.compile(r"archive_format|archive_version|byteorder|\.data/version|data
 DROPPED = re.compile(r"\.data/serialization_id|extra/.*|" + re.escape(SAMPLE_INPUTS))
 
 QUANTIZED = "quantized_decomposed"
-NAMESPACES = ("aten", "edgec", QUANTIZED, "torchvision")
+NAMESPACES = ("aten", "edgec", QUANTIZED)
 HIGHER_ORDER = ("cond", "while_loop", "scan", "map_impl", "wrap_with_set_grad_enabled", "wrap_with_autocast")
 # Arithmetic on sizes, and choosing one of several results.
 SCALAR_FUNCTIONS = re.compile(
@@ -223,7 +224,9 @@ def _is_operator(name: str) -> bool:
     parts = name.split(".")
     if parts[:3] == ["torch", "ops", "higher_order"]:
         return len(parts) == 4 and parts[3] in HIGHER_ORDER
-    if len(parts) != 5 or parts[:2] != ["torch", "ops"] or parts[2] not in NAMESPACES or parts[3] == "from_file":
+    if len(parts) != 5 or parts[:2] != ["torch", "ops"] or parts[3] == "from_file":
+        return False
+    if parts[2] not in NAMESPACES and not define(f"{parts[2]}::{parts[3]}"):
         return False
     found = getattr(getattr(getattr(torch.ops, parts[2]), parts[3], None), parts[4], None)
     # TorchScript's own operators, aten::save among them, have no kernel in the dispatcher.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import transformer
 
 from edgec import recurrentops as recurrentops  # registers the operators
 from edgec.program import is_call
@@ -139,6 +140,24 @@ def _layers(
         x = torch.cat(found, 2) if bidirectional else found[0]
     y = x if batch_first else x.transpose(0, 1)
     return y, torch.stack(last), None if cells[0] is None else torch.stack(cells)
+
+
+@contextlib.contextmanager
+def masks_as_given() -> Iterator[None]:
+    """While torch.export looks on, nn.Transformer does not ask whether a mask of the graph is a causal one.
+
+    The answer depends on values, which do not exist then, and is a hint to fast kernels only: results are the same.
+    """
+    own = transformer._detect_is_causal_mask
+
+    def detect(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal) if isinstance(mask, FakeTensor) else own(mask, is_causal, size)
+
+    transformer._detect_is_causal_mask = detect
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = own
 
 
 @contextlib.contextmanager

@@ -17,14 +17,20 @@ from torch.fx import traceback as fx_traceback
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from edgec.errors import EdgecError
-from edgec.importing import control_flow, recurrent, sampling
+from edgec.importing import control_flow, library, linalg, recurrent, sampling, special
 from edgec.importing.pairs import TRANSFORMS, Pair, call_pairs, has_pairs, makes_pairs
 from edgec.importing.standin import StandIn
 from edgec.origin import first_line, layer_name, place, source_line
 from edgec.program import MAX_BATCH, integer_example, placeholders
 
 Rule = Callable[..., Any]
-RULES: Mapping[Any, Rule] = {**recurrent.RULES, **control_flow.RULES, **sampling.RULES}
+RULES: Mapping[Any, Rule] = {
+    **recurrent.RULES,
+    **control_flow.RULES,
+    **sampling.RULES,
+    **linalg.RULES,
+    **special.RULES,
+}
 
 
 def rewrite(exported: torch.export.ExportedProgram, name: str) -> torch.export.ExportedProgram:
@@ -84,7 +90,10 @@ def _needs_rule(node: fx.Node) -> bool:
     if node.target is torch.ops.higher_order.wrap_with_set_grad_enabled:
         # `_functional` of the front end takes these away too.
         return False
-    return node.op == "call_function" and any(node.target in table for table in (RULES, TRANSFORMS, recurrent.REFUSED))
+    if node.op != "call_function":
+        return False
+    tables = (RULES, TRANSFORMS, recurrent.REFUSED)
+    return any(node.target in table for table in tables) or library.rule_of(node.target) is not None
 
 
 def _examples(
@@ -173,8 +182,9 @@ class Rewriter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target in recurrent.REFUSED:
             raise self.error(*recurrent.REFUSED[target])
-        if target in RULES:
-            return RULES[target](self, *args, **kwargs)
+        rule = RULES.get(target) or library.rule_of(target)
+        if rule is not None:
+            return rule(self, *args, **kwargs)
         if has_pairs((args, kwargs)) or makes_pairs(target, self.node):
             return call_pairs(self, target, args, kwargs)
         return super().call_function(target, args, kwargs)

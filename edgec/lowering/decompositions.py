@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
+from edgec.importing import special
+
 aten = torch.ops.aten
 
 # Products along an axis are written out up to this length.
 MAX_FACTORS = 64
+# Elements of which each looks at all before it.
+MAX_ELEMENTS = 4096
 # Klambauer et al., "Self-Normalizing Neural Networks"; TVM's constants are shorter.
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
 
@@ -55,6 +59,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.heaviside.default: lambda x, y: torch.where(x == 0, y.to(x.dtype) + 0 * x, (x > 0).to(x.dtype)),
         aten.erfc.default: lambda x: 1 - torch.erf(x),
         aten.special_erfc.default: lambda x: 1 - torch.erf(x),
+        aten.bitwise_left_shift.Tensor: lambda x, n: x * _power_of_two(n).to(x.dtype),
+        aten.bitwise_right_shift.Tensor: lambda x, n: torch.div(x, _power_of_two(n).to(x.dtype), rounding_mode="floor"),
         aten.__lshift__.Scalar: lambda x, n: x * 2**n,
         aten.__rshift__.Scalar: lambda x, n: torch.div(x, 2**n, rounding_mode="floor"),
         aten.bitwise_left_shift.Tensor_Scalar: lambda x, n: x * 2**n,
@@ -63,6 +69,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.adaptive_max_pool2d.default: _adaptive_max_pool,
         aten.col2im.default: _fold,
         aten._cdist_forward.default: _cdist,
+        aten._pdist_forward.default: _pdist,
+        aten.div.Scalar_mode: lambda x, y, *, rounding_mode: torch.div(
+            x, torch.full((), y, dtype=torch.result_type(x, y)), rounding_mode=rounding_mode
+        ),
         aten.fake_quantize_per_tensor_affine_cachemask.default: _fake_quantize,
         aten.fake_quantize_per_channel_affine_cachemask.default: _fake_quantize_channels,
         aten.scatter_reduce.two: _scatter_reduce,
@@ -70,6 +80,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.index_add.default: _index_add,
         aten.index_copy.default: _index_copy,
         aten.index_put.default: _index_put,
+        aten.masked_scatter.default: _masked_scatter,
         aten._unsafe_index_put.default: _index_put,
         aten.unfold.default: _unfold,
         aten.median.dim: lambda x, dim, keepdim=False: _kth_value(x, (x.shape[dim] + 1) // 2, dim, keepdim),
@@ -87,10 +98,26 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.index_reduce.default: _index_reduce,
         aten.selu.default: lambda x: SELU_SCALE * torch.where(x > 0, x, SELU_ALPHA * torch.expm1(x)),
         aten.rrelu_with_noise_functional.default: _rrelu,
+        aten.signbit.default: lambda x: (x < 0) | (1 / x == -math.inf) if x.dtype.is_floating_point else x < 0,
+        aten.fmax.default: lambda x, y: torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.maximum(x, y))),
+        aten.fmin.default: lambda x, y: torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y))),
+        # What import writes out, where it comes from inside of another operator.
+        aten.lgamma.default: functools.partial(special.lgamma, None),
         aten.hypot.default: lambda x, y: torch.sqrt(x * x + y * y),
         aten.exp2.default: lambda x: torch.exp(x * math.log(2.0)),
         aten.dist.default: lambda x, y, p=2: torch.linalg.vector_norm(x - y, float(p)),
     }
+
+
+def _power_of_two(n: torch.Tensor) -> torch.Tensor:
+    """2^n for n in 0..62, in int64."""
+    result: Any = 1
+    for bit in range(6):
+        factor = torch.where(
+            (n & 2**bit) != 0, torch.full((), 2 ** (2**bit), dtype=torch.int64), torch.ones((), dtype=torch.int64)
+        )
+        result = factor * result
+    return result
 
 
 def _any(x: torch.Tensor, dim: Any, keepdim: bool = False) -> torch.Tensor:
@@ -298,7 +325,10 @@ def _scatter(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torc
     """Where the index covers a part of the tensor: each element looks for the last source that goes to it."""
     dim = dim % max(x.dim(), 1)
     if x.dim() == 0 or all(i == dim or index.shape[i] == x.shape[i] for i in range(x.dim())):
-        return NotImplemented
+        if not isinstance(value, torch.Tensor) or value.shape == index.shape:
+            return NotImplemented
+        # TVM wants no more sources than there are indices.
+        return torch.scatter(x, dim, index, value[tuple(slice(0, n) for n in index.shape)])
     if isinstance(value, torch.Tensor):
         src = value[tuple(slice(0, n) for n in index.shape)]
     else:
@@ -429,6 +459,15 @@ def _cdist(a: torch.Tensor, b: torch.Tensor, p: float, mode: int | None = None) 
     return difference.abs().pow(p).sum(-1).pow(1 / p)
 
 
+def _pdist(x: torch.Tensor, p: float = 2) -> torch.Tensor:
+    """The distances of all pairs of rows, the first row's first."""
+    n = x.shape[0]
+    if not isinstance(n, int) or not 1 < n <= MAX_FACTORS:
+        return NotImplemented
+    rows = [_cdist(x.narrow(0, i, 1), x.narrow(0, i + 1, n - 1 - i), p).reshape(-1) for i in range(n - 1)]
+    return torch.cat(rows)
+
+
 def _fake_quantize(x: torch.Tensor, scale: float, zero: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.round(x * (1.0 / scale)) + zero
     return (torch.clamp(q, lo, hi) - zero) * scale, (q >= lo) & (q <= hi)
@@ -508,7 +547,8 @@ def _index_put(
             return NotImplemented
         mask = mask.reshape(*[1] * given[0], *mask.shape, *[1] * (x.dim() - given[0] - mask.dim()))
         return torch.where(mask, values.reshape(()).to(x.dtype), x)
-    if not x.dtype.is_floating_point or any(indices[i].dtype == torch.bool for i in given):
+    real = x.dtype.is_floating_point
+    if (accumulate and not real) or any(indices[i].dtype == torch.bool for i in given):
         return NotImplemented
     order = [*given, *[i for i in range(x.dim()) if i not in given]]
     shape = torch.broadcast_shapes(*[indices[i].shape for i in given])
@@ -534,9 +574,23 @@ def _index_put(
     else:
         number = torch.arange(1, place.numel() + 1)
         last = torch.where(hit, number, torch.zeros((), dtype=torch.int64)).amax(-1, keepdim=True)
-        new = torch.where(last > 0, (last == number).to(x.dtype) @ flat, own)
+        if real:
+            found = (last == number).to(x.dtype) @ flat
+        else:
+            found = torch.index_select(flat, 0, (last - 1).clamp(min=0).reshape(-1))
+        new = torch.where(last > 0, found, own)
     back = [order.index(i) for i in range(x.dim())]
     return new.reshape(moved.shape).permute(back)
+
+
+def _masked_scatter(x: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Where the mask is set, the elements of the source in order: as many as are set before the place."""
+    if x.numel() > MAX_ELEMENTS:
+        return NotImplemented
+    flat = mask.expand(x.shape).reshape(-1)
+    place = (_cumsum(flat, 0) - 1).clamp(0, source.numel() - 1)
+    found = torch.index_select(source.reshape(-1), 0, place).reshape(x.shape)
+    return torch.where(mask, found, x)
 
 
 def _unfold(x: torch.Tensor, dim: int, size: int, step: int) -> torch.Tensor:

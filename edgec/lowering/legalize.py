@@ -177,6 +177,8 @@ def _rewrite(module: fx.GraphModule) -> None:
             _legal_index(graph, node)
         elif is_call(node, aten.clamp.default):
             _both_limits(node)
+        elif is_call(node, aten.cat.default):
+            _one_type(graph, node)
         elif is_call(node, *LAYER_NORMS):
             _explicit_affine(graph, node)
     graph.lint()
@@ -225,6 +227,16 @@ def _typed_divisor(graph: fx.Graph, node: fx.Node) -> None:
             if _val(x).dtype != kind:
                 node.update_arg(0, _cast(graph, x, kind))
             node.update_arg(1, _call(graph, aten.full.default, ([], y), {"dtype": kind}))
+
+
+def _one_type(graph: fx.Graph, node: fx.Node) -> None:
+    """Tensors of several types in one concatenation."""
+    parts: Any = list(node.args[0])  # type: ignore[arg-type]
+    kind = _val(node).dtype
+    if any(_val(part).dtype != kind for part in parts):
+        with graph.inserting_before(node):
+            parts = [part if _val(part).dtype == kind else _cast(graph, part, kind) for part in parts]
+        node.update_arg(0, parts)
 
 
 def _both_limits(node: fx.Node) -> None:
