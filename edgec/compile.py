@@ -508,10 +508,10 @@ def _dumper(folder: str | Path | None) -> Callable[[str, Any], None]:
     target.mkdir(parents=True, exist_ok=True)
 
     def write(step: str, stage: Any) -> None:
-        if isinstance(stage, str):
-            (target / f"{step}.txt").write_text(stage)
-        else:
-            (target / f"{step}.txt").write_text(stage.text())
+        # A Program, or what makes the text of a step of lowering.
+        whole = hasattr(stage, "save")
+        (target / f"{step}.txt").write_text(stage.text() if whole else stage())
+        if whole:
             stage.save(target / f"{step}.pt2")
 
     return write

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -43,19 +42,25 @@ class Lowered:
     tiles: Mapping[str, Blocking] = field(default_factory=dict)
 
 
+# Takes a step and what makes its text: printing all kernels takes a tenth of the time of lowering.
+Show = Callable[[str, Callable[[], str]], None]
+
+
+def _silent(step: str, text: Callable[[], str]) -> None:
+    pass
+
+
 def lower(program: Program, device: Device, *, dump: Callable[[str, str], None] | None = None) -> Lowered:
     """Lower `program` for `device` with a batch of one.
 
     `dump(step, text)` receives the text form after each of STEPS. Raises EdgecError naming every operator that cannot
     be compiled, with its layer.
     """
-    show = dump or (lambda step, text: None)
+    show = (lambda step, text: dump(step, text())) if dump else _silent
     return lower_staged(*stage(program, device, show), device, show)
 
 
-def stage(
-    program: Program, device: Device, show: Callable[[str, str], Any] = lambda step, text: None
-) -> tuple[Program, dict[str, Form]]:
+def stage(program: Program, device: Device, show: Show = _silent) -> tuple[Program, dict[str, Form]]:
     """The first half of `lower`: (graph of region operators, forms of its inputs and outputs on the device)."""
     staged = lower_torch(program, show)
     return device_io(staged) if device.is_mcu else (staged, {})
@@ -65,11 +70,11 @@ def lower_staged(
     staged: Program,
     forms: Mapping[str, Form],
     device: Device,
-    show: Callable[[str, str], Any] = lambda step, text: None,
+    show: Show = _silent,
 ) -> Lowered:
     """The second half of `lower`: of a graph of region operators, whose inputs and outputs have these forms."""
     imported = import_graph(_legalized(staged, show), device, staged.annotations)
-    show("import", imported.module.script())
+    show("import", imported.module.script)
     try:
         return _finish(staged, forms, legalize_relax(imported, device), device, show)
     except (EdgecError, AssertionError):
@@ -92,12 +97,10 @@ def kernel_bindings(program: Program, device: Device | None = None) -> list[Bind
     return bindings_of(_legalized(lower_torch(program)), device, program.annotations)
 
 
-def _legalized(
-    staged: Program, show: Callable[[str, str], Any] = lambda step, text: None
-) -> torch.export.ExportedProgram:
+def _legalized(staged: Program, show: Show = _silent) -> torch.export.ExportedProgram:
     """The graph of operators that have a kernel or a converter. Raises EdgecError when one has neither."""
     exported = legalize(staged.export())
-    show("legalize", str(exported.graph))
+    show("legalize", lambda: str(exported.graph))
     missing = unsupported(exported)
     if missing:
         raise EdgecError(
@@ -108,7 +111,7 @@ def _legalized(
     return exported
 
 
-def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step, text: None) -> Program:
+def lower_torch(program: Program, show: Show = _silent) -> Program:
     """The torch half of the lowering: static batch of one, fused regions, channels-last layout."""
     inputs = program.batch_inputs(1)
     module = program.edit()
@@ -119,16 +122,14 @@ def lower_torch(program: Program, show: Callable[[str, str], Any] = lambda step,
     for step, rewrite in (("regions", fuse_regions), ("layout", channels_last)):
         rewrite(module)
         propagate(module, inputs)
-        show(step, staged.text())
+        show(step, staged.text)
     return staged
 
 
-def _finish(
-    staged: Program, forms: Mapping[str, Form], imported: Imported, device: Device, show: Callable[[str, str], Any]
-) -> Lowered:
+def _finish(staged: Program, forms: Mapping[str, Form], imported: Imported, device: Device, show: Show) -> Lowered:
     plan, kernels, fallbacks = make_plan(staged, forms, imported, device)
-    show("kernels", str(kernels.module))
-    show("plan", plan.text())
+    show("kernels", lambda: str(kernels.module))
+    show("plan", plan.text)
     keys = {getattr(binding.spec, "tuning_key", None) for binding in imported.bindings.values()}
     tiles = {key: tile for key, tile in sorted(device.tuning.items()) if key in keys}
     return Lowered(plan, kernels, tuple(fallbacks), tiles)
