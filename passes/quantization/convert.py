@@ -42,6 +42,11 @@ from edgec.sparsity import Carrier
 
 edgec = torch.ops.edgec
 
+# Operators whose last two arguments are their smallest and largest code.
+CLIPPING = tuple(
+    getattr(edgec, name).default for name in ("qconv2d", "qlinear", "qadd", "qmul", "qmean", "qavg_pool2d", "qrescale")
+)
+
 # weights, output channels first -> one scale per output channel
 Scales = Callable[[np.ndarray], np.ndarray]
 # (weights, scales of axis 0) -> int8 codes
@@ -397,10 +402,18 @@ class Converter:
         codes = self._codes(source)
         params = self.meaning[source]
         lo, hi = _limits(params, limits)
-        if (lo, hi) == (params.n, params.p):  # limits that all codes keep
+        if self._clips_itself(codes):
+            # Its last arguments are the limits of its codes.
+            codes.args = (*codes.args[:-2], max(lo, codes.args[-2]), min(hi, codes.args[-1]))  # type: ignore[type-var]
+        if self._clips_itself(codes) or (lo, hi) == (params.n, params.p):  # limits that all codes keep
             self.codes[node], self.meaning[node] = codes, params
             return
         self._finish(node, self._call(aten.clamp.default, (codes, lo, hi), node), params)
+
+    def _clips_itself(self, codes: fx.Node) -> bool:
+        """Whether a kernel that limits its codes made them, and what is about to be done to them is all they are for."""
+        alone = all(len(value.users) == 1 for value, made in self.codes.items() if made is codes)
+        return is_call(codes, *CLIPPING) and alone and not codes.users
 
     def _scale(self, node: fx.Node) -> None:
         (source,) = operand_nodes(node)

@@ -184,7 +184,7 @@ MOVES = {
     "channel_pad": (lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)), ["pad"]),
     "crop": (lambda x: F.pad(x, (-1, 1, 0, 0)), ["pad"]),
     "wider_clip": (lambda x: F.relu(F.relu6(x)), []),
-    "narrower_clip": (lambda x: F.hardtanh(F.relu(x), 0.0, 0.05), ["clamp"]),
+    "narrower_clip": (lambda x: F.hardtanh(F.relu(x), 0.0, 0.05), []),
     "dropout": (lambda x: F.dropout(x, training=False).contiguous().clone(), []),
     "relu_of_pool": (lambda x: F.relu(F.max_pool2d(x, 2)), ["qmax_pool2d", "clamp"]),
     "scaled": (lambda x: (x * 3.0) / 0.5, []),
@@ -206,6 +206,16 @@ def test_moves_share_the_codes(case: str):
         first = next(n for n in result.after.graph.nodes if is_call(n, edgec.qconv2d.default))
         moved = scales - {found["x_q"].per_tensor}
         assert moved <= {found[first.name].per_tensor}
+
+
+def test_a_clip_of_what_others_read_stays_apart():
+    def both(x: torch.Tensor) -> torch.Tensor:
+        wide = F.relu(x)
+        return F.hardtanh(wide, 0.0, 0.05) + wide
+
+    result = around(both)
+    assert inside(result) == ["clamp", "qadd"]
+    assert result.error < 0.03
 
 
 TABLES = {
@@ -369,7 +379,9 @@ def test_clips_end_up_in_the_codes():
             return x
 
     result = quantised(Clips(), noise(8, 4, 6, 6), observer="min-max")
-    assert result.operators == ["quantize", *["qconv2d", "clamp"] * 3, "qconv2d_float", "mul", "clamp"]
+    # A number times codes is another scale: the clip behind it is one of the same codes.
+    assert result.operators == ["quantize", *["qconv2d"] * 3, "qconv2d_float", "mul", "clamp"]
+    assert result.error < 0.05
     layers = [nn.Conv2d(4, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardtanh(-0.1, 0.2), nn.Conv2d(4, 4, 1), nn.ReLU()]
     fused = quantised(nn.Sequential(*layers), noise(8, 4, 6, 6))
     assert fused.operators == ["quantize", "qconv2d", "qconv2d", "qconv2d_float", "relu"]
