@@ -15,6 +15,7 @@ from edgec.errors import EdgecError
 from edgec.importing.quantized import QUANTIZED_SQNR_DB, remember
 from edgec.onnx.check import session_of
 from edgec.onnx.module import OnnxModule
+from edgec.onnx.quantized import join_tables
 from edgec.onnx.reader import OnnxModel, read_onnx
 from edgec.origin import first_line
 from edgec.program import Program, identify, placeholders
@@ -52,6 +53,8 @@ def import_onnx(
 def import_model(
     model: OnnxModel, name: str, *, check: bool = True, fixed: Mapping[str, np.ndarray] | None = None
 ) -> Program:
+    if model.quantized:
+        join_tables(model.proto.graph)
     module = OnnxModule(model).eval()
     examples = tuple(_example(spec.shape, spec.dtype) for spec in model.inputs)
     with quiet(), torch.no_grad():

@@ -13,12 +13,14 @@ import math
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 import torch.nn.functional as F
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 import edgec.qops  # noqa: F401  registers edgec::quantize
 from edgec.importing.quantized import UNSIGNED, StoredCodes
+from edgec.integer import LEVELS
 from edgec.onnx.fewbits import other_codes
 from edgec.onnx.module import Codes, Many, Node, Static
 from edgec.onnx.operators import _op, as_type, convolve, handler_of
@@ -260,6 +262,57 @@ def _qlinear_matmul(node: Node) -> Any:
     left, right = node.x(1), node.x(4)
     left = left.unsqueeze(-1) if left.dim() == 1 and left.numel() > 1 else left
     return _requantized(node, total * (left * right), 6, 7)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def join_tables(graph: onnx.GraphProto) -> None:
+    """Make one node of a function of int8 codes as edgec writes it, in place: Cast, Add of 128 (and of the beginning of
+    each channel's table), Gather."""
+    known = {t.name: t for t in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def addend(name: str) -> tuple[str, np.ndarray] | None:
+        """(what a constant is added to, the constant), where an Add made `name`."""
+        node = makers.get(name)
+        if node is None or node.op_type != "Add" or node.input[1] not in known:
+            return None
+        return node.input[0], numpy_helper.to_array(known[node.input[1]])
+
+    for node in graph.node:
+        table = known.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or table.data_type != TensorProto.INT8 or len(table.dims) != 1 or table.dims[0] % LEVELS:
+            continue
+        first, channels, axis = addend(node.input[1]), table.dims[0] // LEVELS, 0
+        if first is not None and first[1].size == channels > 1:
+            starts = first[1]
+            axis = int(np.argmax(starts.shape))
+            if starts.shape[axis] != channels or not np.array_equal(starts.reshape(-1), LEVELS * np.arange(channels)):
+                continue
+            first = addend(first[0])
+        elif channels > 1:
+            continue
+        cast = makers.get(first[0]) if first is not None and first[1].size == 1 and int(first[1]) == UNSIGNED else None
+        if cast is None or cast.op_type != "Cast":
+            continue
+        inputs, name = [cast.input[0], node.input[0]], node.name
+        result = node.output[0]
+        node.CopyFrom(helper.make_node("Table", inputs, [result], name=name, domain="edgec", axis=axis))
+
+
+@_op("Table", domain="edgec")
+def _table(node: Node) -> Any:
+    x, table = node.x(0), node.static(1, "table")
+    if x.dtype == torch.int8:
+        rows = table if table.size == LEVELS else table.reshape(-1, LEVELS)
+        stored = node.graph.tensor(Static(np.ascontiguousarray(rows), node.value(1).path), node.path, "table")
+        return torch.ops.edgec.qlut(x, stored, node.attr("axis"))
+    index = as_type(x, torch.int64) + UNSIGNED
+    if table.size > LEVELS:
+        starts = torch.arange(0, table.size, LEVELS)
+        index = index + starts.reshape([-1 if i == node.attr("axis") else 1 for i in range(x.dim())])
+    return node.x(1)[index]
 
 
 # -- ONNX Runtime's own, which its quantiser writes --------------------------------------------------------------------

@@ -58,14 +58,14 @@ class FoldBN(Pass):
         module, masks = program.edit(), Carrier(program.annotations)
         for node in list(module.graph.nodes):
             if is_call(node, aten.batch_norm.default):
-                reason = _fold_back(module, node, masks)
+                reason = fold_back(module, node, masks)
                 if reason and not _fold_forward(module, node, masks):
                     context.skip(layer_of(node), "batch norm not folded", reason)
         return program.replace(module, masks.annotations(program.annotations, weight_paths(module)))
 
 
-def _fold_back(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> str | None:
-    """Fold one batch norm into the layer before it; returns why not, or None when done."""
+def fold_back(module: fx.GraphModule, norm: fx.Node, masks: Carrier) -> str | None:
+    """Fold one batch norm into the layer before it, in place; returns why not, or None when done."""
     layer = norm.args[0]
     affine = norm_affine(module, norm)
     if affine is None:

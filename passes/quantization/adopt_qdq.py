@@ -30,6 +30,7 @@ from edgec.as_conv2d import as_conv2d
 from edgec.importing.quantized import KEY, StoredCodes, comes_quantised, stored_codes
 from edgec.integer import CODE_SPAN, QMAX, QMIN, REQUANTS, WEIGHT_MAX
 from edgec.passbase import Context, Needs, Pass, option
+from edgec.passes.graph.fold_bn import fold_back, norm_affine
 from edgec.passes.keep import check_patterns, fits, layer_names
 from edgec.passes.quantization.annotate import Annotation, annotate, operand_nodes
 from edgec.passes.quantization.convert import WeightRule
@@ -55,6 +56,7 @@ from edgec.program import (
     weight_node,
 )
 from edgec.quantparams import SMALLEST_SCALE, QParams, code_range, quantize_weights
+from edgec.sparsity import Carrier
 
 aten = torch.ops.aten
 edgec = torch.ops.edgec
@@ -121,9 +123,10 @@ class AdoptQdq(Pass):
         grids = mark_pairs(module)
         as_conv2d(module, masks)
         check_patterns(module, self.keep_float, f"{self.name}{{keep_float}}")
+        stored = _fold_norms(module, masks, stored_codes(program))
         _join_biases(module)
         propagate(module, program.example_inputs)
-        adoption = Adoption.of(module, stored_codes(program), self.recode)
+        adoption = Adoption.of(module, stored, self.recode)
         annotation = annotate(
             module, lambda layer: fits(layer, self.keep_float), held=adoption.held, decide=adoption.decide
         )
@@ -132,7 +135,7 @@ class AdoptQdq(Pass):
             context.skip(layer, what, reason)
         prepared = Prepared(program, module, annotation, masks)
         summary = self._summary(prepared, grids)
-        records, packed = self._pack(prepared, adoption.stored)
+        records, packed = self._pack(prepared, stored)
         summary = dataclasses.replace(summary, packed=tuple(packed))
         observed = adoption.observed(annotation)
         integers = convert(prepared, observed, adoption.rule, choose_requant(self.requant, context))
@@ -195,6 +198,9 @@ def mark_pairs(module: fx.GraphModule) -> int:
                     _mark(graph, node, user, dataclasses.replace(grid, n=low, p=high, bits=bits), made)
     graph.eliminate_dead_code()
     for node in graph.nodes:
+        if is_call(node, aten.view.default, aten._unsafe_view.default):
+            # Dequantised numbers lie in memory in order; what they were made of may not.
+            node.target = aten.reshape.default
         if is_call(node, edgec.dequantize.default):
             _, scale, zero = node.args
             node.meta[GRID] = QParams(float(np.float32(scale)), int(zero), source="the file")
@@ -220,6 +226,25 @@ def _mark(graph: fx.Graph, quantize: fx.Node, codes: fx.Node, grid: QParams, mad
         graph.erase_node(reader)
     if others:
         quantize.replace_input_with(x, made[key])
+
+
+def _fold_norms(module: fx.GraphModule, masks: Carrier, stored: tuple[StoredCodes, ...]) -> tuple[StoredCodes, ...]:
+    """Fold the batch norms behind layers whose codes are known, in place; returns the records of all codes.
+
+    The codes stay what they are, or change their sign, and each output channel gets a scale of its own.
+    """
+    added = []
+    for norm in list(module.graph.nodes):
+        layer = norm.args[0] if is_call(norm, aten.batch_norm.default) else None
+        weight = constant_of(module, layer.args[1]) if is_call(layer, *LAYERS) else None  # type: ignore[union-attr]
+        affine = None if weight is None or weight.dtype != torch.float32 else norm_affine(module, norm)
+        found = None if weight is None or affine is None else find_codes(weight.numpy(), stored)
+        if found is None or affine is None or fold_back(module, norm, masks) is not None:
+            continue
+        factor = affine[0].numpy()
+        signs = np.where(factor < 0, -1, 1).reshape(-1, *[1] * (found.steps.ndim - 1))
+        added.append(StoredCodes.of(found.steps * signs, (found.scales * np.abs(factor)).astype(np.float32)))
+    return (*stored, *added)
 
 
 def _join_biases(module: fx.GraphModule) -> None:
