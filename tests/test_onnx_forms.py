@@ -262,7 +262,7 @@ GROUPS: dict[str, tuple[tuple[torch.Tensor, ...], list[Callable[..., Any]]]] = {
             lambda x: F.unfold(x, 3, padding=1, stride=2, dilation=2),
             lambda x: F.fold(F.unfold(x, (3, 2), padding=1), (6, 8), (3, 2), padding=1),
             lambda x: F.max_pool2d(x, 3, 2, 1, return_indices=True),
-            lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2),
+            lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), [2, 2]),
             lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False, divisor_override=5),
             lambda x: F.adaptive_avg_pool2d(x, (4, 5)),
             lambda x: F.adaptive_max_pool2d(x, (4, 5)),
