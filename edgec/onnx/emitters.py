@@ -677,6 +677,42 @@ def _embedding(w: _Writer, node: Call) -> Any:
     return w.emit("Gather", [w.x(node.args[0]), w.x(node.args[1])], axis=0)
 
 
+@emits("aten._embedding_bag_forward_only.default", "aten._embedding_bag.default")
+def _embedding_bag(w: _Writer, node: Call) -> Any:
+    """Sums, means or maxima of rows of a table: a bag is a run of the indices, from its offset to the next one."""
+    a, kind = w.args(node), node.meta["val"][0].dtype
+    if any(user.args[1] and user.users for user in node.users):
+        raise w.refuse(node, "more than its first result is used")
+    index, offsets = w.x(a["indices"], torch.int64), w.x(a["offsets"], torch.int64)
+    count = w.emit("Shape", [index])
+    if a["include_last_offset"]:
+        starts = w.emit("Slice", [offsets, w.ints([0]), w.ints([-1])])
+        ends = w.emit("Slice", [offsets, w.ints([1]), w.ints([2**63 - 1])])
+    else:
+        starts = offsets
+        ends = w.emit("Concat", [w.emit("Slice", [offsets, w.ints([1]), w.ints([2**63 - 1])]), count], axis=0)
+    place = w.emit("Range", [w.const(np.int64(0)), w.emit("Squeeze", [count]), w.const(np.int64(1))])
+    starts, ends = (w.emit("Unsqueeze", [v, w.ints([1])]) for v in (starts, ends))
+    # [bags, indices]
+    inside = w.emit("And", [w.emit("LessOrEqual", [starts, place]), w.emit("Less", [place, ends])])
+    if a["padding_idx"] >= 0:
+        real = w.emit("Not", [w.emit("Equal", [index, w.const(np.int64(a["padding_idx"]))])])
+        inside = w.emit("And", [inside, real])
+    rows = w.emit("Gather", [w.x(a["weight"]), index], axis=0)
+    if a["mode"] == 2:
+        shown = w.emit("Unsqueeze", [inside, w.ints([2])])
+        best = w.emit("ReduceMax", [w.emit("Where", [shown, rows, w.x(-math.inf, kind)]), w.ints([1])], keepdims=0)
+        return {0: w.emit("Where", [w.emit("IsInf", [best]), w.x(0.0, kind), best])}
+    share = w.cast(inside, kind)
+    if a["per_sample_weights"] is not None:
+        share = w.emit("Mul", [share, w.x(a["per_sample_weights"], kind)])
+    y = w.emit("MatMul", [share, rows])
+    if a["mode"] == 1:
+        sizes = w.emit("ReduceSum", [w.cast(inside, kind), w.ints([1])], keepdims=1)
+        y = w.emit("Div", [y, w.emit("Max", [sizes, w.x(1.0, kind)])])
+    return {0: y}
+
+
 @emits("aten.gather.default")
 def _gather(w: _Writer, node: Call) -> Any:
     x, dim, index = node.args[:3]
@@ -1329,7 +1365,7 @@ def _max_pool_places(w: _Writer, node: Call) -> Any:
 @emits("aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default", "aten.adaptive_max_pool3d.default")
 def _adaptive_max_pool(w: _Writer, node: Call) -> Any:
     x, size = node.args[:2]
-    if any(user.args[1] for user in node.users):
+    if any(user.args[1] and user.users for user in node.users):
         raise w.refuse(node, "its places are used")
     old = [int(n) for n in w.meta(x).shape[2:]]
     return {0: _uneven_windows(w, w.x(x), old, _all(size, len(old)), "ReduceMax")}
@@ -1388,8 +1424,6 @@ def _uneven_windows(w: _Writer, x: str, old: Sequence[int], new: Sequence[int], 
 @emits("aten.upsample_nearest1d.vec", "aten.upsample_nearest2d.vec", "aten.upsample_nearest2d.default")
 @emits("aten.upsample_bilinear2d.vec", "aten.upsample_bilinear2d.default", "aten.upsample_linear1d.vec")
 @emits("aten.upsample_bicubic2d.vec", "aten.upsample_nearest3d.vec", "aten.upsample_trilinear3d.vec")
-@emits("aten._upsample_bilinear2d_aa.vec", "aten._upsample_bicubic2d_aa.vec")
-@emits("aten._upsample_bilinear2d_aa.default", "aten._upsample_bicubic2d_aa.default")
 def _upsample(w: _Writer, node: Call) -> Any:
     a, x, name = w.args(node), node.args[0], str(node.target)
     old, new = [int(n) for n in w.meta(x).shape[2:]], [int(n) for n in node.meta["val"].shape[2:]]
@@ -1409,16 +1443,7 @@ def _upsample(w: _Writer, node: Call) -> Any:
         )
     corners = "align_corners" if a["align_corners"] else "half_pixel"
     mode = "cubic" if "bicubic" in name else "linear"
-    smooth = "_aa" in name
-    return w.emit(
-        "Resize",
-        operands,
-        mode=mode,
-        coordinate_transformation_mode=corners,
-        antialias=int(smooth),
-        # PyTorch has Pillow's curve where it smooths.
-        cubic_coeff_a=-0.5 if smooth else -0.75,
-    )
+    return w.emit("Resize", operands, mode=mode, coordinate_transformation_mode=corners, cubic_coeff_a=-0.75)
 
 
 @emits("aten.grid_sampler.default", "aten.grid_sampler_2d.default")

@@ -117,7 +117,7 @@ class _Writer:
             following = node.next
             if node.op == "get_attr":
                 self.names[node] = node
-            elif node.op == "call_function" and (node.users or isinstance(node.meta.get("val"), torch.Tensor)):
+            elif node.op == "call_function" and node.users:
                 self.layer = layer_of(node)
                 try:
                     self.names[node] = self._call(node, emitters)
