@@ -61,6 +61,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.special_erfc.default: lambda x: 1 - torch.erf(x),
         aten.bitwise_left_shift.Tensor: lambda x, n: x * _power_of_two(n).to(x.dtype),
         aten.bitwise_right_shift.Tensor: lambda x, n: torch.div(x, _power_of_two(n).to(x.dtype), rounding_mode="floor"),
+        aten.__lshift__.Tensor: lambda x, n: x * _power_of_two(n).to(x.dtype),
+        aten.__rshift__.Tensor: lambda x, n: torch.div(x, _power_of_two(n).to(x.dtype), rounding_mode="floor"),
         aten.__lshift__.Scalar: lambda x, n: x * 2**n,
         aten.__rshift__.Scalar: lambda x, n: torch.div(x, 2**n, rounding_mode="floor"),
         aten.bitwise_left_shift.Tensor_Scalar: lambda x, n: x * 2**n,
@@ -103,6 +105,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.fmin.default: lambda x, y: torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y))),
         # What import writes out, where it comes from inside of another operator.
         aten.lgamma.default: functools.partial(special.lgamma, None),
+        aten.linalg_vector_norm.default: _vector_norm,
         aten.hypot.default: lambda x, y: torch.sqrt(x * x + y * y),
         aten.exp2.default: lambda x: torch.exp(x * math.log(2.0)),
         aten.dist.default: lambda x, y, p=2: torch.linalg.vector_norm(x - y, float(p)),
@@ -466,6 +469,15 @@ def _pdist(x: torch.Tensor, p: float = 2) -> torch.Tensor:
         return NotImplemented
     rows = [_cdist(x.narrow(0, i, 1), x.narrow(0, i + 1, n - 1 - i), p).reshape(-1) for i in range(n - 1)]
     return torch.cat(rows)
+
+
+def _vector_norm(
+    x: torch.Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The number of elements that are not zero; the others are TVM's."""
+    if order != 0 or dtype is not None:
+        return NotImplemented
+    return (x != 0).to(x.dtype).sum(list(range(x.dim())) if dim is None else dim, keepdim)
 
 
 def _fake_quantize(x: torch.Tensor, scale: float, zero: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -166,6 +166,8 @@ def _rewrite(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
             graph.erase_node(node)
             continue
+        if is_call(node, aten.ne.Tensor, aten.eq.Tensor) and node.args[0] is node.args[1]:
+            _is_number(graph, node)
         packet = getattr(node.target, "overloadpacket", None)
         if packet in (aten.add, aten.sub, aten.rsub):
             _explicit_alpha(graph, node)
@@ -183,6 +185,17 @@ def _rewrite(module: fx.GraphModule) -> None:
             _explicit_affine(graph, node)
     graph.lint()
     module.recompile()
+
+
+def _is_number(graph: fx.Graph, node: fx.Node) -> None:
+    """x != x asks whether it is NaN; TVM's arithmetic takes it for false, and x == x for true."""
+    x = cast(fx.Node, node.args[0])
+    if _val(x).dtype.is_floating_point:
+        with graph.inserting_before(node):
+            asked = _call(graph, aten.isnan.default, (x,))
+            if is_call(node, aten.eq.Tensor):
+                asked = _call(graph, aten.logical_not.default, (asked,))
+        node.replace_all_uses_with(asked)
 
 
 def _explicit_alpha(graph: fx.Graph, node: fx.Node) -> None:
