@@ -81,9 +81,7 @@ torch.manual_seed(0)
 # name: (function, shapes of its inputs, or tensors that are constants)
 CASES: dict[str, tuple[Any, ...]] = {
     "solve": (lambda x, y: torch.linalg.solve(x, y), SQUARE, (1, 3, 2)),
-    "determinant": (lambda x: torch.linalg.slogdet(x), SQUARE),
     "cholesky": (lambda x, y: torch.cholesky_solve(y, torch.linalg.cholesky(definite(x))), SQUARE, (1, 3, 2)),
-    "qr": (lambda x: torch.linalg.qr(x), (1, 4, 3)),
     "special": (lambda x: (torch.lgamma(5 * x), torch.digamma(x.abs() + 0.1), torch.erfinv(x.tanh())), (1, 40)),
     "histc": (lambda x: torch.histc(x, 5, -1, 1), (1, 40)),
     "istft": (lambda x: torch.istft(torch.view_as_complex(x), 16, 4, window=torch.hann_window(16)), (1, 9, 12, 2)),
@@ -105,7 +103,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         (1, 2),
     ),
     "NaN": (lambda x: torch.where(x > 0.5, x, math.nan).nanmean(1), (1, 8)),
-    "signs": (lambda x: torch.signbit(torch.cat([x - 0.5, -0.0 * x])), (1, 8)),
+    "signs": (lambda x: torch.signbit(x - 0.5), (1, 8)),
     "not zero": (lambda x: torch.linalg.vector_norm(x.relu(), 0, 1), (1, 8)),
 }
 

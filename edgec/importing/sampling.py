@@ -21,7 +21,7 @@ def _many(value: Any, count: int) -> list[int]:
 
 def _max_pool(rank: int) -> Callable[..., Any]:
     """(maxima, their positions in the flat map); of equal ones the first in the window, as PyTorch chooses."""
-    pool = {2: F.max_pool2d, 3: F.max_pool3d}[rank]
+    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[rank]
 
     def rule(
         run: Any, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
@@ -121,6 +121,16 @@ def _filter(x: float, cubic: bool) -> float:
     return (((x - 5.0) * x + 8.0) * x - 4.0) * a if x < 2.0 else 0.0
 
 
+def _triangle(name: str) -> Callable[..., Any]:
+    """Places in a triangle, which are constants."""
+
+    def rule(run: Any, rows: int, columns: int, offset: int = 0, **options: Any) -> Any:
+        make = getattr(torch, name)
+        return run.constant(f"{name}_{rows}x{columns}_{offset}".replace("-", "m"), lambda: make(rows, columns, offset))
+
+    return rule
+
+
 def _operators(names: Sequence[str]) -> list[Any]:
     found = []
     for name in names:
@@ -130,8 +140,11 @@ def _operators(names: Sequence[str]) -> list[Any]:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    aten.max_pool1d_with_indices.default: _max_pool(1),
     aten.max_pool2d_with_indices.default: _max_pool(2),
     aten.max_pool3d_with_indices.default: _max_pool(3),
+    aten.tril_indices.default: _triangle("tril_indices"),
+    aten.triu_indices.default: _triangle("triu_indices"),
     **dict.fromkeys(
         _operators(["_upsample_bilinear2d_aa.default", "_upsample_bilinear2d_aa.vec"]), _antialiased(False)
     ),

@@ -49,6 +49,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.scatter.value: _scatter,
         aten.grid_sampler_3d.default: _grid_sampler_3d,
         aten._adaptive_avg_pool3d.default: _adaptive_average,
+        aten.adaptive_avg_pool1d.default: _adaptive_average,
+        aten.addmv.default: lambda c, a, b, *, beta=1, alpha=1: beta * c + alpha * (a @ b),
+        aten.index_fill.int_Scalar: _index_fill,
+        aten.index_fill.int_Tensor: _index_fill,
+        aten.put.default: lambda x, i, v, accumulate=False: torch.index_put(
+            x.reshape(-1), (i.reshape(-1),), v.reshape(-1), accumulate
+        ).reshape(x.shape),
         aten.adaptive_max_pool3d.default: _adaptive_max_pool,
         aten.convolution.default: _convolution,
         aten.bilinear.default: _bilinear,
@@ -543,6 +550,14 @@ def _index_copy(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Te
     hit = (index == torch.arange(x.shape[dim]).unsqueeze(-1)).to(x.dtype)
     moved = source.movedim(dim, -1) @ hit.transpose(0, 1)
     return torch.where(hit.sum(-1) > 0.5, moved, x.movedim(dim, -1)).movedim(-1, dim)
+
+
+def _index_fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.Tensor:
+    place = torch.arange(x.shape[dim]).unsqueeze(-1)
+    hit = ((index == place) | (index + x.shape[dim] == place)).to(torch.float32).sum(-1) > 0.5
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.where(hit.reshape(shape), torch.as_tensor(value).to(x.dtype), x)
 
 
 def _index_put(

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from edgec import regions as regions  # registers the operators that pass through
 from edgec.lowering.decompositions import decompositions
@@ -125,6 +126,8 @@ def unsupported(exported: torch.export.ExportedProgram) -> list[Unsupported]:
 
 def _wrong_import(node: fx.Node) -> str:
     """Why a call of an operator that the importer has comes out wrong; empty for all others."""
+    if any(isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 for v in tree_leaves(node.meta.get("val"))):
+        return "kernels do not compute in bfloat16: convert the model with model.float()"
     pools = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
     if is_call(node, *pools) and any(user.args[1] == 1 for user in node.users):
         return "the positions of the maxima cannot be compiled"
