@@ -1,7 +1,6 @@
 """Operators that import or lowering write out: linear algebra, special functions, histograms, those of other libraries.
 
-All are compiled as one model for this machine and compared with PyTorch; see test_importing.py and
-`benchmarks/core_aten.py`, the survey that these come from.
+All are compiled as one model for this machine and compared with PyTorch, as in test_importing.py.
 """
 
 from __future__ import annotations
