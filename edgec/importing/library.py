@@ -84,6 +84,10 @@ class _Outside:
         return EdgecError(what, where="model", hint=hint)
 
 
+def _some_boxes(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
 def define(name: str) -> bool:
     """Register an operator of another library, such as torchvision::roi_align, unless the library has; False where it
     is none that is known here."""
@@ -93,7 +97,10 @@ def define(name: str) -> bool:
     if not hasattr(getattr(torch.ops, namespace), short):
         library = torch.library.Library(namespace, "FRAGMENT")
         library.define(f"{short}{SCHEMAS[name]}")
-        library.impl(short, functools.partial(RULES[name], _Outside()), "CompositeExplicitAutograd")
+        kernel = functools.partial(RULES[name], _Outside())
+        library.impl(short, kernel, "CPU")
+        shapes = _some_boxes if name.endswith("nms") else lambda *operands: kernel(*operands)
+        torch.library.register_fake(name, shapes, lib=library)
         _registered.append(library)
     return True
 

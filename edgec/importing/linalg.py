@@ -1,4 +1,4 @@
-"""Linear algebra on small matrices, written out: inverse, determinant, Cholesky, triangular systems, least squares.
+"""Linear algebra on small matrices, written out: inverse, determinant, Cholesky, triangular systems, QR.
 
 Every step works on whole matrices [..., n, n] with masks in place of slices, so a matrix of n rows is n steps of about
 a dozen operators. Pivots are chosen as LAPACK chooses them: the largest element of what is left of a column.
@@ -168,21 +168,6 @@ def _qr(run: Any, a: torch.Tensor, mode: str = "reduced") -> tuple[torch.Tensor,
     return (torch.zeros(0) if mode == "r" else q.narrow(-1, 0, count)), r
 
 
-def _least_squares(
-    run: Any, a: torch.Tensor, b: torch.Tensor, rcond: Any = None, *, driver: Any = None
-) -> tuple[torch.Tensor, ...]:
-    """The solution; for matrices of full rank, which need be no narrower than high."""
-    if a.shape[-2] < a.shape[-1]:
-        raise run.error(f"{run.node.target} with fewer equations than unknowns", "give it as many equations")
-    if any(user.args[1] != 0 and user.users for user in run.node.users):
-        raise run.error(f"{run.node.target} gives more than its solution", "compute the rest from the solution")
-    vector = b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1])
-    q, r = _qr(run, a)
-    x = _triangular(run, r, q.mT @ (b.unsqueeze(-1) if vector else b), upper=True)
-    none = torch.zeros(0)
-    return (x.squeeze(-1) if vector else x), none, none, none
-
-
 def _with_status(function: Callable[..., Any], extra: int = 0) -> Callable[..., Any]:
     """For operators that return a status too; every matrix is taken as fit."""
 
@@ -245,6 +230,5 @@ RULES: dict[Any, Callable[..., Any]] = _operators(
         "triangular_solve": _old_triangular,
         "linalg_qr": _qr,
         "qr": lambda run, a, some=True: _qr(run, a, "reduced" if some else "complete"),
-        "linalg_lstsq": _least_squares,
     }
 )

@@ -467,6 +467,49 @@ def _stft_plain(
     )
 
 
+def _istft(
+    run: Any,
+    x: Any,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Any = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> Any:
+    """One transposed convolution: its kernel holds the inverse transform times the window, its stride is the hop."""
+    if return_complex or isinstance(window, Pair):
+        raise run.error("istft of a complex signal has no rule", "transform real and imaginary part on their own")
+    bins, frames = x.shape[-2:]
+    half = bins != n_fft or onesided is True or (onesided is None and n_fft == 1)
+    hop, width = hop_length or n_fft // 4, win_length or n_fft
+    window = torch.ones(width) if window is None else window
+    before = (n_fft - width) // 2
+    window = F.pad(window, (before, n_fft - width - before))
+    cos, sin = _matrices(run, bins, n_fft, n_fft)
+    scale = 1 / math.sqrt(n_fft) if normalized else 1 / n_fft
+    if half:
+        share = run.constant(f"dft_half_of_{n_fft}", lambda: _half_weights(n_fft)).unsqueeze(1) * scale
+        cos, sin = cos * share, sin * share
+    else:
+        cos, sin = cos * scale, sin * scale
+    kernel = (torch.cat([cos, sin]) * window).unsqueeze(1)
+    maps = torch.cat([x.re, x.im], -2).reshape(-1, 2 * bins, frames)
+    signal = F.conv_transpose1d(maps, kernel, stride=hop).squeeze(1)
+    cover = F.conv_transpose1d(torch.ones(1, 1, frames), (window * window).reshape(1, 1, -1), stride=hop).reshape(-1)
+    first = n_fft // 2 if center else 0
+    have = n_fft + hop * (frames - 1)
+    last = first + length if length is not None else have - first
+    inside = slice(first, min(last, have))
+    signal = signal[:, inside] / cover[inside]
+    if last > have:
+        signal = F.pad(signal, (0, last - have))
+    return signal.reshape(*x.shape[:-2], last - first)
+
+
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
@@ -508,6 +551,7 @@ TRANSFORMS: dict[Any, Callable[..., Any]] = _operators(
         "_fft_r2c": _r2c,
         "_fft_c2r": _c2r,
         "_fft_c2c": _c2c,
+        "istft": _istft,
         "stft.center": _stft,
         "stft": _stft_plain,
     }

@@ -21,7 +21,7 @@ def _many(value: Any, count: int) -> list[int]:
 
 def _max_pool(rank: int) -> Callable[..., Any]:
     """(maxima, their positions in the flat map); of equal ones the first in the window, as PyTorch chooses."""
-    pool = {2: F.max_pool2d, 3: F.max_pool3d}[rank]
+    pool = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[rank]
 
     def rule(
         run: Any, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
@@ -141,6 +141,7 @@ def _operators(names: Sequence[str]) -> list[Any]:
 
 
 RULES: dict[Any, Callable[..., Any]] = {
+    aten.max_pool1d_with_indices.default: _max_pool(1),
     aten.max_pool2d_with_indices.default: _max_pool(2),
     aten.max_pool3d_with_indices.default: _max_pool(3),
     aten.tril_indices.default: _triangle(True),

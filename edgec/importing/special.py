@@ -102,17 +102,6 @@ def _ndtri(run: Any, x: torch.Tensor) -> torch.Tensor:
     return math.sqrt(2) * _erfinv(run, 2 * _real(x) - 1)
 
 
-def _log_ndtr(run: Any, x: torch.Tensor) -> torch.Tensor:
-    """log of the normal distribution; far below zero by its asymptotic series."""
-    x = _real(x)
-    low = torch.clamp(x, max=-4.0)
-    square = 1 / (low * low)
-    tail = 1 - square * (1 - 3 * square * (1 - 5 * square * (1 - 7 * square)))
-    far = -0.5 * low * low - torch.log(-low) - 0.5 * math.log(2 * math.pi) + torch.log(tail)
-    near = torch.log(0.5 * (1 + torch.erf(torch.clamp(x, min=-4.0) / math.sqrt(2))))
-    return torch.where(x < -4, far, near)
-
-
 def _histc(run: Any, x: torch.Tensor, bins: int = 100, low: float = 0, high: float = 0) -> torch.Tensor:
     """How many elements are in each of `bins` equal parts of low..high, which without them are those of the data."""
     flat = x.reshape(-1)
@@ -138,6 +127,5 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.erfinv.default: _erfinv,
     aten.special_erfinv.default: _erfinv,
     aten.special_ndtri.default: _ndtri,
-    aten.special_log_ndtr.default: _log_ndtr,
     aten.histc.default: _histc,
 }

@@ -49,6 +49,13 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.scatter.value: _scatter,
         aten.grid_sampler_3d.default: _grid_sampler_3d,
         aten._adaptive_avg_pool3d.default: _adaptive_average,
+        aten.adaptive_avg_pool1d.default: _adaptive_average,
+        aten.addmv.default: lambda c, a, b, *, beta=1, alpha=1: beta * c + alpha * (a @ b),
+        aten.index_fill.int_Scalar: _index_fill,
+        aten.index_fill.int_Tensor: _index_fill,
+        aten.put.default: lambda x, i, v, accumulate=False: torch.index_put(
+            x.reshape(-1), (i.reshape(-1),), v.reshape(-1), accumulate
+        ).reshape(x.shape),
         aten.adaptive_max_pool3d.default: _adaptive_max_pool,
         aten.convolution.default: _convolution,
         aten.bilinear.default: _bilinear,
@@ -61,6 +68,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.special_erfc.default: lambda x: 1 - torch.erf(x),
         aten.bitwise_left_shift.Tensor: lambda x, n: x * _power_of_two(n).to(x.dtype),
         aten.bitwise_right_shift.Tensor: lambda x, n: torch.div(x, _power_of_two(n).to(x.dtype), rounding_mode="floor"),
+        aten.__lshift__.Tensor: lambda x, n: x * _power_of_two(n).to(x.dtype),
+        aten.__rshift__.Tensor: lambda x, n: torch.div(x, _power_of_two(n).to(x.dtype), rounding_mode="floor"),
         aten.__lshift__.Scalar: lambda x, n: x * 2**n,
         aten.__rshift__.Scalar: lambda x, n: torch.div(x, 2**n, rounding_mode="floor"),
         aten.bitwise_left_shift.Tensor_Scalar: lambda x, n: x * 2**n,
@@ -103,6 +112,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         aten.fmin.default: lambda x, y: torch.where(x.isnan(), y, torch.where(y.isnan(), x, torch.minimum(x, y))),
         # What import writes out, where it comes from inside of another operator.
         aten.lgamma.default: functools.partial(special.lgamma, None),
+        aten.linalg_vector_norm.default: _vector_norm,
         aten.hypot.default: lambda x, y: torch.sqrt(x * x + y * y),
         aten.exp2.default: lambda x: torch.exp(x * math.log(2.0)),
         aten.dist.default: lambda x, y, p=2: torch.linalg.vector_norm(x - y, float(p)),
@@ -468,6 +478,15 @@ def _pdist(x: torch.Tensor, p: float = 2) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def _vector_norm(
+    x: torch.Tensor, order: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """The number of elements that are not zero; the others are TVM's."""
+    if order != 0 or dtype is not None:
+        return NotImplemented
+    return (x != 0).to(x.dtype).sum(list(range(x.dim())) if dim is None else dim, keepdim)
+
+
 def _fake_quantize(x: torch.Tensor, scale: float, zero: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
     q = torch.round(x * (1.0 / scale)) + zero
     return (torch.clamp(q, lo, hi) - zero) * scale, (q >= lo) & (q <= hi)
@@ -531,6 +550,14 @@ def _index_copy(x: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Te
     hit = (index == torch.arange(x.shape[dim]).unsqueeze(-1)).to(x.dtype)
     moved = source.movedim(dim, -1) @ hit.transpose(0, 1)
     return torch.where(hit.sum(-1) > 0.5, moved, x.movedim(dim, -1)).movedim(-1, dim)
+
+
+def _index_fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> torch.Tensor:
+    place = torch.arange(x.shape[dim]).unsqueeze(-1)
+    hit = ((index == place) | (index + x.shape[dim] == place)).to(torch.float32).sum(-1) > 0.5
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.where(hit.reshape(shape), torch.as_tensor(value).to(x.dtype), x)
 
 
 def _index_put(

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from edgec import regions as regions  # registers the operators that pass through
 from edgec.lowering.decompositions import decompositions
@@ -125,6 +126,8 @@ def unsupported(exported: torch.export.ExportedProgram) -> list[Unsupported]:
 
 def _wrong_import(node: fx.Node) -> str:
     """Why a call of an operator that the importer has comes out wrong; empty for all others."""
+    if any(isinstance(v, torch.Tensor) and v.dtype == torch.bfloat16 for v in tree_leaves(node.meta.get("val"))):
+        return "kernels do not compute in bfloat16: convert the model with model.float()"
     pools = (aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
     if is_call(node, *pools) and any(user.args[1] == 1 for user in node.users):
         return "the positions of the maxima cannot be compiled"
@@ -166,6 +169,8 @@ def _rewrite(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(cast(fx.Node, node.args[0]))
             graph.erase_node(node)
             continue
+        if is_call(node, aten.ne.Tensor, aten.eq.Tensor) and node.args[0] is node.args[1]:
+            _is_number(graph, node)
         packet = getattr(node.target, "overloadpacket", None)
         if packet in (aten.add, aten.sub, aten.rsub):
             _explicit_alpha(graph, node)
@@ -183,6 +188,17 @@ def _rewrite(module: fx.GraphModule) -> None:
             _explicit_affine(graph, node)
     graph.lint()
     module.recompile()
+
+
+def _is_number(graph: fx.Graph, node: fx.Node) -> None:
+    """x != x asks whether it is NaN; TVM's arithmetic takes it for false, and x == x for true."""
+    x = cast(fx.Node, node.args[0])
+    if _val(x).dtype.is_floating_point:
+        with graph.inserting_before(node):
+            asked = _call(graph, aten.isnan.default, (x,))
+            if is_call(node, aten.eq.Tensor):
+                asked = _call(graph, aten.logical_not.default, (asked,))
+        node.replace_all_uses_with(asked)
 
 
 def _explicit_alpha(graph: fx.Graph, node: fx.Node) -> None:
