@@ -411,7 +411,7 @@ class Converter:
         self._finish(node, self._call(aten.clamp.default, (codes, lo, hi), node), params)
 
     def _clips_itself(self, codes: fx.Node) -> bool:
-        """Whether a kernel that limits its codes made them, and what is about to be done to them is all they are for."""
+        """Whether a kernel that limits its codes made them, and they are for nothing but what is done to them next."""
         alone = all(len(value.users) == 1 for value, made in self.codes.items() if made is codes)
         return is_call(codes, *CLIPPING) and alone and not codes.users
 
