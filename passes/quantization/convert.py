@@ -397,9 +397,6 @@ class Converter:
         codes = self._codes(source)
         params = self.meaning[source]
         lo, hi = _limits(params, limits)
-        if (lo, hi) == (params.n, params.p):  # limits that all codes keep
-            self.codes[node], self.meaning[node] = codes, params
-            return
         self._finish(node, self._call(aten.clamp.default, (codes, lo, hi), node), params)
 
     def _scale(self, node: fx.Node) -> None:
