@@ -4,8 +4,9 @@
 
 Each float model is written as ONNX with its batch norms folded and quantised: by edgec itself (`edgec`: model.onnx of
 `quantize-int8`), or by ONNX Runtime's static quantiser in four forms. What comes out is compiled for this machine
-without a pass list. `program` is the metric of the integer Program, `runtime` that of ONNX Runtime with its own
-optimisations on the same file and samples; `same` is the share of samples with the same top class.
+without a pass list. `file` is the metric of the file computed in floating point as ONNX defines it, `program` that of
+the integer Program, `runtime` that of ONNX Runtime with its own optimisations, on the same samples; `same` is the share
+of samples for which the last two have the same top class.
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def measure(case: Case, form: str, shared: Path, samples: int | None, calibratio
             "form": form,
             "n": len(dataset),
             "metric": metric.name,
+            "file": stages[0].metric.value,
             "program": ours.value,
             "runtime": theirs.value,
             "same": float(np.mean(ours.outputs[0].argmax(-1) == theirs.outputs[0].argmax(-1))),

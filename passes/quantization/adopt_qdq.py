@@ -51,6 +51,7 @@ from edgec.program import (
     get_weight,
     is_call,
     layer_of,
+    origin_of,
     propagate,
     shape_of,
     weight_node,
@@ -83,7 +84,7 @@ class AdoptSummary:
 
     def __str__(self) -> str:
         total = len(self.quantised) + len(self.kept_float)
-        stored = f", {len(self.packed)} float layers keep the codes of their weights" if self.packed else ""
+        stored = f", the weights of {len(self.packed)} more stay codes" if self.packed else ""
         return f"came quantised: its own scales make {len(self.quantised)} of {total} layers integer{stored}"
 
 
@@ -108,6 +109,9 @@ class AdoptQdq(Pass):
     )
     recode: bool = option(
         False, "round weights whose codes are up to 255 steps from their zero point, as uint8 ones are, to 127 steps"
+    )
+    pack: bool = option(
+        True, "store the weights of layers that stay float as codes; false: in float32, for a pass that quantises them"
     )
     keep_float: tuple[str, ...] = option((), "layers to leave alone: names, or patterns such as blocks.3.*")
 
@@ -135,7 +139,7 @@ class AdoptQdq(Pass):
             context.skip(layer, what, reason)
         prepared = Prepared(program, module, annotation, masks)
         summary = self._summary(prepared, grids)
-        records, packed = self._pack(prepared, stored)
+        records, packed = self._pack(prepared, stored) if self.pack else ({}, [])
         summary = dataclasses.replace(summary, packed=tuple(packed))
         observed = adoption.observed(annotation)
         integers = convert(prepared, observed, adoption.rule, choose_requant(self.requant, context))
@@ -220,7 +224,8 @@ def _mark(graph: fx.Graph, quantize: fx.Node, codes: fx.Node, grid: QParams, mad
     if key not in made:
         with graph.inserting_before(quantize):
             made[key] = graph.call_function(aten.clamp.default, (x, *grid.range))
-        made[key].meta.update(val=x.meta["val"], edgec_layer=layer_of(x), **{GRID: grid})
+        rounded = origin_of(readers[0] if readers else x)
+        made[key].meta.update(val=x.meta["val"], edgec_layer=layer_of(x), edgec_origin=rounded, **{GRID: grid})
     for reader in readers:
         reader.replace_all_uses_with(made[key])
         graph.erase_node(reader)
