@@ -61,12 +61,7 @@ def test_each_layer_equals_real_arithmetic_on_the_same_codes(result: Result):
 
 
 def test_is_close_to_the_float_model(result: Result):
-    with monkeypatch.context() as patch:
-        patch.setattr(Converter, "_clips_itself", lambda self, codes: False)
-        apart = quantised(Clips(), noise(8, 4, 6, 6), observer="min-max")
-    assert apart.operators.count("clamp") == 4
-    x = noise(5, 4, 6, 6)
-    assert torch.equal(result.after(x)[0], apart.after(x)[0])
+    assert result.error < 0.05
     assert [(s.shape, s.dtype) for s in result.after.inputs] == [(s.shape, s.dtype) for s in result.before.inputs]
     assert [(s.shape, s.dtype) for s in result.after.outputs] == [(s.shape, s.dtype) for s in result.before.outputs]
 
@@ -369,12 +364,7 @@ def test_float_islands_are_reported(case: str):
     assert (what, reason) in [(s.what, s.reason) for s in result.context.skipped]
     assert [name for name in result.operators if "conv" in name] == ["qconv2d_float"] * 2
     assert what in inside(result)
-    with monkeypatch.context() as patch:
-        patch.setattr(Converter, "_clips_itself", lambda self, codes: False)
-        apart = quantised(Clips(), noise(8, 4, 6, 6), observer="min-max")
-    assert apart.operators.count("clamp") == 4
-    x = noise(5, 4, 6, 6)
-    assert torch.equal(result.after(x)[0], apart.after(x)[0])
+    assert result.error < 0.05
 
 
 def test_clips_end_up_in_the_codes(monkeypatch: pytest.MonkeyPatch):
