@@ -557,7 +557,8 @@ def _index_fill(x: torch.Tensor, dim: int, index: torch.Tensor, value: Any) -> t
     hit = ((index == place) | (index + x.shape[dim] == place)).to(torch.float32).sum(-1) > 0.5
     shape = [1] * x.dim()
     shape[dim] = -1
-    return torch.where(hit.reshape(shape), torch.as_tensor(value).to(x.dtype), x)
+    new = value.to(x.dtype) if isinstance(value, torch.Tensor) else torch.full((), value, dtype=x.dtype)
+    return torch.where(hit.reshape(shape), new, x)
 
 
 def _index_put(
