@@ -31,7 +31,7 @@ from edgec.importing.quantized import QUANTIZED_SQNR_DB, comes_quantised, edgec_
 from edgec.importing.recurrent import masks_as_given, shapes_only
 from edgec.importing.rewrite import rewrite
 from edgec.importing.standin import StandIn
-from edgec.importing.stored import fold_standardised, stored_nodes
+from edgec.importing.stored import prepare_stored, stored_nodes
 from edgec.origin import first_line, place, source_line, user_frame
 from edgec.program import MAX_BATCH, Program, is_call
 from edgec.pt2 import load_pt2
@@ -418,7 +418,7 @@ def import_exported(exported: torch.export.ExportedProgram, name: str, *, fresh:
     _check_state(exported, name)
     # A Program's own file has been through this, and passes may have added what is to stay as it is.
     ours = any("edgec_origin" in node.meta.get("custom", {}) for node in exported.graph.nodes)
-    program = Program.from_exported(exported, name, None if ours else fold_standardised, reexport=not fresh)
+    program = Program.from_exported(exported, name, None if ours else prepare_stored, reexport=not fresh)
     program = edgec_form(program)
     if program.dynamic_batch and not _keeps_batch(exported):
         raise EdgecError(

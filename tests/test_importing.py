@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -267,6 +268,7 @@ CASES: dict[str, tuple[Any, ...]] = {
         lambda x: (x[:, *torch.tril_indices(5, 6, -1)], x[:, *torch.triu_indices(5, 6, 2)]),
         (1, 5, 6),
     ),
+    "a part of width zero": (lambda x: torch.cat([x[:, :0], x.sin()], 1), (1, 2, 3)),
     "joined to nothing": (lambda x: torch.cat([torch.tensor([]), x.sin()], -1), (1, 2, 3)),
     "padded by nothing": (lambda x, w: F.conv2d(F.pad(x, (0, 0, 0, 0)), w), MAP, rand(4, 3, 3, 3)),
     "a row of functions": (lambda x: x.tanh().tanh().tanh().tanh().tanh().tanh(), (1, 8)),
@@ -299,6 +301,36 @@ def test_rewritten_operators_equal_pytorch(tmp_path: Path) -> None:
         for y in expected if isinstance(expected, tuple) else (expected,):
             assert errors((next(got),), (y,)) < 1e-5, name
     assert not [n for n in program.graph.nodes if "fft" in str(n.target) or "complex" in str(n.target)]
+
+
+class Causal(nn.Module):
+    """A mask and limits with infinities among the buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Linear(8, 8)
+        self.register_buffer("mask", torch.full((5, 5), -math.inf).triu(1))
+        self.register_buffer("most", torch.tensor(math.inf))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.matmul(self.query(x), x.transpose(1, 2)) + self.mask
+        return torch.minimum(torch.softmax(scores, -1) @ x, self.most)
+
+
+@pytest.mark.host
+def test_infinities_of_buffers_are_put_in_by_the_graph(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Causal().eval(), rand(1, 5, 8)
+    program = load_model(model, input_shape=(1, 5, 8), name="causal")
+    assert all(bool(w.isfinite().all()) for w in program.weights().values())
+    want = model(x)
+    assert torch.equal(program(x)[0], want)
+    compiled = compile_host(program, tmp_path)
+    assert errors(outputs(compiled.bundle.run(x.numpy())), (want,)) < 1e-5
+    with torch.no_grad():
+        model.query.weight[0, 0] = math.inf
+    with pytest.raises(EdgecError, match=r"weight 'query\.weight' of causal: has NaN or infinite values"):
+        load_model(model, input_shape=(1, 5, 8), name="causal")
 
 
 REFUSED: dict[str, tuple[Callable[..., Any], str]] = {

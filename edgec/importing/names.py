@@ -63,8 +63,8 @@ def drop_assertions(exported: torch.export.ExportedProgram) -> torch.export.Expo
 def drop_empty(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program with nothing joined to a tensor, and no border of width zero around one; changed in place.
 
-    Caches begin as `torch.tensor([])`, which PyTorch takes as an operand of any concatenation; networks that take maps
-    of any size pad what fits already.
+    Caches begin as `torch.tensor([])`, which PyTorch takes as an operand of any concatenation; networks with options
+    join what is in front of a token even if nothing is, and those that take maps of any size pad what fits already.
     """
     graph = exported.graph
     outputs = {n for o in graph.nodes if o.op == "output" for n in o.all_input_nodes}
@@ -72,7 +72,7 @@ def drop_empty(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
         if node.op != "call_function":
             continue
         if node.target is aten.cat.default:
-            parts = [x for x in node.args[0] if tuple(x.meta["val"].shape) != (0,)]
+            parts = [x for x in node.args[0] if 0 not in [n for n in x.meta["val"].shape if isinstance(n, int)]]
             # The type of nothing takes part in that of the result.
             same = all(x.meta["val"].dtype == node.meta["val"].dtype for x in parts)
             if same and 0 < len(parts) < len(node.args[0]):
@@ -80,4 +80,5 @@ def drop_empty(exported: torch.export.ExportedProgram) -> torch.export.ExportedP
         elif node.target in PADS and not any(node.args[1]) and node not in outputs:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    graph.eliminate_dead_code()
     return exported

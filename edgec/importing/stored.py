@@ -1,16 +1,14 @@
-"""Weights that are standardised by a batch norm in training mode (Qiao et al., "Weight standardization", 2019).
-
-Over activations such a batch norm depends on the batch and is refused; over weights its value is always the same.
-"""
+"""Stored tensors that need work before they are weights of a Program: standardised weights, masks with infinities."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
-from edgec.program import add_weight, get_weight, layer_of
+from edgec.program import add_weight, get_weight, layer_of, weight_node
 
 
 def stored_nodes(graph: fx.Graph, weights: set[fx.Node]) -> set[fx.Node]:
@@ -38,10 +36,18 @@ def _is_off(node: fx.Node) -> bool:
     return any(value is False for value in (*node.args, *node.kwargs.values()))
 
 
-def fold_standardised(module: fx.GraphModule) -> None:
-    """Store the weights that come out of such batch norms, in place.
+def prepare_stored(module: fx.GraphModule) -> None:
+    """Both, in place."""
+    put_infinities(module)
+    fold_standardised(module)
 
-    What else follows from weights alone is left to the pass `fold-constants`.
+
+def fold_standardised(module: fx.GraphModule) -> None:
+    """Store the weights that come out of batch norms in training mode, in place.
+
+    Over activations such a batch norm depends on the batch and is refused; over weights its value is always the same
+    (Qiao et al., "Weight standardization", 2019). What else follows from weights alone is left to the
+    pass `fold-constants`.
     """
     graph = module.graph
     weights = {n for n in graph.nodes if n.op == "get_attr" and isinstance(get_weight(module, n), torch.Tensor)}
@@ -60,6 +66,35 @@ def fold_standardised(module: fx.GraphModule) -> None:
             new.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stored)
     graph.eliminate_dead_code()
+
+
+def put_infinities(module: fx.GraphModule) -> None:
+    """Let the graph put in the infinities of constants and buffers, as masks have them, in place: weights are finite.
+
+    A parameter with an infinity is a broken one, and stays as it is, as does what has NaN.
+    """
+    graph, parameters = module.graph, dict(module.named_parameters(remove_duplicate=False))
+    for node in list(graph.nodes):
+        tensor = get_weight(module, node) if node.op == "get_attr" else None
+        if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point or not node.users:
+            continue
+        endless = tensor.isinf()
+        if str(node.target) in parameters or not bool(endless.any()) or bool(tensor.isnan().any()):
+            continue
+        with graph.inserting_after(node):
+            last = weight_node(module, f"{node.target}_finite", tensor.masked_fill(endless, 0.0))
+        for sign, name in ((-math.inf, "below"), (math.inf, "above")):
+            places = tensor == sign
+            if not bool(places.any()):
+                continue
+            with graph.inserting_after(last):
+                where = weight_node(module, f"{node.target}_{name}", places)
+            with graph.inserting_after(where):
+                made = graph.call_function(torch.ops.aten.masked_fill.Scalar, (last, where, sign))
+            made.meta.update({**node.meta, "edgec_layer": layer_of(node)})
+            last = made
+        node.replace_all_uses_with(last, delete_user_cb=lambda user, last=last: user is not last)
+        graph.erase_node(node)
 
 
 def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
