@@ -1,12 +1,13 @@
 """Models that come quantised, as edgec's integer code and in ONNX Runtime: accuracy, integer layers, sizes, exactness.
 
-    python -m benchmarks.adopted [--model NAME ...] [--form FORM ...] [--samples N] [--calibration N] [--json FILE]
+    python -m benchmarks.adopted [--model NAME ...] [--form FORM ...] [--samples N] [--calibration N]
+        [--passes LIST] [--json FILE]
 
 Each float model is written as ONNX with its batch norms folded and quantised: by edgec itself (`edgec`: model.onnx of
 `quantize-int8`), or by ONNX Runtime's static quantiser in four forms. What comes out is compiled for this machine
-without a pass list. `file` is the metric of the file computed in floating point as ONNX defines it, `program` that of
-the integer Program, `runtime` that of ONNX Runtime with its own optimisations, on the same samples; `same` is the share
-of samples for which the last two have the same top class.
+without a pass list, or with the one given. `file` is the metric of the file computed in floating point as ONNX defines
+it, `program` that of the integer Program, `runtime` that of ONNX Runtime with its own optimisations, on the same
+samples; `same` is the share of samples for which the last two have the same top class.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def _inputs(path: Path) -> list[str]:
     return [i.name for i in graph.input if i.name not in constants]
 
 
-def measure(case: Case, form: str, shared: Path, samples: int | None, calibration: int) -> dict[str, Any]:
+def measure(
+    case: Case, form: str, shared: Path, samples: int | None, calibration: int, passes: str = ""
+) -> dict[str, Any]:
     """One row of the table."""
     from edgec.compile import compile_model
     from edgec.data import Preprocess, load_data
@@ -112,7 +115,9 @@ def measure(case: Case, form: str, shared: Path, samples: int | None, calibratio
         program = load_model(str(path))
         dataset = load_data(case.source(shared, case.evaluation), program.inputs, preprocess)
         dataset = dataset if samples is None else dataset.limit(samples, 0)
-        result = compile_model(program, eval=dataset, output=folder / "out", metric=case.metric, onnx=False)
+        result = compile_model(
+            program, passes=passes, eval=dataset, output=folder / "out", metric=case.metric, onnx=False
+        )
         assert result.program is not None and result.ledger.device is not None
         metric = parse_metric(case.metric) if case.metric else default_metric(dataset, program.outputs)
         ours, theirs = evaluate(result.program, dataset, metric), evaluate(runtime, dataset, metric)
@@ -143,13 +148,14 @@ def main(
     form: Annotated[list[str] | None, typer.Option()] = None,
     samples: int | None = None,
     calibration: int = 128,
+    passes: str = "",
     output: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     rows = []
     for name in model or MODELS:
         (case,) = (c for c in CASES if c.model == name)
         for each in form or FORMS:
-            row = measure(case, each, shared_folder(), samples, calibration)
+            row = measure(case, each, shared_folder(), samples, calibration, passes)
             rows.append(row)
             print(" ".join(f"{k}={v}" for k, v in row.items() if k != "left"), flush=True)
             for what in row["left"]:

@@ -574,7 +574,6 @@ def _refusal(found: FoundCodes | None) -> str:
     """Why a layer with these codes has no integer form; empty where it has."""
     if found is None:
         return "the file gives no scale for its weights"
-    low, high = int(found.steps.min()), int(found.steps.max())
-    if low < -WEIGHT_MAX or high > WEIGHT_MAX:
-        return f"its weights are {low} to {high} steps from their zero point, kernels take -127 to 127 (recode rounds)"
+    if np.abs(found.steps).max() > WEIGHT_MAX:
+        return f"its weights are more than {WEIGHT_MAX} steps from their zero point (recode=true rounds them)"
     return ""
