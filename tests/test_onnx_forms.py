@@ -238,6 +238,8 @@ GROUPS: dict[str, tuple[tuple[torch.Tensor, ...], list[Callable[..., Any]]]] = {
             lambda x: torch.linalg.vector_norm(x, float("-inf"), 1),
             lambda x: torch.linalg.vector_norm(x, 0, 2, keepdim=True),
             lambda x: x - x.max(),
+            lambda x: torch.histc(2 * x, 5, -2, 2) + x[:, 0, :5],
+            lambda x: torch.cat([torch.zeros(0), x], 2),
             lambda x: torch.std_mean(x, 1),
             lambda x: torch.aminmax(x, dim=1),
             lambda x: F.cosine_similarity(x, x.flip(1)),

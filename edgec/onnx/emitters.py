@@ -466,6 +466,22 @@ def _arange(w: _Writer, node: Call) -> Any:
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
+@emits("aten.histc.default")
+def _histogram(w: _Writer, node: Call) -> Any:
+    a, kind = w.args(node), node.meta["val"].dtype
+    low, high, bins = float(a["min"]), float(a["max"]), a["bins"]
+    if low >= high:
+        raise w.refuse(node, "its limits are those of the values")
+    x = w.emit("Reshape", [w.x(a["self"], torch.float64), w.ints([-1, 1])])
+    lowest, highest = w.const(np.float64(low)), w.const(np.float64(high))
+    place = w.emit("Mul", [w.emit("Sub", [x, lowest]), w.const(np.float64(bins / (high - low)))])
+    # The last one holds its upper limit, too.
+    place = w.emit("Min", [w.emit("Floor", [place]), w.const(np.float64(bins - 1))])
+    inside = w.emit("And", [w.emit("GreaterOrEqual", [x, lowest]), w.emit("LessOrEqual", [x, highest])])
+    here = w.emit("And", [w.emit("Equal", [place, w.const(np.arange(bins, dtype=np.float64))]), inside])
+    return w.emit("ReduceSum", [w.cast(here, kind), w.ints([0])], keepdims=0)
+
+
 @emits("aten.sym_numel.default")
 def _sym_numel(w: _Writer, node: Call) -> Any:
     return Sym(w.emit("Reshape", [w.emit("Size", [w.x(node.args[0])]), w.ints([1])]))
@@ -591,8 +607,10 @@ def _repeat(w: _Writer, node: Call) -> Any:
 
 @emits("aten.cat.default")
 def _cat(w: _Writer, node: Call) -> Any:
-    kind, dim = node.meta["val"].dtype, w.args(node)["dim"]
-    return w.emit("Concat", [w.x(x, kind) for x in node.args[0]], axis=dim % node.meta["val"].dim())
+    kind, dim, rank = node.meta["val"].dtype, w.args(node)["dim"], node.meta["val"].dim()
+    # PyTorch lets empty rows join anything.
+    parts = [x for x in node.args[0] if rank == 1 or tuple(w.meta(x).shape) != (0,)]
+    return w.emit("Concat", [w.x(x, kind) for x in parts], axis=dim % rank)
 
 
 @emits("aten.stack.default")
