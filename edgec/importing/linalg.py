@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-aten = torch.ops.aten
+from edgec.importing.operators import by_overload
 
 # Rows of a matrix that is written out; larger ones make graphs that take minutes to compile.
 MAX_ROWS = 32
@@ -196,17 +196,7 @@ def _first(function: Callable[..., Any], count: int) -> Callable[..., Any]:
     return rule
 
 
-def _operators(table: dict[str, Any]) -> dict[Any, Any]:
-    found = {}
-    for name, rule in table.items():
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(aten, packet, None), overload or "default", None)
-        if operator is not None:
-            found[operator] = rule
-    return found
-
-
-RULES: dict[Any, Callable[..., Any]] = _operators(
+RULES: dict[Any, Callable[..., Any]] = by_overload(
     {
         "linalg_inv": _inverse,
         "inverse": _inverse,

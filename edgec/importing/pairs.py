@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from edgec.importing.operators import by_overload
+
 aten = torch.ops.aten
 
 FLOATS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
@@ -513,18 +515,7 @@ def _istft(
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
-def _operators(table: dict[str, Any]) -> dict[Any, Any]:
-    """By overload; names that this version of PyTorch does not have are left out."""
-    found = {}
-    for name, rule in table.items():
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(aten, packet, None), overload or "default", None)
-        if operator is not None:
-            found[operator] = rule
-    return found
-
-
-TRANSFORMS: dict[Any, Callable[..., Any]] = _operators(
+TRANSFORMS: dict[Any, Callable[..., Any]] = by_overload(
     {
         "view_as_complex": lambda run, x: Pair(*(p.squeeze(-1) for p in x.split(1, -1))),
         "view_as_complex_copy": lambda run, x: Pair(*(p.squeeze(-1) for p in x.split(1, -1))),
@@ -558,7 +549,7 @@ TRANSFORMS: dict[Any, Callable[..., Any]] = _operators(
 )
 
 # Operators that also work on real tensors: they are asked only where a pair comes in or goes out.
-ARITHMETIC: dict[Any, Callable[..., Any]] = _operators(
+ARITHMETIC: dict[Any, Callable[..., Any]] = by_overload(
     {
         "real": lambda run, x: x.re,
         "imag": lambda run, x: x.im,
@@ -610,7 +601,7 @@ ARITHMETIC: dict[Any, Callable[..., Any]] = _operators(
 
 # Operators that treat both parts alike.
 PARTWISE = frozenset(
-    _operators(
+    by_overload(
         dict.fromkeys(
             (
                 *("neg", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "positive"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-aten = torch.ops.aten
+from edgec.importing.operators import by_overload
 
 
 def _many(value: Any, count: int) -> list[int]:
@@ -132,22 +132,16 @@ def _triangle(lower: bool) -> Callable[..., Any]:
     return rule
 
 
-def _operators(names: Sequence[str]) -> list[Any]:
-    found = []
-    for name in names:
-        packet, _, overload = name.partition(".")
-        found.append(getattr(getattr(aten, packet), overload))
-    return found
-
-
-RULES: dict[Any, Callable[..., Any]] = {
-    aten.max_pool1d_with_indices.default: _max_pool(1),
-    aten.max_pool2d_with_indices.default: _max_pool(2),
-    aten.max_pool3d_with_indices.default: _max_pool(3),
-    aten.tril_indices.default: _triangle(True),
-    aten.triu_indices.default: _triangle(False),
-    **dict.fromkeys(
-        _operators(["_upsample_bilinear2d_aa.default", "_upsample_bilinear2d_aa.vec"]), _antialiased(False)
-    ),
-    **dict.fromkeys(_operators(["_upsample_bicubic2d_aa.default", "_upsample_bicubic2d_aa.vec"]), _antialiased(True)),
-}
+RULES: dict[Any, Callable[..., Any]] = by_overload(
+    {
+        "max_pool1d_with_indices": _max_pool(1),
+        "max_pool2d_with_indices": _max_pool(2),
+        "max_pool3d_with_indices": _max_pool(3),
+        "tril_indices": _triangle(True),
+        "triu_indices": _triangle(False),
+        "_upsample_bilinear2d_aa": _antialiased(False),
+        "_upsample_bilinear2d_aa.vec": _antialiased(False),
+        "_upsample_bicubic2d_aa": _antialiased(True),
+        "_upsample_bicubic2d_aa.vec": _antialiased(True),
+    }
+)
