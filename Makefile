@@ -30,7 +30,7 @@ toolchains:  ## install cross compilers and emulators with apt where allowed
 test: $(STAMP) toolchains lint  ## set up, then all linters and tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-quick: $(STAMP) lint  ## the linters and the tests that need no compiler, in two minutes
+quick: $(STAMP) lint  ## the linters and the tests that need no compiler (seven minutes on two cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not host and not cross and not qemu"
 
 lint: $(STAMP)  ## formatting, style, types and import rules
