@@ -419,6 +419,12 @@ def _c2c(run: Any, x: Any, dims: Any, normalization: int, forward: bool) -> Pair
     return _forward(run, x, None, dims, normalization, inverse=not forward)
 
 
+def _centred(window: Any, width: int, n_fft: int) -> torch.Tensor:
+    """A window of `width` elements, ones where none is given, in the middle of n_fft."""
+    before = (n_fft - width) // 2
+    return F.pad(torch.ones(width) if window is None else window, (before, n_fft - width - before))
+
+
 def _stft(
     run: Any,
     x: Any,
@@ -442,9 +448,7 @@ def _stft(
         x = F.pad(batch, (n_fft // 2, n_fft // 2), pad_mode).reshape(*x.shape[:-1], -1)
     frames = x.unfold(-1, n_fft, hop)
     if window is not None or width < n_fft:
-        window = torch.ones(width) if window is None else window
-        before = (n_fft - width) // 2
-        frames = frames * F.pad(window, (before, n_fft - width - before))
+        frames = frames * _centred(window, width, n_fft)
     half = True if onesided is None else onesided
     y = _complex_axis(run, frames, frames.dim() - 1, False, n_fft, half=half)
     y = _scaled(y, [n_fft], "ortho" if normalized else "none", False)
@@ -488,9 +492,7 @@ def _istft(
     bins, frames = x.shape[-2:]
     half = bins != n_fft or onesided is True or (onesided is None and n_fft == 1)
     hop, width = hop_length or n_fft // 4, win_length or n_fft
-    window = torch.ones(width) if window is None else window
-    before = (n_fft - width) // 2
-    window = F.pad(window, (before, n_fft - width - before))
+    window = _centred(window, width, n_fft)
     cos, sin = _matrices(run, bins, n_fft, n_fft)
     scale = 1 / math.sqrt(n_fft) if normalized else 1 / n_fft
     if half:

@@ -75,11 +75,13 @@ def put_infinities(module: fx.GraphModule) -> None:
     """
     graph, parameters = module.graph, dict(module.named_parameters(remove_duplicate=False))
     for node in list(graph.nodes):
-        tensor = get_weight(module, node) if node.op == "get_attr" else None
-        if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point or not node.users:
+        if node.op != "get_attr" or str(node.target) in parameters or not node.users:
+            continue
+        tensor = get_weight(module, node)
+        if not isinstance(tensor, torch.Tensor) or not tensor.dtype.is_floating_point:
             continue
         endless = tensor.isinf()
-        if str(node.target) in parameters or not bool(endless.any()) or bool(tensor.isnan().any()):
+        if not bool(endless.any()) or bool(tensor.isnan().any()):
             continue
         with graph.inserting_after(node):
             last = weight_node(module, f"{node.target}_finite", tensor.masked_fill(endless, 0.0))
@@ -93,7 +95,7 @@ def put_infinities(module: fx.GraphModule) -> None:
                 made = graph.call_function(torch.ops.aten.masked_fill.Scalar, (last, where, sign))
             made.meta.update({**node.meta, "edgec_layer": layer_of(node)})
             last = made
-        node.replace_all_uses_with(last, delete_user_cb=lambda user, last=last: user is not last)
+        node.replace_all_uses_with(last)
         graph.erase_node(node)
 
 

@@ -402,10 +402,11 @@ class Converter:
         codes = self._codes(source)
         params = self.meaning[source]
         lo, hi = _limits(params, limits)
-        if self._clips_itself(codes):
+        inside = self._clips_itself(codes)
+        if inside:
             # Its last arguments are the limits of its codes.
             codes.args = (*codes.args[:-2], max(lo, codes.args[-2]), min(hi, codes.args[-1]))  # type: ignore[type-var]
-        if self._clips_itself(codes) or (lo, hi) == (params.n, params.p):  # limits that all codes keep
+        if inside or (lo, hi) == (params.n, params.p):  # limits that all codes keep
             self.codes[node], self.meaning[node] = codes, params
             return
         self._finish(node, self._call(aten.clamp.default, (codes, lo, hi), node), params)
